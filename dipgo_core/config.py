@@ -1,0 +1,109 @@
+"""Resolved settings of one model, sampler, search and evaluation: frozen values, no torch.
+
+The sweep file's grid (lists as axes) lives in the orchestrator; here every value is one value.
+``to_json`` of each is canonical input to a task's content key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from dipgo_core.errors import ConfigError
+
+DType = Literal["float32", "float16", "bfloat16"]
+Convention = Literal["all", "paper"]
+Postprocess = Literal["budget", "paper", "released"]
+Encoder = Literal["attention", "linear", "none"]
+
+CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which weights, in which precision. `id` is a hub id, a local folder or a bundled name."""
+
+    id: str
+    revision: str | None = None
+    dtype: DType = "float32"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """Noise scheduler, number of steps and guidance of one sampling run.
+
+    `spacing` None keeps the model's own timestep spacing.
+    """
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"sampler.steps must be at least 1, got {self.steps}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """L = sum_k weight_k f_k(x0_pruned, x0_full) + alpha * sparsity, while compute ratio > tau.
+
+    Source: arXiv 2410.16942, section 3. `gamma`: weight gates by the MACs share they save.
+    """
+
+    consistency: Mapping[str, float] = field(default_factory=lambda: {"ssim": 1.0})
+    alpha: float = 1.0
+    tau: float = 0.2
+    gamma: bool = True
+
+    def __post_init__(self) -> None:
+        for name, weight in self.consistency.items():
+            if name not in CONSISTENCY_LOSSES:
+                raise ConfigError(
+                    f"loss.consistency knows {', '.join(CONSISTENCY_LOSSES)}, got {name!r}"
+                )
+            if weight < 0:
+                raise ConfigError(f"loss.consistency.{name} must not be negative, got {weight}")
+        if not any(self.consistency.values()):
+            raise ConfigError("loss.consistency needs at least one positive weight")
+        if self.alpha < 0:
+            raise ConfigError(f"loss.alpha must not be negative, got {self.alpha}")
+        if not 0 <= self.tau < 1:
+            raise ConfigError(f"loss.tau must be in [0, 1), got {self.tau}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """One search. Defaults are the paper's, except `steps`, which is the released scripts'."""
+
+    strategy: str = "dipgo"
+    loss: LossSettings = field(default_factory=LossSettings)
+    steps: int = 500
+    granularity: Literal["block"] = "block"
+    seed: int = 0
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 0.1
+    warmup_steps: int = 10
+    weight_decay: float = 1e-4
+    encoder: Encoder = "attention"
+    query_dim: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "query_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

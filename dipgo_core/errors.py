@@ -1,0 +1,83 @@
+"""Every error the product raises on purpose.
+
+DipgoError
+├── ConfigError              a setting is wrong: names the setting, the value and the rule
+│   └── SweepFileError       errors of a sweep file, each with file, line, column and field
+├── UnknownModelError        a model, family, scorer or bundled name that does not exist
+├── ModelFilesError          weights or configs that cannot be found or read
+├── TraceError               the block graph of a denoiser could not be found
+├── SubNetError              a SubNet file that is broken, or that was made for something else
+│   └── SubNetMismatchError  pipeline and SubNet differ; lists the fields
+├── TargetError              a pruned ratio that no SubNet reaches; lists the reachable ones
+├── SearchError              a search that cannot go on (non-finite loss, collapsed gates)
+├── EvaluationError          images, scorers or statistics that cannot be used
+├── StoreError               records or artifacts that are missing, torn or refused
+├── TaskError                a task that failed; names its log and the command that retries it
+└── TrackingError            the tracking server refused or lost something
+"""
+
+from __future__ import annotations
+
+
+class DipgoError(Exception):
+    """Root of all errors raised on purpose; its message is written for the user."""
+
+
+class ConfigError(DipgoError):
+    """A setting is wrong."""
+
+
+class SweepFileError(ConfigError):
+    """A sweep file has errors; the message lists all of them."""
+
+
+class UnknownModelError(DipgoError):
+    """A name that is not among the known ones."""
+
+
+class ModelFilesError(DipgoError):
+    """Weights or configs cannot be found or read."""
+
+
+class TraceError(DipgoError):
+    """The block graph of a denoiser could not be found."""
+
+
+class SubNetError(DipgoError):
+    """A SubNet is broken or does not fit."""
+
+
+class SubNetMismatchError(SubNetError):
+    """Pipeline and SubNet differ; the message names both sides."""
+
+
+class TargetError(DipgoError):
+    """No SubNet reaches the target."""
+
+
+class SearchError(DipgoError):
+    """A search cannot go on."""
+
+
+class EvaluationError(DipgoError):
+    """Images, scorers or statistics cannot be used."""
+
+
+class StoreError(DipgoError):
+    """Records or artifacts are missing, torn or refused."""
+
+
+class TaskError(DipgoError):
+    """A task failed."""
+
+
+class TrackingError(DipgoError):
+    """The tracking server refused or lost something."""
+
+
+def nearest(name: str, valid: list[str] | tuple[str, ...]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest valid name, or an empty string."""
+    from difflib import get_close_matches
+
+    match = get_close_matches(name, valid, n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,154 @@
+"""BlockGraph: the blocks of a denoiser, who reads whom, what is live, what it costs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dipgo_core.config import Convention
+from dipgo_core.errors import SubNetError
+from dipgo_core.gates import GateTable
+
+#: Pseudo-producer: the value depends on the denoiser's inputs by a path that passes no block.
+INPUT = -1
+
+
+class Reuse(StrEnum):
+    """What a block does when it is not computed."""
+
+    SKIP = "skip"  # the denoiser: repeat the last prediction
+    OUTPUT = "output"  # output = cached output; cuts the block's inputs
+    RESIDUAL = "residual"  # output = input now + cached (out - in); inputs pass through
+
+
+@dataclass(frozen=True)
+class Block:
+    """One gate: module name inside the denoiser, kind of reuse, own MACs of one batch-1 forward."""
+
+    name: str
+    reuse: Reuse
+    macs: int
+    macs_paper: int
+
+    def cost(self, convention: Convention) -> int:
+        return self.macs if convention == "all" else self.macs_paper
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """Blocks in order of execution; blocks[0] is the denoiser itself (name "", reuse skip).
+
+    producers[n] lists the blocks whose outputs block n reads (INPUT for an ungated path from the
+    denoiser's inputs); producers[0] lists what the denoiser's output is computed from.
+    blocks[0].macs counts the ungated parts, paid whenever the call is not skipped.
+    """
+
+    denoiser: str
+    granularity: str
+    blocks: tuple[Block, ...]
+    producers: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.blocks)
+
+    def live(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which blocks of one call are executed: kept and needed by the output.  # (N,)
+
+        A row whose output would need neither a live block nor an input is a skip: all False.
+        """
+        live = np.zeros(self.num_blocks, dtype=np.bool_)
+        if not row[0]:
+            return live
+        needed, stack, reaches_input = set[int](), list(self.producers[0]), False
+        while stack:
+            n = stack.pop()
+            if n == INPUT:
+                reaches_input = True
+            elif n not in needed:
+                needed.add(n)
+                live[n] = row[n]
+                if row[n] or self.blocks[n].reuse is Reuse.RESIDUAL:
+                    stack.extend(self.producers[n])
+        live[0] = bool(live.any()) or reaches_input
+        return live
+
+    def close(self, gates: GateTable) -> GateTable:
+        """Return the canonical table: dead blocks reuse, calls that compute nothing skip."""
+        self.check(gates)
+        return GateTable(np.stack([self.live(row) for row in gates.keep]))
+
+    def check(self, gates: GateTable) -> None:
+        """Raise SubNetError unless the table has one column a block."""
+        if gates.num_blocks != self.num_blocks:
+            raise SubNetError(
+                f"the table has {gates.num_blocks} gates a call, {self.denoiser} has "
+                f"{self.num_blocks} at granularity {self.granularity!r} (the first is the denoiser itself)"
+            )
+
+    def costs(self, convention: Convention = "all") -> npt.NDArray[np.int64]:
+        """MACs of each block's own work; column 0 is the ungated parts.  # (N,)"""
+        return np.array([block.cost(convention) for block in self.blocks], dtype=np.int64)
+
+    def row_macs(self, row: npt.NDArray[np.bool_], convention: Convention = "all") -> int:
+        return int(self.costs(convention)[self.live(row)].sum())
+
+    def call_macs(self, convention: Convention = "all") -> int:
+        """MACs of one dense call, batch 1."""
+        return int(self.costs(convention).sum())
+
+    def macs(self, gates: GateTable, convention: Convention = "all") -> int:
+        """MACs of all calls, batch 1, closure included."""
+        self.check(gates)
+        return sum(self.row_macs(row, convention) for row in gates.keep)
+
+    def pruned_ratio(self, gates: GateTable, convention: Convention = "all") -> float:
+        return 1 - self.macs(gates, convention) / (gates.num_calls * self.call_macs(convention))
+
+    def savings(self, convention: Convention = "all") -> npt.NDArray[np.float64]:
+        """gamma: share of a dense call saved by reusing one block, closure included.  # (N,)"""
+        whole = np.ones(self.num_blocks, dtype=np.bool_)
+        shares = []
+        for n in range(self.num_blocks):
+            row = whole.copy()
+            row[n] = False
+            shares.append(1 - self.row_macs(row, convention) / self.call_macs(convention))
+        return np.array(shares)
+
+    @cached_property
+    def searched(self) -> tuple[int, ...]:
+        """Gates a search decides: all but a skip gate that a block's reuse implies (U-Nets)."""
+        whole = np.ones(self.num_blocks, dtype=np.bool_)
+        for n in range(1, self.num_blocks):
+            row = whole.copy()
+            row[n] = False
+            if not self.live(row)[0]:
+                return tuple(range(1, self.num_blocks))
+        return tuple(range(self.num_blocks))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "denoiser": self.denoiser,
+            "granularity": self.granularity,
+            "blocks": [{**asdict(b), "reuse": str(b.reuse)} for b in self.blocks],
+            "producers": [list(p) for p in self.producers],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BlockGraph:
+        return cls(
+            denoiser=data["denoiser"],
+            granularity=data["granularity"],
+            blocks=tuple(Block(**{**b, "reuse": Reuse(b["reuse"])}) for b in data["blocks"]),
+            producers=tuple(tuple(p) for p in data["producers"]),
+        )

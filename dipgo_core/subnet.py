@@ -1,0 +1,150 @@
+"""SubNet: a gate table with everything needed to run it on the right pipeline. JSON, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dipgo_core.errors import SubNetError
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import Reuse
+
+KIND = "dipgo.subnet"
+SCHEMA_VERSION = 1
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields that decide the output (keys with a leading ``_`` are left out)."""
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    text = json.dumps(public, sort_keys=True, separators=(",", ":"), default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubNet:
+    """What a user deploys (``subnet.json``).
+
+    model: family, id, revision, denoiser, config, config_sha256.
+    sampler: scheduler (class name), config, config_sha256, steps, timesteps, guidance_scale.
+    macs: dense, kept, pruned_ratio, convention, paper.
+    """
+
+    gates: GateTable
+    block_names: tuple[str, ...]
+    reuse: tuple[Reuse, ...]
+    granularity: str
+    model: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    macs: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        timesteps = self.sampler.get("timesteps")
+        if not isinstance(timesteps, Sequence) or len(timesteps) != self.gates.num_calls:
+            got = "none" if timesteps is None else len(timesteps)
+            raise SubNetError(
+                f"sampler.timesteps needs {self.gates.num_calls} entries, one a row of keep; got {got}"
+            )
+        if not len(self.block_names) == len(self.reuse) == self.gates.num_blocks:
+            raise SubNetError(
+                f"blocks has {len(self.block_names)} names, keep has {self.gates.num_blocks} columns"
+            )
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """Return the arguments the pipeline must be called with: steps and guidance."""
+        return {
+            "num_inference_steps": int(self.sampler["steps"]),
+            "guidance_scale": float(self.sampler["guidance_scale"]),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "model": dict(self.model),
+            "sampler": dict(self.sampler),
+            "granularity": self.granularity,
+            "blocks": [
+                {"name": name, "reuse": str(reuse)}
+                for name, reuse in zip(self.block_names, self.reuse, strict=True)
+            ],
+            "keep": self.gates.to_strings(),
+            "macs": dict(self.macs),
+            "provenance": dict(self.provenance),
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_json(cls, data: object, *, source: str = "this document") -> SubNet:
+        """Build a SubNet from the parsed file.
+
+        Raises:
+            SubNetError: not a SubNet, another schema version, missing or inconsistent fields, or a
+                config that was edited after its hash was written.
+        """
+        if not isinstance(data, Mapping) or data.get("kind") != KIND:
+            raise SubNetError(f"{source} is not a SubNet file (kind must be {KIND!r})")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise SubNetError(
+                f"{source} has schema_version {data.get('schema_version')!r}, this dipgo-sweep reads "
+                f"{SCHEMA_VERSION}: export it again, or install the matching version"
+            )
+        missing = [
+            key
+            for key in ("model", "sampler", "granularity", "blocks", "keep", "macs")
+            if key not in data
+        ]
+        if missing:
+            raise SubNetError(f"{source} lacks {', '.join(missing)}; export the SubNet again")
+        for part in ("model", "sampler"):
+            if config_sha256(data[part].get("config", {})) != data[part].get("config_sha256"):
+                raise SubNetError(
+                    f"{source}: {part}.config does not match {part}.config_sha256; the file was "
+                    "edited or truncated: export the SubNet again"
+                )
+        try:
+            return cls(
+                gates=GateTable.from_strings(data["keep"]),
+                block_names=tuple(block["name"] for block in data["blocks"]),
+                reuse=tuple(Reuse(block["reuse"]) for block in data["blocks"]),
+                granularity=data["granularity"],
+                model=data["model"],
+                sampler=data["sampler"],
+                macs=data["macs"],
+                provenance=data.get("provenance", {}),
+                metrics=data.get("metrics", {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SubNetError(f"{source} is not a complete SubNet file: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file through a temporary name, so that no half-written SubNet is ever seen."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SubNet:
+        """Read a SubNet file.
+
+        Raises:
+            SubNetError: the file is missing, no JSON, or not a valid SubNet.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SubNetError(
+                f"no SubNet file at {path}; `dipgo-sweep export` writes one"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise SubNetError(
+                f"{path} is not JSON ({error}); it may be truncated: export it again"
+            ) from error
+        return cls.from_json(data, source=str(path))

@@ -1,0 +1,1 @@
+"""Executors run ready tasks: in this process, or on Ray Tune."""

@@ -1,0 +1,92 @@
+"""Task and Record: the values that travel between driver, workers and store. Pure, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+TaskKind = Literal["reference", "search", "evaluate", "latency"]
+RecordState = Literal["done", "failed"]
+
+SCHEMA_VERSION = 1
+
+
+def canonical(value: Any) -> Any:
+    """Return `value` with types coerced: tuples to lists, whole floats kept floats, no NaN.
+
+    Raises:
+        ValueError: a number that is not finite, or a type JSON does not have.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} cannot be part of a content key")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{value!r} of type {type(value).__name__} cannot be part of a content key")
+
+
+def content_key(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One unit of work. `inputs` holds everything that decides the result, and nothing else.
+
+    needs: keys of the tasks whose records must be done first.
+    label: for people (progress, logs). affinity: tasks that share a loaded pipeline share this.
+    """
+
+    kind: TaskKind
+    inputs: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    label: str = ""
+    affinity: str = ""
+    cpus: float = 1.0
+    gpus: float = 0.0
+    exclusive: bool = False  # alone on its node (latency)
+
+    @property
+    def key(self) -> str:
+        return content_key({"kind": self.kind, "inputs": self.inputs})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"key": self.key, **asdict(self), "needs": list(self.needs)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Task:
+        fields = {name: value for name, value in data.items() if name != "key"}
+        return cls(**{**fields, "needs": tuple(fields["needs"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a task left behind. Only done records count as done; failures are kept beside them."""
+
+    key: str
+    kind: TaskKind
+    state: RecordState
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds
+    host: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        return cls(**data)
