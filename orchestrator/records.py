@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 
 
 def canonical(value: Any) -> Any:
-    """Return `value` with types coerced: tuples to lists, whole floats kept floats, no NaN.
+    """Return `value` with types coerced: tuples to lists, whole floats to ints (7.0 is 7), no NaN.
 
     Raises:
         ValueError: a number that is not finite, or a type JSON does not have.
@@ -25,9 +25,11 @@ def canonical(value: Any) -> Any:
         return {str(key): canonical(item) for key, item in sorted(value.items())}
     if isinstance(value, (list, tuple)):
         return [canonical(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} cannot be part of a content key")
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot be part of a content key")
+        return int(value) if value.is_integer() else value
+    if value is None or isinstance(value, (bool, int, str)):
         return value
     raise ValueError(f"{value!r} of type {type(value).__name__} cannot be part of a content key")
 
