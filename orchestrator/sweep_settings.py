@@ -1,0 +1,230 @@
+"""SweepFile and its parts: a sweep with every default filled in. Frozen values, no torch, no YAML.
+
+`orchestrator.sweep_file.load_sweep` is the one place that builds them from a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from dipgo_core.config import (
+    Convention,
+    LossSettings,
+    ModelSettings,
+    Postprocess,
+    SamplerSettings,
+    SearchSettings,
+)
+from orchestrator.records import canonical, content_key
+
+SCHEMA_VERSION = 1
+
+Metric = Literal["fid", "kid", "clip", "psnr", "ssim", "latency"]
+PromptKind = Literal["bundled", "file", "hub", "labels"]
+ReferenceKind = Literal["dense", "folder", "statistics"]
+Axes = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Where prompts or class labels come from.
+
+    kind bundled: `value` is the split (calibration, test). file: `value` is a path that opens from
+    the current folder. hub: `value` is the data set's id. labels: `labels` are the class labels,
+    taken in turn; empty = every class of the model.
+    """
+
+    kind: PromptKind
+    value: str = ""
+    column: str = "prompt"
+    rows: int | None = None  # None: all of them
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What searches look at, and where trivial baselines are chosen; never the test set."""
+
+    prompts: PromptSource
+    images: int = 32
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What FID and KID compare with. `value`: a folder, a statistics file, or ``bundled``."""
+
+    kind: ReferenceKind = "dense"
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorers:
+    """Feature extractor of FID and KID, and CLIP model; bundled names, hub ids or local paths."""
+
+    features: str
+    clip: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """How every point of a model is measured."""
+
+    prompts: PromptSource
+    images: int
+    scorers: Scorers
+    reference: Reference = field(default_factory=Reference)
+    metrics: tuple[Metric, ...] = ("fid", "kid", "clip", "psnr", "ssim", "latency")
+    seed: int = 0
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """One trivial way to spend the compute of a target.
+
+    draws: independent random gate tables a target (`random` only, else 0).
+    spacing: timestep spacings tried (`few_steps` only, else empty).
+    """
+
+    name: str
+    draws: int = 0
+    spacing: tuple[Literal["leading", "trailing"], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchGrid:
+    """The axes of a model's searches; a value of one entry is an axis of length one.
+
+    axes: every field of SearchSettings but `loss`. losses: one mapping per entry of `search.loss`,
+    each with the axes of LossSettings; their grids are laid end to end.
+    """
+
+    axes: Axes
+    losses: tuple[Axes, ...] = ({},)
+
+    def __len__(self) -> int:
+        return _size(self.axes) * sum(_size(loss) for loss in self.losses)
+
+    def expand(self) -> tuple[SearchSettings, ...]:
+        """Return one SearchSettings per point of the grid, the last axis varying fastest."""
+        losses = [LossSettings(**values) for loss in self.losses for values in _product(loss)]
+        return tuple(
+            SearchSettings(loss=loss, **values) for loss in losses for values in _product(self.axes)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepModel:
+    """One model with one sampler, and everything to be done with it."""
+
+    name: str
+    family: str
+    settings: ModelSettings
+    sampler: SamplerSettings
+    targets: tuple[float, ...]
+    baselines: tuple[Baseline, ...]
+    grid: SearchGrid
+    calibration: Calibration
+    evaluate: EvaluateSettings
+    postprocess: Postprocess = "budget"
+
+    def searches(self) -> tuple[SearchSettings, ...]:
+        """Return every search of this model; each serves all targets."""
+        return self.grid.expand()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResources:
+    """What one task of a kind occupies on its node."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What tasks occupy, by kind, and how many images one shard of an evaluation has."""
+
+    reference: TaskResources = field(default_factory=TaskResources)
+    search: TaskResources = field(default_factory=TaskResources)
+    evaluate: TaskResources = field(default_factory=TaskResources)
+    latency: TaskResources = field(default_factory=TaskResources)
+    images_per_shard: int = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """How latency is measured: dense and pruned runs interleaved, alone on the node."""
+
+    batch_size: int = 1
+    warmup: int = 2  # pairs of runs thrown away
+    min_runs: int = 10  # pairs of runs that count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The headline pair; fronts are drawn for every quality metric anyway."""
+
+    speed: Literal["latency", "macs"] = "latency"
+    quality: Metric = "clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """`uri` None: the environment's MLFLOW_TRACKING_URI, else ``sqlite:///mlflow.db``."""
+
+    experiment: str
+    uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Where a sweep stops starting tasks; None = no limit."""
+
+    gpu_hours: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFile:
+    """A whole sweep, checked and resolved."""
+
+    name: str
+    models: tuple[SweepModel, ...]
+    objective: Objective = field(default_factory=Objective)
+    resources: Resources = field(default_factory=Resources)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    tracking: Tracking
+    storage: str = "./.dipgo"
+    budget: Budget = field(default_factory=Budget)
+    macs_convention: Convention = "all"
+    allow_unpinned: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved file as JSON types, keys sorted."""
+        resolved = canonical(asdict(self))
+        assert isinstance(resolved, dict)
+        return resolved
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved file; comments, order and spelled-out defaults do not matter."""
+        return content_key(self.to_json())
+
+
+def _size(axes: Axes) -> int:
+    return math.prod(len(values) for values in axes.values())
+
+
+def _product(axes: Axes) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
