@@ -1,0 +1,52 @@
+# What a contributor and CI run. Every target may be run again: what is done is skipped.
+#   make demo   the quickstart sweep, from nothing to Pareto fronts
+#   make check  formatting, lint, types, walls between modules      make test  all tests but the marked ones
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SWEEP ?= sweeps/quickstart.yaml
+PYTHON ?=
+PYTEST_ARGS ?=
+
+# One thread a process: tests and Ray workers run side by side, more threads only get in their way.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test test-cluster check format bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh "$(VENV)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/dipgo-sweep run $(SWEEP)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Exit code 5 of pytest: no test carries the marker yet.
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS) || test $$? -eq 5
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+# Leaves results (.dipgo, mlflow.db) alone.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
