@@ -29,12 +29,17 @@ class Reuse(StrEnum):
 
 @dataclass(frozen=True)
 class Block:
-    """One gate: module name inside the denoiser, kind of reuse, own MACs of one batch-1 forward."""
+    """One gate: module name inside the denoiser, kind of reuse, own MACs of one batch-1 forward.
+
+    streams: for residual blocks, the forward parameters that match the outputs one to one
+    ("" where an output is None).
+    """
 
     name: str
     reuse: Reuse
     macs: int
     macs_paper: int
+    streams: tuple[str, ...] = ()
 
     def cost(self, convention: Convention) -> int:
         return self.macs if convention == "all" else self.macs_paper
@@ -140,7 +145,10 @@ class BlockGraph:
         return {
             "denoiser": self.denoiser,
             "granularity": self.granularity,
-            "blocks": [{**asdict(b), "reuse": str(b.reuse)} for b in self.blocks],
+            "blocks": [
+                {**asdict(b), "reuse": str(b.reuse), "streams": list(b.streams)}
+                for b in self.blocks
+            ],
             "producers": [list(p) for p in self.producers],
         }
 
@@ -149,6 +157,9 @@ class BlockGraph:
         return cls(
             denoiser=data["denoiser"],
             granularity=data["granularity"],
-            blocks=tuple(Block(**{**b, "reuse": Reuse(b["reuse"])}) for b in data["blocks"]),
+            blocks=tuple(
+                Block(**{**b, "reuse": Reuse(b["reuse"]), "streams": tuple(b["streams"])})
+                for b in data["blocks"]
+            ),
             producers=tuple(tuple(p) for p in data["producers"]),
         )
