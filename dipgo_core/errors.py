@@ -18,6 +18,8 @@ DipgoError
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DipgoError(Exception):
     """Root of all errors raised on purpose; its message is written for the user."""
@@ -28,7 +30,11 @@ class ConfigError(DipgoError):
 
 
 class SweepFileError(ConfigError):
-    """A sweep file has errors; the message lists all of them."""
+    """A sweep file has errors; the message lists all of them, `errors` holds them one by one."""
+
+    def __init__(self, message: str, errors: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 class UnknownModelError(DipgoError):
