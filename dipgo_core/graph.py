@@ -98,7 +98,8 @@ class BlockGraph:
         if gates.num_blocks != self.num_blocks:
             raise SubNetError(
                 f"the table has {gates.num_blocks} gates a call, {self.denoiser} has "
-                f"{self.num_blocks} at granularity {self.granularity!r} (the first is the denoiser itself)"
+                f"{self.num_blocks} at granularity {self.granularity!r} (the first is the denoiser "
+                "itself)"
             )
 
     def costs(self, convention: Convention = "all") -> npt.NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Hooks: the only code that touches a model's forward.
 
 A policy decides at every forward of the denoiser and of each block whether the real module runs;
-the hooks flatten outputs to tensors and rebuild their structure, so that a policy sees only tensors.
+the hooks flatten outputs and rebuild their structure, so that a policy sees only tensors.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
     """
     if is_hooked(denoiser):
         raise SubNetError(
-            f"{type(denoiser).__name__} has gates installed already; call remove() on the first handle"
+            f"{type(denoiser).__name__} has gates installed already; call remove() on the first "
+            "handle"
         )
     modules = [named_module(denoiser, block.name) for block in graph.blocks[1:]]
     hooks = [ForwardHook(denoiser, _denoiser_interceptor(denoiser, policy))]
@@ -153,7 +154,8 @@ def named_module(denoiser: nn.Module, name: str) -> nn.Module:
         return denoiser.get_submodule(name)
     except AttributeError as error:
         raise TraceError(
-            f"{type(denoiser).__name__} has no block {name!r}; the block graph belongs to another model"
+            f"{type(denoiser).__name__} has no block {name!r}; the block graph belongs to another "
+            "model"
         ) from error
 
 
