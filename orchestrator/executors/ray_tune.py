@@ -1,0 +1,242 @@
+"""Runs tasks on Ray Tune: one Tuner whose searcher hands out whichever task is ready.
+
+Tune keeps no state that matters: tasks, progress and results live in the store, so its own files go
+to a temporary folder of the driver and a trial's config is nothing but the task's key.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from dipgo_core.errors import TaskError
+from orchestrator.executors.base import (
+    OnProgress,
+    RunTask,
+    TaskSource,
+    attempt,
+    failure_record,
+)
+from orchestrator.records import Task
+from orchestrator.store import Store
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_S = 2.0
+_STORE_MEMORY_BYTES = 128 * 2**20  # nothing but task keys travels through Ray
+_LOST_WORKER_RETRIES = 2
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even when silenced
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots of itself are never read
+    "TUNE_RESULT_BUFFER_LENGTH": "0",
+}
+
+
+class RayTuneExecutor:
+    """Runs tasks on a Ray cluster, a local one unless an address is given.
+
+    address: of a running cluster; None: RAY_ADDRESS of the environment, else a local one.
+    num_cpus: worker slots of a local cluster; None: one a CPU.
+    """
+
+    def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
+        self.address = address or os.environ.get("RAY_ADDRESS")
+        self.num_cpus = num_cpus
+
+    def run(self, source: TaskSource, run_task: RunTask, store: Store) -> None:
+        """Run tasks until the source is finished.
+
+        Raises:
+            KeyboardInterrupt: the user interrupted; finished tasks are in the store.
+        """
+        if source.finished:
+            return
+        with _environment(), self._cluster(), tempfile.TemporaryDirectory() as folder:
+            _fit(source, run_task, store, folder)
+        if not source.finished:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _cluster(self) -> Iterator[None]:
+        """Connect to a cluster, and leave only what was entered here."""
+        if ray.is_initialized():
+            yield
+            return
+        local = {"num_cpus": self.num_cpus, "object_store_memory": _STORE_MEMORY_BYTES}
+        ray.init(
+            address=self.address or "local",
+            include_dashboard=False if self.address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if self.address else local),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _fit(source: TaskSource, run_task: RunTask, store: Store, folder: str) -> None:
+    """Let Tune run every task that the source has."""
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(2, round(_cluster_cpus())))
+    tuner = tune.Tuner(
+        tune.with_resources(_trial(run_task, store), _resources(store)),
+        tune_config=tune.TuneConfig(
+            search_alg=_ReadyTasks(source, store), num_samples=-1, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="tasks",
+            storage_path=folder,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=_LOST_WORKER_RETRIES),
+            callbacks=[_LostWorkers(source, store)],
+        ),
+    )
+    tuner.fit()
+
+
+def _trial(run_task: RunTask, store: Store) -> Callable[[dict[str, Any]], None]:
+    """Return the function that workers run; a task's own error is a result, not a lost worker."""
+
+    def run_one(config: dict[str, Any]) -> None:
+        task = store.get_task(config["task"])
+        result = attempt(task, store, run_task, _reporter())
+        error = result if isinstance(result, str) else None
+        tune.report({"finished": True, "error": error})
+
+    return run_one
+
+
+def _reporter() -> OnProgress:
+    """Return a progress callback that reaches the driver at most every few seconds."""
+    last = 0.0
+
+    def report(progress: Mapping[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PROGRESS_EVERY_S:
+            last = time.monotonic()
+            tune.report({"finished": False, "progress": dict(progress)})
+
+    return report
+
+
+def _resources(store: Store) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """Return what Tune asks for the resources of a trial (asked in the driver only)."""
+
+    def of_task(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        task = store.get_task(config["task"])
+        cpus = _whole_node_cpus(task) if task.exclusive else task.cpus
+        bundle = {"CPU": float(cpus), "GPU": float(task.gpus)}
+        return tune.PlacementGroupFactory([{k: v for k, v in bundle.items() if v}])
+
+    return of_task
+
+
+def _cluster_cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def _whole_node_cpus(task: Task) -> float:
+    """Return the CPUs of the largest node that fits the task: whoever gets them all is alone."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = [node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= task.gpus]
+    return max(fitting, default=task.cpus) or task.cpus
+
+
+class _ReadyTasks(Searcher):  # type: ignore[misc]  # Tune calls only what derives from Searcher
+    """Suggests the next ready task; passes results on to the source."""
+
+    def __init__(self, source: TaskSource, store: Store) -> None:
+        super().__init__(metric="finished", mode="max")
+        self._source = source
+        self._store = store
+        self._keys: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._source.finished:
+            return str(Searcher.FINISHED)
+        task = self._source.next_ready()
+        if task is None:
+            return None
+        self._store.put_task(task)
+        self._keys[trial_id] = task.key
+        return {"task": task.key}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass progress on; Tune hands results over flat (``progress/<name>``)."""
+        if not result.get("finished"):
+            names = [name for name in result if name.startswith("progress/")]
+            report = {name.removeprefix("progress/"): result[name] for name in names}
+            self._source.progress(self._keys[trial_id], report)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        if error:
+            return  # _LostWorkers has told the source, with the reason
+        key = self._keys.pop(trial_id)
+        record = self._store.get_record(key)
+        reason = (result or {}).get("error")
+        if record is None or reason:
+            unreachable = f"no record in {self._store.url}; can every worker reach that folder?"
+            self._source.failed(key, reason or unreachable)
+        else:
+            self._source.done(record)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep nothing: the state is in the store."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: to go on is to plan again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _LostWorkers(tune.Callback):  # type: ignore[misc]  # Tune calls only what derives from it
+    """Tells the source of tasks whose worker died, for instance for lack of memory."""
+
+    def __init__(self, source: TaskSource, store: Store) -> None:
+        self._source = source
+        self._store = store
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        task = self._store.get_task(trial.config["task"])
+        cause = trial.get_error() or TaskError("the worker was lost")
+        text = f"{type(cause).__name__}: {cause}".strip()
+        self._store.put_failure(failure_record(task, text))
+        self._source.failed(task.key, text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Set what Tune reads from the environment, and keep its loggers quiet, for one run."""
+    before = dict(os.environ)
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [each.level for each in loggers]
+    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in before})
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

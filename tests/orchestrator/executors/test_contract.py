@@ -1,0 +1,207 @@
+"""One contract suite for every executor, with task functions that need no torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.executors.base import Executor, RunTask
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.records import Record, Task
+from orchestrator.store import FolderStore
+
+
+class ListSource:
+    """Serves a fixed list of tasks; remembers what happened."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.waiting = {task.key: task for task in tasks}
+        self.running: set[str] = set()
+        self.records: dict[str, Record] = {}
+        self.errors: dict[str, str] = {}
+        self.reports: list[tuple[str, Mapping[str, Any]]] = []
+
+    def next_ready(self) -> Task | None:
+        self._drop_blocked()
+        for key, task in self.waiting.items():
+            if all(need in self.records for need in task.needs):
+                self.running.add(key)
+                return self.waiting.pop(key)
+        return None
+
+    @property
+    def finished(self) -> bool:
+        self._drop_blocked()
+        return not self.waiting and not self.running
+
+    def _drop_blocked(self) -> None:
+        blocked = [
+            key for key, task in self.waiting.items() if any(n in self.errors for n in task.needs)
+        ]
+        for key in blocked:
+            self.errors[key] = "skipped"
+            del self.waiting[key]
+            self._drop_blocked()
+
+    def progress(self, key: str, report: Mapping[str, Any]) -> None:
+        self.reports.append((key, report))
+
+    def done(self, record: Record) -> None:
+        self.running.remove(record.key)
+        self.records[record.key] = record
+
+    def failed(self, key: str, error: str) -> None:
+        self.running.remove(key)
+        self.errors[key] = error
+
+
+def task(number: int, *needs: Task, **inputs: Any) -> Task:
+    keys = tuple(need.key for need in needs)
+    return Task(kind="search", inputs={"number": number, **inputs}, needs=keys, label=f"t{number}")
+
+
+def fake_run_task() -> RunTask:
+    """A task function that squares its number; a closure, so that workers get it by value."""
+
+    def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        import os
+
+        if task.inputs.get("fail"):
+            raise ValueError(f"number {task.inputs['number']} is unlucky")
+        if task.inputs.get("die"):
+            os._exit(1)
+        on_progress({"search_step": 1})
+        assert all(store.has_record(need) for need in task.needs)
+        record = Record(
+            key=task.key,
+            kind=task.kind,
+            state="done",
+            inputs=task.inputs,
+            outputs={"square": task.inputs["number"] ** 2},
+            host={"pid": os.getpid()},
+        )
+        store.put_record(record)
+        return record
+
+    return run_task
+
+
+@pytest.fixture(scope="module")
+def ray_executor() -> Iterator[Executor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray = pytest.importorskip("ray")
+        from orchestrator.executors.ray_tune import RayTuneExecutor
+
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=128 * 2**20,
+        )
+        yield RayTuneExecutor()
+        ray.shutdown()
+
+
+@pytest.fixture(params=["in_process", "ray_tune"])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    if request.param == "in_process":
+        return InProcessExecutor()
+    return request.getfixturevalue("ray_executor")  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def run(executor: Executor, tmp_path: Path) -> Callable[[list[Task]], ListSource]:
+    def run(tasks: list[Task]) -> ListSource:
+        source = ListSource(tasks)
+        store = FolderStore(tmp_path / "store")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own
+            executor.run(source, fake_run_task(), store)
+        return source
+
+    return run
+
+
+def test_executor_honours_dependencies_and_returns_the_stored_records(
+    run: Callable[..., ListSource], tmp_path: Path
+) -> None:
+    first = task(2)
+    second = [task(3, first), task(4, first)]
+    last = task(5, *second)
+    source = run([last, *second, first])
+    stored = FolderStore(tmp_path / "store").records()
+    assert not source.errors
+    assert {r.inputs["number"]: r.outputs["square"] for r in source.records.values()} == {
+        2: 4,
+        3: 9,
+        4: 16,
+        5: 25,
+    }
+    assert dict(stored) == source.records
+
+
+def test_executor_goes_on_after_a_failure_and_keeps_its_text(
+    run: Callable[..., ListSource], tmp_path: Path
+) -> None:
+    bad = task(7, fail=True)
+    skipped = task(8, bad)
+    source = run([bad, skipped, task(9)])
+    failure = FolderStore(tmp_path / "store").get_failure(bad.key)
+    assert source.errors == {
+        bad.key: "ValueError: number 7 is unlucky",
+        skipped.key: "skipped",
+    }
+    assert [record.outputs["square"] for record in source.records.values()] == [81]
+    assert failure is not None
+    assert failure.error == "ValueError: number 7 is unlucky"
+    assert "unlucky" in failure.outputs["traceback"]
+
+
+def test_executor_ends_when_nothing_can_become_ready(run: Callable[..., ListSource]) -> None:
+    bad = task(1, fail=True)
+    source = run([task(2, bad), bad])
+    assert len(source.errors) == 2
+    assert not source.records
+
+
+def test_executor_with_a_finished_source_runs_nothing(run: Callable[..., ListSource]) -> None:
+    assert not run([]).records
+
+
+def test_executor_runs_an_exclusive_task_among_others(run: Callable[..., ListSource]) -> None:
+    alone = Task(kind="latency", inputs={"number": 6}, exclusive=True)
+    source = run([task(1), task(2), task(3), alone, task(4)])
+    assert sorted(r.outputs["square"] for r in source.records.values()) == [1, 4, 9, 16, 36]
+
+
+def test_executor_reports_progress(run: Callable[..., ListSource]) -> None:
+    only = task(3)
+    assert run([only]).reports == [(only.key, {"search_step": 1})]
+
+
+def test_ray_executor_reuses_workers(ray_executor: Executor, tmp_path: Path) -> None:
+    source = ListSource([task(number) for number in range(10)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+    pids = {record.host["pid"] for record in source.records.values()}
+    assert len(source.records) == 10
+    assert len(pids) <= 3  # two slots; a worker is started anew at most while another is kept
+
+
+def test_ray_executor_survives_a_lost_worker(ray_executor: Executor, tmp_path: Path) -> None:
+    lost = task(1, die=True)
+    source = ListSource([lost, task(2, lost), task(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+    assert [record.outputs["square"] for record in source.records.values()] == [9]
+    assert set(source.errors) == {lost.key, task(2, lost).key}
