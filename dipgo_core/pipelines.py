@@ -1,0 +1,469 @@
+"""Pipelines: the only from_pretrained; conditioning, noise, the differentiable rollout, decoding."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.errors import ConfigError, ModelFilesError
+from dipgo_core.families import (
+    Family,
+    family_of_pipeline,
+    find_known,
+    find_noise_scheduler,
+)
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import BlockGraph
+from dipgo_core.items import Item
+from dipgo_core.subnet import SubNet, config_sha256
+
+logger = logging.getLogger(__name__)
+
+NULL_CLASS = 1000  # DiTPipeline's label of the unconditional branch
+
+
+class Predict(Protocol):
+    """Evaluates the denoiser at one call and returns the guided prediction. # (B, C, h, w)"""
+
+    def __call__(self, call: int, model_input: Tensor, timestep: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A pipeline ready for searching and evaluating: frozen weights, eval mode, no safety checker.
+
+    scheduler_config: the noise scheduler's config as the model came; `set_sampler` starts from it.
+    """
+
+    pipe: Any
+    family: Family
+    settings: ModelSettings
+    weights_sha256: str
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return cast(nn.Module, getattr(self.pipe, self.family.denoiser_attribute))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @cached_property
+    def decoder(self) -> Any:
+        """The autoencoder in the precision of decoding: float32 where float16 would overflow."""
+        vae = self.pipe.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            return copy.deepcopy(vae).to(torch.float32)
+        return vae
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What one batch is generated from, as keyword arguments of the denoiser.
+
+    With guidance the arguments hold both halves, ordered as the stock pipeline orders them.
+    """
+
+    arguments: Mapping[str, Any]
+    batch_size: int
+    guidance_scale: float
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+
+# loading -----------------------------------------------------------------------------------------
+
+
+def weights_digest(settings: ModelSettings) -> str:
+    """Return what identifies the weights, without loading them.
+
+    For bundled names and folders the SHA-256 of the files that decide the output; for hub ids
+    ``hub:<id>@<revision>``.
+
+    Raises:
+        ModelFilesError: a folder lacks files.
+    """
+    folder = model_folder(settings.id)
+    if folder is None:
+        return f"hub:{settings.id}@{settings.revision or 'main'}"
+    files = _deciding_files(folder)
+    stamp = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
+    if stamp not in _digests:
+        _digests[stamp] = _digest(folder, files)
+    return _digests[stamp]
+
+
+_digests: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def model_folder(model_id: str) -> Path | None:
+    """Return the folder of a bundled name or local path, or None for a hub id."""
+    known = find_known(model_id)
+    if known is not None and known.bundled:
+        from dipgo_core.zoo import zoo_path
+
+        return zoo_path(known.id)
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if known is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
+        raise ModelFilesError(
+            f"{model_id!r} is no bundled model, no folder here and no hub id (owner/name)"
+        )
+    return None
+
+
+def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
+    """Load a bundled model, a local folder or a hub id, from safetensors only.
+
+    Raises:
+        ModelFilesError: files are missing or cannot be read.
+        UnknownModelError: no family uses the pipeline's class.
+    """
+    folder = model_folder(settings.id)
+    digest = weights_digest(settings)  # also finds missing files
+    dtype = getattr(torch, settings.dtype)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder or settings.id),
+            revision=None if folder else settings.revision,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            **_left_out(settings, folder),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(
+            f"{settings.id} (revision {settings.revision or 'main'}) cannot be loaded: {error}\n"
+            "Without network, give the path of a folder that holds the whole pipeline as the id."
+        ) from error
+    return loaded_model(pipe.to(device), settings, weights_sha256=digest)
+
+
+def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:
+    """Prepare a pipeline that is in memory: freeze it, silence it, drop its safety checker.
+
+    Raises:
+        UnknownModelError: no family uses the pipeline's class.
+    """
+    family = family_of_pipeline(type(pipe).__name__)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    return LoadedModel(pipe, family, settings, weights_sha256, dict(pipe.scheduler.config))
+
+
+def _left_out(settings: ModelSettings, folder: Path | None) -> dict[str, Any]:
+    known = find_known(settings.id)
+    if known is not None:
+        pipeline = "StableDiffusionPipeline" if known.family == "sd" else ""
+    elif folder is not None:
+        pipeline = _model_index(folder)["_class_name"]
+        family_of_pipeline(pipeline)
+    else:
+        config = diffusers.DiffusionPipeline.load_config(settings.id, revision=settings.revision)
+        pipeline = config["_class_name"]
+        family_of_pipeline(pipeline)
+    if pipeline == "StableDiffusionPipeline":
+        return {"safety_checker": None, "requires_safety_checker": False}
+    return {}
+
+
+def _model_index(folder: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads((folder / "model_index.json").read_text("utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelFilesError(
+            f"{folder} is not a saved pipeline: model_index.json {error}. Point the id at the "
+            "folder that `save_pretrained` wrote."
+        ) from error
+
+
+def _deciding_files(folder: Path) -> list[Path]:
+    index = _model_index(folder)
+    files: list[Path] = []
+    missing: list[str] = []
+    for name, origin in sorted(index.items()):
+        if name.startswith("_") or name in ("safety_checker", "feature_extractor"):
+            continue
+        if not isinstance(origin, list) or origin[1] is None:
+            continue
+        found = sorted(p for p in (folder / name).glob("*") if _decides(p))
+        files.extend(found)
+        if not any(p.suffix == ".json" for p in found):
+            missing.append(f"{name}/*.json")
+        has_weights = "Tokenizer" not in origin[1] and "Scheduler" not in origin[1]
+        if has_weights and not any(p.suffix == ".safetensors" for p in found):
+            missing.append(f"{name}/*.safetensors")
+    if missing:
+        raise ModelFilesError(
+            f"{folder} lacks {', '.join(missing)}. Only safetensors are read; copy the missing "
+            "files there, or convert the weights with `save_pretrained`."
+        )
+    return files
+
+
+def _decides(path: Path) -> bool:
+    """Configs, vocabularies and the default weights; variants such as ``x.fp16.safetensors`` no."""
+    if path.suffix == ".safetensors":
+        return "." not in path.stem
+    return path.suffix in (".json", ".txt", ".model")
+
+
+def _digest(folder: Path, files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            part = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {part}\n".encode())
+    return total.hexdigest()
+
+
+# sampling ----------------------------------------------------------------------------------------
+
+
+def noise_scheduler(model: LoadedModel, sampler: SamplerSettings) -> Any:
+    """Return a fresh diffusers scheduler with its timesteps set on the model's device."""
+    known = find_noise_scheduler(sampler.scheduler)
+    cls = getattr(diffusers, known.cls)
+    spacing = {} if sampler.spacing is None else {"timestep_spacing": sampler.spacing}
+    config = {k: v for k, v in model.scheduler_config.items() if k not in known.settings}
+    scheduler = cls.from_config(config, **known.settings, **spacing)
+    try:
+        scheduler.set_timesteps(sampler.steps, device=model.device)
+    except ValueError as error:
+        raise ConfigError(
+            f"sampler.steps {sampler.steps} is impossible with {sampler.scheduler}: {error}"
+        ) from error
+    return scheduler
+
+
+def set_sampler(model: LoadedModel, sampler: SamplerSettings) -> list[float]:
+    """Install the noise scheduler; return its timesteps, one a denoiser call (whole ones as int).
+
+    Raises:
+        ConfigError: an unknown scheduler, or steps it cannot do.
+    """
+    scheduler = noise_scheduler(model, sampler)
+    model.pipe.scheduler = scheduler
+    return timesteps_of(scheduler)
+
+
+def timesteps_of(scheduler: Any) -> list[float]:
+    """Return a scheduler's timesteps, one a denoiser call; whole numbers as int."""
+    return [int(t) if t == int(t) else float(t) for t in scheduler.timesteps.tolist()]
+
+
+def initial_latents(model: LoadedModel, seeds: Sequence[int]) -> Tensor:
+    """Draw the noise the stock pipeline draws from one CPU generator an image.  # (B, C, h, w)"""
+    config = cast(Any, model.denoiser).config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=model.dtype)
+        for seed in seeds
+    ]
+    return torch.cat(noise).to(model.device)
+
+
+@torch.no_grad()
+def encode(model: LoadedModel, items: Sequence[Item], guidance_scale: float) -> Conditioning:
+    """Return the conditioning of a batch, as the stock pipeline makes it.
+
+    Raises:
+        ConfigError: a label-conditional model got an item without label.
+    """
+    guided = guidance_scale > 1
+    arguments = _ENCODERS[model.family.name](model, items, guided)
+    return Conditioning(arguments, len(items), guidance_scale)
+
+
+def _encode_sd(model: LoadedModel, items: Sequence[Item], guided: bool) -> dict[str, Any]:
+    prompts = [item.prompt for item in items]
+    positive, negative = model.pipe.encode_prompt(prompts, model.device, 1, guided)
+    return {"encoder_hidden_states": torch.cat([negative, positive]) if guided else positive}
+
+
+def _encode_sdxl(model: LoadedModel, items: Sequence[Item], guided: bool) -> dict[str, Any]:
+    prompts = [item.prompt for item in items]
+    positive, negative, pooled, negative_pooled = model.pipe.encode_prompt(
+        prompts, device=model.device, do_classifier_free_guidance=guided
+    )
+    side = model.pipe.default_sample_size * model.pipe.vae_scale_factor
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=positive.dtype)
+    batch = len(items) * (2 if guided else 1)
+    added = {
+        "text_embeds": torch.cat([negative_pooled, pooled]) if guided else pooled,
+        "time_ids": sizes.repeat(batch, 1).to(model.device),
+    }
+    states = torch.cat([negative, positive]) if guided else positive
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+
+def _encode_dit(model: LoadedModel, items: Sequence[Item], guided: bool) -> dict[str, Any]:
+    unlabelled = [item.prompt for item in items if item.label is None]
+    if unlabelled:
+        raise ConfigError(
+            f"{model.settings.id} is conditioned on class labels, but {unlabelled[0]!r} has none; "
+            'give prompts as lines such as {"prompt": "...", "label": 7}'
+        )
+    labels = [cast(int, item.label) for item in items] + [NULL_CLASS] * len(items) * guided
+    return {"class_labels": torch.tensor(labels, device=model.device)}
+
+
+_ENCODERS: dict[str, Callable[[LoadedModel, Sequence[Item], bool], dict[str, Any]]] = {
+    "sd": _encode_sd,
+    "sdxl": _encode_sdxl,
+    "dit": _encode_dit,
+}
+
+
+def predict(
+    model: LoadedModel, conditioning: Conditioning, model_input: Tensor, timestep: Tensor
+) -> Tensor:
+    """Evaluate the denoiser once and apply guidance; differentiable.  # (B, C, h, w)
+
+    model_input: latents after the scheduler's scaling, one a batch item (doubled here).
+    """
+    doubled = torch.cat([model_input] * 2) if conditioning.guided else model_input
+    output = model.denoiser(
+        doubled,
+        timestep=timestep.expand(doubled.shape[0]),
+        **conditioning.arguments,
+        return_dict=False,
+    )[0]
+    output = output[:, : model_input.shape[1]]  # DiT: drops the learned sigma
+    if not conditioning.guided:
+        return cast(Tensor, output)
+    first, second = output.chunk(2)
+    conditional_first = model.family.conditioning == "label"  # DiTPipeline's order
+    positive, negative = (first, second) if conditional_first else (second, first)
+    return cast(Tensor, negative + conditioning.guidance_scale * (positive - negative))
+
+
+def rollout(
+    model: LoadedModel,
+    conditioning: Conditioning,
+    latents: Tensor,
+    sampler: SamplerSettings,
+    *,
+    on_call: Callable[[int, Tensor], None] | None = None,
+    predictor: Predict | None = None,
+) -> Tensor:
+    """Return the final latents of the stock pipeline call, differentiably.  # (B, C, h, w)
+
+    on_call: gets the call's index and the latents before it. predictor: evaluates the denoiser
+    instead of `predict` (for example under activation checkpointing).
+    """
+    scheduler = noise_scheduler(model, sampler)
+    if model.family.conditioning == "prompt":  # DiTPipeline starts from unscaled noise
+        latents = latents * scheduler.init_noise_sigma
+    for call, timestep in enumerate(scheduler.timesteps):
+        if on_call is not None:
+            on_call(call, latents)
+        model_input = scheduler.scale_model_input(latents, timestep)
+        if predictor is None:
+            prediction = predict(model, conditioning, model_input, timestep)
+        else:
+            prediction = predictor(call, model_input, timestep)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def decode(model: LoadedModel, latents: Tensor) -> Tensor:
+    """Return the images of final latents, in [0, 1], differentiably.  # (B, 3, H, W)"""
+    vae = model.decoder
+    config = vae.config
+    latents = latents.to(vae.dtype) / config.scaling_factor
+    if getattr(config, "latents_mean", None) is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        latents = latents * std + mean
+    images = vae.decode(latents, return_dict=False)[0]
+    return cast(Tensor, (images / 2 + 0.5).clamp(0, 1))
+
+
+# blocks and SubNets ------------------------------------------------------------------------------
+
+
+def block_graph(model: LoadedModel, granularity: str = "block") -> BlockGraph:
+    """Trace the denoiser into its block graph (on the meta device; the weights are not read)."""
+    from dipgo_core.blocks import trace_pipeline
+
+    return trace_pipeline(model.pipe, model.family, granularity=granularity)
+
+
+def deciding_config(configured: Any) -> dict[str, Any]:
+    """Return the config fields that decide the output: arguments of the class, as JSON values."""
+    accepted = inspect.signature(type(configured).__init__).parameters
+    config = {k: v for k, v in configured.config.items() if k in accepted and k[0] != "_"}
+    return cast(dict[str, Any], json.loads(json.dumps(config, sort_keys=True, default=list)))
+
+
+def subnet_of(
+    model: LoadedModel,
+    graph: BlockGraph,
+    sampler: SamplerSettings,
+    gates: GateTable,
+    **provenance: Any,
+) -> SubNet:
+    """Return the SubNet that runs `gates` (closed) on this model and sampler."""
+    scheduler = noise_scheduler(model, sampler)
+    closed = graph.close(gates)
+    macs = {
+        convention: {
+            "dense": graph.call_macs(convention) * closed.num_calls,
+            "kept": graph.macs(closed, convention),
+            "pruned_ratio": graph.pruned_ratio(closed, convention),
+        }
+        for convention in ("all", "paper")
+    }
+    model_config, scheduler_config = deciding_config(model.denoiser), deciding_config(scheduler)
+    return SubNet(
+        gates=closed,
+        block_names=graph.names,
+        reuse=tuple(block.reuse for block in graph.blocks),
+        granularity=graph.granularity,
+        model={
+            "family": model.family.name,
+            "id": model.settings.id,
+            "revision": model.settings.revision,
+            "denoiser": type(model.denoiser).__name__,
+            "config": model_config,
+            "config_sha256": config_sha256(model_config),
+        },
+        sampler={
+            "scheduler": type(scheduler).__name__,
+            "config": scheduler_config,
+            "config_sha256": config_sha256(scheduler_config),
+            "steps": sampler.steps,
+            "timesteps": timesteps_of(scheduler),
+            "guidance_scale": sampler.guidance_scale,
+        },
+        macs={**macs["all"], "convention": "all", "paper": macs["paper"]},
+        provenance=provenance,
+    )
