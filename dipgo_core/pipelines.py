@@ -1,4 +1,4 @@
-"""Pipelines: the only from_pretrained; conditioning, noise, the differentiable rollout, decoding."""
+"""Pipelines: the only from_pretrained; conditioning, noise, differentiable rollout, decoding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from dipgo_core.blocks import trace_denoiser
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import ConfigError, ModelFilesError
 from dipgo_core.families import (
+    FAMILIES,
     Family,
     family_of_pipeline,
     find_known,
@@ -143,14 +145,15 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
     """
     folder = model_folder(settings.id)
     digest = weights_digest(settings)  # also finds missing files
-    dtype = getattr(torch, settings.dtype)
+    source, revision = (str(folder), None) if folder else (settings.id, settings.revision)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder or settings.id),
-            revision=None if folder else settings.revision,
-            torch_dtype=dtype,
+        family = family_of_pipeline(_pipeline_class(source, revision))
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+            source,
+            revision=revision,
+            torch_dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
-            **_left_out(settings, folder),
+            **_NO_SAFETY_CHECKER.get(family.name, {}),
         )
     except (OSError, ValueError) as error:
         raise ModelFilesError(
@@ -158,6 +161,19 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
             "Without network, give the path of a folder that holds the whole pipeline as the id."
         ) from error
     return loaded_model(pipe.to(device), settings, weights_sha256=digest)
+
+
+_NO_SAFETY_CHECKER: dict[str, dict[str, Any]] = {
+    "sd": {"safety_checker": None, "requires_safety_checker": False}
+}
+
+
+def _pipeline_class(source: str, revision: str | None) -> str:
+    known = find_known(source)
+    if known is not None:
+        return FAMILIES[known.family].pipeline
+    config = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    return cast(str, config["_class_name"])
 
 
 def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:
@@ -174,22 +190,6 @@ def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> 
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     return LoadedModel(pipe, family, settings, weights_sha256, dict(pipe.scheduler.config))
-
-
-def _left_out(settings: ModelSettings, folder: Path | None) -> dict[str, Any]:
-    known = find_known(settings.id)
-    if known is not None:
-        pipeline = "StableDiffusionPipeline" if known.family == "sd" else ""
-    elif folder is not None:
-        pipeline = _model_index(folder)["_class_name"]
-        family_of_pipeline(pipeline)
-    else:
-        config = diffusers.DiffusionPipeline.load_config(settings.id, revision=settings.revision)
-        pipeline = config["_class_name"]
-        family_of_pipeline(pipeline)
-    if pipeline == "StableDiffusionPipeline":
-        return {"safety_checker": None, "requires_safety_checker": False}
-    return {}
 
 
 def _model_index(folder: Path) -> dict[str, Any]:
@@ -412,9 +412,15 @@ def decode(model: LoadedModel, latents: Tensor) -> Tensor:
 
 def block_graph(model: LoadedModel, granularity: str = "block") -> BlockGraph:
     """Trace the denoiser into its block graph (on the meta device; the weights are not read)."""
-    from dipgo_core.blocks import trace_pipeline
+    return trace_denoiser(
+        model.denoiser, model.family, tokens=tokens_of(model.pipe), granularity=granularity
+    )
 
-    return trace_pipeline(model.pipe, model.family, granularity=granularity)
+
+def tokens_of(pipe: Any) -> int:
+    """Return how many conditioning tokens a pipeline gives its denoiser (77 without tokenizer)."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    return 77 if tokenizer is None else int(tokenizer.model_max_length)
 
 
 def deciding_config(configured: Any) -> dict[str, Any]:
