@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from dipgo_core.errors import TraceError
 from dipgo_core.families import FAMILIES, Family, KnownModel
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
-from dipgo_core.hooks import Forward, ForwardHook, Interceptor, bind_arguments, named_module
+from dipgo_core.hooks import Forward, Interceptor, MethodHook, bind_arguments, named_module
 from dipgo_core.macs import MacsCounter
 
 GRANULARITIES = ("block",)
@@ -185,7 +185,7 @@ def _run_traced(twin: nn.Module, names: tuple[str, ...], inputs: Mapping[str, An
         if isinstance(module, nn.Embedding):  # integer inputs reach the output through these
             module.weight.requires_grad_(True)
     hooks = [
-        ForwardHook(named_module(twin, name), _tagging(trace, number))
+        MethodHook(named_module(twin, name), "forward", _tagging(trace, number))
         for number, name in enumerate(names, start=1)
     ]
     try:

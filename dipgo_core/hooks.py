@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dipgo_core.errors import SubNetError, TraceError
-from dipgo_core.graph import Block, BlockGraph
+from dipgo_core.graph import BlockGraph
 
 logger = logging.getLogger(__name__)
 
@@ -67,39 +67,40 @@ class Structure:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-class ForwardHook:
-    """One wrapped `forward`; `remove()` puts back exactly what was there."""
+class MethodHook:
+    """One wrapped method of one instance; `remove()` puts back exactly what was there."""
 
-    def __init__(self, module: nn.Module, intercept: Interceptor) -> None:
-        self._module = module
-        self._previous = module.__dict__.get("forward")
+    def __init__(self, owner: Any, name: str, intercept: Interceptor) -> None:
+        self._owner = owner
+        self._name = name
+        self._previous = vars(owner).get(name)
         self._active = True
-        original = module.forward
+        original = getattr(owner, name)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(original)  # keeps the signature visible to inspect
+        def method(*args: Any, **kwargs: Any) -> Any:
             if not self._active:
                 return original(*args, **kwargs)
             return intercept(original, args, kwargs)
 
-        self._forward = forward
-        module.__dict__["forward"] = forward
+        self._method = method
+        vars(owner)[name] = method
 
     def remove(self) -> None:
-        """Restore the module; a wrapper put around ours later stays and finds ours inert."""
+        """Restore the method; a wrapper put around ours later stays and finds ours inert."""
         self._active = False
-        if self._module.__dict__.get("forward") is not self._forward:
+        if vars(self._owner).get(self._name) is not self._method:
             return
         if self._previous is None:
-            del self._module.__dict__["forward"]
+            del vars(self._owner)[self._name]
         else:
-            self._module.__dict__["forward"] = self._previous
+            vars(self._owner)[self._name] = self._previous
 
 
 class HookHandle:
     """The way back from `install`."""
 
-    def __init__(self, denoiser: nn.Module, hooks: list[ForwardHook]) -> None:
+    def __init__(self, denoiser: nn.Module, hooks: list[MethodHook]) -> None:
         self._denoiser = denoiser
         self._hooks = hooks
 
@@ -133,10 +134,10 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
             "handle"
         )
     modules = [named_module(denoiser, block.name) for block in graph.blocks[1:]]
-    hooks = [ForwardHook(denoiser, _denoiser_interceptor(denoiser, policy))]
+    hooks = [MethodHook(denoiser, "forward", _denoiser_interceptor(denoiser, policy))]
     for index, module in enumerate(modules, start=1):
         hooks.append(
-            ForwardHook(module, _block_interceptor(module, graph.blocks[index], index, policy))
+            MethodHook(module, "forward", _block_interceptor(module, index, graph, policy))
         )
     handle = HookHandle(denoiser, hooks)
     denoiser.__dict__["_dipgo_hooks"] = handle
@@ -191,7 +192,10 @@ def _denoiser_interceptor(denoiser: nn.Module, policy: Policy) -> Interceptor:
     return intercept
 
 
-def _block_interceptor(module: nn.Module, block: Block, index: int, policy: Policy) -> Interceptor:
+def _block_interceptor(
+    module: nn.Module, index: int, graph: BlockGraph, policy: Policy
+) -> Interceptor:
+    block = graph.blocks[index]
     structure: Structure | None = None
     position = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
 
