@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 TaskKind = Literal["reference", "search", "evaluate", "latency"]
@@ -45,19 +46,21 @@ class Task:
     """One unit of work. `inputs` holds everything that decides the result, and nothing else.
 
     needs: keys of the tasks whose records must be done first.
+    options: how it is run, never what comes out (batch size, where a scorer's files lie).
     label: for people (progress, logs). affinity: tasks that share a loaded pipeline share this.
     """
 
     kind: TaskKind
     inputs: Mapping[str, Any]
     needs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     affinity: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
     exclusive: bool = False  # alone on its node (latency)
 
-    @property
+    @cached_property
     def key(self) -> str:
         return content_key({"kind": self.kind, "inputs": self.inputs})
 

@@ -1,0 +1,189 @@
+"""What a plan must know of the world: digests, prompts, scorers, image size. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.evaluation.prompts import (
+    check_disjoint,
+    items_sha256,
+    label_items,
+    read_items,
+    with_labels,
+)
+from dipgo_core.evaluation.scorers import (
+    Scorer,
+    clip_scorer,
+    features_scorer,
+    file_sha256,
+    folder_sha256,
+)
+from dipgo_core.families import find_family, find_known
+from dipgo_core.items import Item
+from dipgo_core.model_files import model_folder, model_index, weights_digest
+from dipgo_core.zoo import reference_statistics_path
+from orchestrator.records import content_key
+from orchestrator.sweep_settings import PromptSource, Reference, SweepFile, SweepModel
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSet:
+    """Prompts or labels of one split. `items` is None where they could not be read (planning
+    without network); then `sha256` is provisional, and running the sweep reads them."""
+
+    sha256: str
+    count: int
+    items: tuple[Item, ...] | None = None
+
+    def blob(self) -> bytes:
+        """Return the items as bytes whose SHA-256 is `sha256`."""
+        rows = [[item.prompt, item.label] for item in self.items or ()]
+        return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def items_of_blob(data: bytes) -> tuple[Item, ...]:
+    """Return the items that `ItemSet.blob` wrote."""
+    return tuple(Item(prompt, label) for prompt, label in json.loads(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Facts of one model. reference: as in a protocol; reference_value: where it lies."""
+
+    weights_sha256: str
+    height: int
+    width: int
+    test: ItemSet
+    calibration: ItemSet
+    features: Scorer | None = None
+    clip: Scorer | None = None
+    reference: str = "dense"
+    reference_value: str = ""
+
+
+def gather_facts(sweep: SweepFile, *, offline: bool = False) -> dict[str, ModelFacts]:
+    """Look up the facts of every model, by its name in the sweep.
+
+    offline: let prompts that need the network pass as unread.
+
+    Raises:
+        DipgoError: prompts, weights, scorers or statistics are missing, or splits overlap.
+    """
+    return {model.name: _facts(model, offline) for model in sweep.models}
+
+
+def _facts(model: SweepModel, offline: bool) -> ModelFacts:
+    metrics = set(model.evaluate.metrics)
+    test = _item_set(model, model.evaluate.prompts, offline)
+    calibration = _item_set(model, model.calibration.prompts, offline)
+    if find_family(model.family).conditioning == "prompt":
+        check_disjoint(calibration.items or (), test.items or ())
+    size = image_size(model)
+    scorers = model.evaluate.scorers
+    wants_features = bool({"fid", "kid"} & metrics)
+    reference, value = _reference(model.evaluate.reference) if wants_features else ("dense", "")
+    return ModelFacts(
+        weights_sha256=weights_digest(model.settings),
+        height=size,
+        width=size,
+        test=test,
+        calibration=calibration,
+        features=features_scorer(scorers.features) if wants_features else None,
+        clip=clip_scorer(scorers.clip) if "clip" in metrics and scorers.clip else None,
+        reference=reference,
+        reference_value=value,
+    )
+
+
+def image_size(model: SweepModel) -> int:
+    """Return the side of the images in pixels: of the files where they are here, else as known.
+
+    Raises:
+        ModelFilesError: the folder's configs cannot be read.
+    """
+    folder = model_folder(model.settings.id)
+    family = find_family(model.family)
+    if folder is None or not folder.is_dir():
+        known = find_known(model.settings.id)
+        return known.resolution if known else family.resolution
+    denoiser = _config(folder / family.denoiser_attribute)
+    autoencoder = _config(folder / "vae")
+    factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    return int(denoiser["sample_size"]) * factor
+
+
+def class_labels(model: SweepModel) -> dict[str, int]:
+    """Return text to label of a label-conditioned model; numbers as texts without its files."""
+    folder = model_folder(model.settings.id)
+    index = model_index(folder) if folder is not None else {}
+    named = index.get("id2label") or {str(i): f"class {i}" for i in range(IMAGENET_CLASSES)}
+    return {text.strip(): int(label) for label, texts in named.items() for text in texts.split(",")}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(f"{path} cannot be read ({error}); copy the model again") from error
+    return config
+
+
+def _item_set(model: SweepModel, source: PromptSource, offline: bool) -> ItemSet:
+    if source.kind == "hub" and offline:
+        return ItemSet(sha256=content_key(asdict(source)), count=source.rows or 1)
+    items = _read(model, source)
+    return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
+
+
+def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
+    labelled = find_family(model.family).conditioning == "label"
+    if source.kind == "labels":
+        return _label_items(model, source)
+    if source.kind == "bundled":
+        items = read_items(f"bundled:{source.value}")[: source.rows]
+    elif source.kind == "file":
+        items = read_items({"file": source.value, "column": source.column, "rows": source.rows})
+    else:
+        spec = {"hub": source.value, "revision": source.revision, "split": source.split}
+        details = {"config": source.config, "column": source.column, "rows": source.rows}
+        items = read_items({**spec, **details})
+    return with_labels(items, class_labels(model)) if labelled else items
+
+
+def _label_items(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
+    """Return the items of chosen class labels, or of all; evenly spread where `rows` limits them.
+
+    Raises:
+        EvaluationError: a label that the model does not have.
+    """
+    every = label_items(class_labels(model))
+    if not source.labels:
+        return label_items(class_labels(model), source.rows)
+    by_label = {item.label: item for item in every}
+    unknown = [label for label in source.labels if label not in by_label]
+    if unknown:
+        raise EvaluationError(
+            f"{model.settings.id} has no class labels {', '.join(map(str, unknown))}; it has "
+            f"{len(every)}, from {every[0].label} to {every[-1].label}"
+        )
+    return tuple(by_label[label] for label in source.labels)
+
+
+def _reference(reference: Reference) -> tuple[str, str]:
+    """Return a protocol's name of what FID compares with, and where it lies."""
+    if reference.kind == "dense":
+        return "dense", ""
+    bundled = reference.value == "bundled"
+    path = reference_statistics_path() if bundled else Path(reference.value).expanduser()
+    if reference.kind == "statistics":
+        return f"statistics:{file_sha256(path)}", "bundled" if bundled else str(path.absolute())
+    if not path.is_dir():
+        raise EvaluationError(f"evaluate.reference.folder: no folder of images at {path}")
+    return f"folder:{folder_sha256(path)}", str(path.absolute())

@@ -1,0 +1,171 @@
+"""Which points a model has, and which gates each of them stands for. numpy, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_calls
+from dipgo_core.config import Convention, LossSettings, SamplerSettings, SearchSettings
+from dipgo_core.errors import TargetError
+from dipgo_core.families import num_calls
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import BlockGraph
+from dipgo_core.outcome import SearchOutcome
+from dipgo_core.postprocess import select
+from orchestrator.records import content_key
+from orchestrator.sweep_settings import Baseline, SweepModel
+
+Method = Literal["dense", "few_steps", "uniform", "best_step_mask", "random", "search"]
+
+#: Baselines of which the best one, chosen on calibration prompts, is what a search has to beat.
+TRIVIAL: tuple[Method, ...] = ("few_steps", "uniform", "best_step_mask")
+
+STEP_MASKS = "best_step_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointSpec:
+    """One point before anything is known of its gates.
+
+    search: settings of the search it takes its gates from. variant: timestep spacing of
+    `few_steps`, number of a random draw.
+    """
+
+    method: Method
+    sampler: SamplerSettings
+    target: float | None = None
+    search: SearchSettings | None = None
+    variant: str | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """What the drawing of this point's gates depends on."""
+        if self.method == "random":
+            return int(self.variant or 0)
+        return self.search.seed if self.search and self.method == "search" else None
+
+    @property
+    def label(self) -> str:
+        """Name for people, such as ``search ssim alpha 1 seed 0 at 0.5``."""
+        name = search_label(self.search) if self.search and self.method == "search" else self.method
+        parts = [name, self.variant or "", "" if self.target is None else f"at {self.target:g}"]
+        return " ".join(part for part in parts if part)
+
+
+def search_label(search: SearchSettings) -> str:
+    """Return what tells a search apart from others of its sweep."""
+    if search.strategy == STEP_MASKS:
+        return search.strategy
+    losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
+    return f"{search.strategy} {losses} alpha {search.loss.alpha:g} seed {search.seed}"
+
+
+def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
+    """Return the distinct searches of the grid; step masks look at no loss weights."""
+    effective = (_effective(settings) for settings in model.searches())
+    return tuple({content_key(settings.to_json()): settings for settings in effective}.values())
+
+
+def step_mask_search(model: SweepModel) -> SearchSettings | None:
+    """Return the search that the `best_step_mask` baseline takes its masks from, if wanted."""
+    wanted = any(baseline.name == STEP_MASKS for baseline in model.baselines)
+    return SearchSettings(strategy=STEP_MASKS) if wanted else None
+
+
+def _effective(settings: SearchSettings) -> SearchSettings:
+    if settings.strategy != STEP_MASKS:
+        return settings
+    return replace(settings, loss=LossSettings())
+
+
+def point_specs(model: SweepModel) -> Iterator[PointSpec]:
+    """Yield every point of a model: dense, the baselines of each target, the searched ones."""
+    yield PointSpec(method="dense", sampler=model.sampler)
+    for baseline in model.baselines:
+        for target in model.targets:
+            yield from BASELINES[baseline.name](model, baseline, target)
+    for settings in searches(model):
+        for target in model.targets:
+            yield PointSpec(method="search", sampler=model.sampler, target=target, search=settings)
+
+
+def gates_of(
+    spec: PointSpec,
+    model: SweepModel,
+    graph: BlockGraph,
+    outcome: SearchOutcome | None,
+    convention: Convention,
+) -> GateTable:
+    """Return the gate table of a point; `outcome` is that of its search, if it has one.
+
+    Raises:
+        TargetError: no such point exists.
+    """
+    calls = num_calls(spec.sampler.scheduler, spec.sampler.steps)
+    if spec.target is None or spec.method == "few_steps":
+        return GateTable.all_keep(calls, graph.num_blocks)
+    if spec.method == "random":
+        assert spec.seed is not None
+        return random_gates(graph, spec.target, calls, spec.seed, convention)
+    if spec.method == "search":
+        assert outcome is not None
+        return select(
+            outcome,
+            graph,
+            spec.target,
+            num_calls=calls,
+            method=model.postprocess,
+            convention=convention,
+        )
+    computed = _computed_calls(spec.target, calls, outcome)
+    return GateTable.from_calls(computed, calls, graph.num_blocks)
+
+
+def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) -> tuple[int, ...]:
+    """Return the calls of a step skipper that spends at least what a SubNet of the target does."""
+    wanted = equal_compute_calls(target, calls)
+    if outcome is None:
+        return uniform_calls(wanted, calls)
+    if wanted == calls:
+        return tuple(range(calls))
+    masks: Mapping[int, tuple[int, ...]] = outcome.step_masks or {}
+    if wanted not in masks:
+        raise TargetError(
+            f"target {target:g} takes {wanted} of {calls} computed calls; the step mask search has "
+            f"masks for {', '.join(map(str, sorted(masks))) or 'none'}"
+        )
+    return masks[wanted]
+
+
+def _few_steps(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    """Fewer steps of the same solver: as few as still make the calls of equal compute."""
+    name, calls = model.sampler.scheduler, num_calls(model.sampler.scheduler, model.sampler.steps)
+    wanted = equal_compute_calls(target, calls)
+    steps = next(s for s in range(1, model.sampler.steps + 1) if num_calls(name, s) >= wanted)
+    for spacing in baseline.spacing:
+        sampler = replace(model.sampler, steps=steps, spacing=spacing)
+        yield PointSpec(method="few_steps", sampler=sampler, target=target, variant=spacing)
+
+
+def _uniform(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    yield PointSpec(method="uniform", sampler=model.sampler, target=target)
+
+
+def _best_step_mask(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    search = step_mask_search(model)
+    yield PointSpec(method="best_step_mask", sampler=model.sampler, target=target, search=search)
+
+
+def _random(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    for draw in range(baseline.draws):
+        yield PointSpec(method="random", sampler=model.sampler, target=target, variant=str(draw))
+
+
+BASELINES: dict[str, Callable[[SweepModel, Baseline, float], Iterator[PointSpec]]] = {
+    "few_steps": _few_steps,
+    "uniform": _uniform,
+    "best_step_mask": _best_step_mask,
+    "random": _random,
+}

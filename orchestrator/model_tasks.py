@@ -1,0 +1,196 @@
+"""The tasks of one model: what decides each result (the key), and how it is run (the rest)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.metadata import version
+from typing import Any
+
+from dipgo_core import NUMERICS_VERSION
+from dipgo_core.config import SamplerSettings, SearchSettings
+from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
+from orchestrator.facts import ModelFacts
+from orchestrator.methods import search_label
+from orchestrator.records import Task
+from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
+
+
+@cache
+def numerics_versions() -> dict[str, str]:
+    """Return the versions that decide figures: ours, and the minor ones of the libraries."""
+    libraries = {name: _minor(version(name)) for name in ("torch", "diffusers")}
+    return {"dipgo": str(NUMERICS_VERSION), **libraries}
+
+
+def _minor(text: str) -> str:
+    return ".".join(text.split("+")[0].split(".")[:2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTasks:
+    """Makes the tasks of one model of a sweep.
+
+    device: name of the device that latencies are measured on.
+    """
+
+    sweep: SweepFile
+    model: SweepModel
+    facts: ModelFacts
+    device: str
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """How points are measured on the test set."""
+        evaluate = self.model.evaluate
+        metrics = tuple(name for name in evaluate.metrics if name != "latency")
+        wants_features = bool({"fid", "kid"} & set(metrics))
+        return replace(
+            self._images_protocol("test"),
+            metrics=metrics,
+            features=self.facts.features if wants_features else None,
+            clip=self.facts.clip if "clip" in metrics else None,
+            reference=self.facts.reference if wants_features else "dense",
+            kid_subset_size=largest_kid_subset(evaluate.images) if "kid" in metrics else 0,
+        )
+
+    @cached_property
+    def calibration_protocol(self) -> Protocol:
+        """How trivial baselines are measured on calibration prompts: PSNR to dense."""
+        return replace(self._images_protocol("calibration"), metrics=("psnr",))
+
+    def _images_protocol(self, split: Split) -> Protocol:
+        """Return what decides the images alone: no scorers, no metrics."""
+        test = split == "test"
+        items = self.facts.test if test else self.facts.calibration
+        source = self.model.evaluate if test else self.model.calibration
+        return Protocol(
+            split=split,
+            items_sha256=items.sha256,
+            num_items=items.count,
+            images=source.images,
+            seed=source.seed,
+            height=self.facts.height,
+            width=self.facts.width,
+            sampler=self.model.sampler.to_json(),
+            dtype=self.model.settings.dtype,
+            metrics=(),
+        )
+
+    @cached_property
+    def measures_latency(self) -> bool:
+        return "latency" in self.model.evaluate.metrics
+
+    @cached_property
+    def granularity(self) -> str:
+        return self.model.searches()[0].granularity
+
+    def reference(self, split: Split) -> Task:
+        """The dense model: block graph, images, and final latents on the calibration split."""
+        protocol = self._images_protocol(split)
+        return self._task(
+            "reference",
+            self.model.sampler,
+            {"protocol": protocol.to_json(), "granularity": self.granularity},
+            options=self._batch(split),
+            label=f"dense images, {split}",
+        )
+
+    def search(self, settings: SearchSettings) -> Task:
+        """One search; it serves every target."""
+        calibration = self._images_protocol("calibration").to_json()
+        return self._task(
+            "search",
+            self.model.sampler,
+            {
+                "search": settings.to_json(),
+                "calibration": calibration,
+                "macs_convention": self.sweep.macs_convention,
+            },
+            needs=(self.reference("calibration").key,),
+            label=search_label(settings),
+        )
+
+    def evaluate(
+        self, sampler: SamplerSettings, keep: Sequence[str], split: Split, label: str
+    ) -> Task:
+        """Images and figures of one gate table; the same table is never evaluated twice."""
+        test = split == "test"
+        protocol = self.protocol if test else self.calibration_protocol
+        scorers = self.model.evaluate.scorers
+        return self._task(
+            "evaluate",
+            sampler,
+            {
+                "keep": list(keep),
+                "protocol": protocol.to_json(),
+                "granularity": self.granularity,
+                "macs_convention": self.sweep.macs_convention,
+            },
+            needs=(self.reference(split).key,),
+            options={
+                **self._batch(split),
+                "features": scorers.features,
+                "clip": scorers.clip,
+                "reference": self.facts.reference_value,
+            },
+            label=label if test else f"{label}, calibration",
+        )
+
+    def latency(self, sampler: SamplerSettings, keep: Sequence[str], label: str) -> Task:
+        """Dense and pruned runs interleaved, alone on the node."""
+        settings = self.sweep.latency
+        task = self._task(
+            "latency",
+            sampler,
+            {
+                "keep": list(keep),
+                "dense_sampler": self.model.sampler.to_json(),
+                "device": self.device,
+                "threads": max(1, round(self.sweep.resources.latency.cpus)),
+                "batch_size": settings.batch_size,
+                "warmup": settings.warmup,
+                "min_runs": settings.min_runs,
+                "granularity": self.granularity,
+                "items_sha256": self.facts.test.sha256,
+            },
+            needs=(self.reference("test").key,),
+            label=label,
+        )
+        return replace(task, exclusive=True)
+
+    def _batch(self, split: Split) -> dict[str, Any]:
+        source = self.model.evaluate if split == "test" else self.model.calibration
+        return {
+            "batch_size": source.batch_size,
+            "images_per_shard": self.sweep.resources.images_per_shard,
+        }
+
+    def _task(
+        self,
+        kind: Any,
+        sampler: SamplerSettings,
+        inputs: Mapping[str, Any],
+        *,
+        label: str,
+        needs: tuple[str, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Task:
+        resources: TaskResources = getattr(self.sweep.resources, kind)
+        model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
+        return Task(
+            kind=kind,
+            inputs={
+                "model": model,
+                "sampler": sampler.to_json(),
+                "versions": numerics_versions(),
+                **inputs,
+            },
+            needs=needs,
+            options=options or {},
+            label=f"{self.model.name}: {label}",
+            affinity=f"{self.facts.weights_sha256}/{self.model.settings.dtype}",
+            cpus=resources.cpus,
+            gpus=resources.gpus,
+        )

@@ -1,0 +1,313 @@
+"""From a sweep and the records there are to tasks and points. Pure: no torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from dipgo_core.config import SearchSettings
+from dipgo_core.errors import TargetError
+from dipgo_core.graph import BlockGraph
+from dipgo_core.outcome import SearchOutcome
+from orchestrator.facts import ModelFacts
+from orchestrator.methods import (
+    TRIVIAL,
+    Method,
+    PointSpec,
+    gates_of,
+    point_specs,
+    searches,
+    step_mask_search,
+)
+from orchestrator.model_tasks import ModelTasks
+from orchestrator.records import Record, Task, TaskKind, content_key
+from orchestrator.sweep_settings import SweepFile
+
+TaskState = Literal["cached", "ready", "waiting", "unresolved"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of the sweep: a way to run a model, to be measured.
+
+    sampler: of the point itself (`few_steps` takes fewer steps than `sampler_dense`).
+    strategy, loss, search: of the search it came from. search: all settings of that search.
+    variant: timestep spacing of `few_steps`, number of a random draw.
+    keep: rows of the gate table, None until the records it follows from are there.
+    error: why there is no such point (an unreachable target).
+    evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
+        calibration_key for trivial baselines only; latency_key only if latency is measured.
+    needs: tasks whose records decide `keep`.
+    """
+
+    key: str
+    model: str
+    model_id: str
+    method: Method
+    strategy: str | None = None
+    loss: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
+    sampler: Mapping[str, Any]
+    sampler_dense: Mapping[str, Any]
+    target: float | None = None
+    seed: int | None = None
+    variant: str | None = None
+    protocol_hash: str
+    reference_key: str
+    keep: tuple[str, ...] | None = None
+    error: str | None = None
+    search_key: str | None = None
+    evaluate_key: str | None = None
+    calibration_key: str | None = None
+    latency_key: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def task_keys(self) -> tuple[str, ...]:
+        """Tasks whose records make this point complete."""
+        keys = (self.evaluate_key, self.latency_key, self.calibration_key)
+        return tuple(key for key in keys if key is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTask:
+    """A task with its place in the plan; `task` is None until its inputs are known."""
+
+    key: str
+    kind: TaskKind
+    model: str
+    label: str
+    needs: tuple[str, ...]
+    state: TaskState
+    task: Task | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "kind": self.kind,
+            "model": self.model,
+            "label": self.label,
+            "needs": list(self.needs),
+            "state": self.state,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a sweep consists of, given the records there are. Tasks are unique by key."""
+
+    models: tuple[str, ...]
+    tasks: tuple[PlannedTask, ...]
+    points: tuple[Point, ...]
+    protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by hash
+    searches: tuple[str, ...] = ()  # keys of the grid's searches, not of best_step_mask
+
+    @property
+    def ready(self) -> tuple[Task, ...]:
+        """Tasks that could be run now."""
+        return tuple(p.task for p in self.tasks if p.state == "ready" and p.task is not None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task has its record."""
+        return all(planned.state == "cached" for planned in self.tasks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return counts over the whole sweep, and all tasks; `cached` of them are done."""
+        found = {p.evaluate_key or p.key for p in self.points if p.method == "search"}
+        baselines = [p for p in self.points if p.method not in ("search", "dense")]
+        return {
+            "models": len(self.models),
+            "searches": len(self.searches),
+            "evaluations": len(found),
+            "baselines": len(baselines),
+            "cached": sum(planned.state == "cached" for planned in self.tasks),
+            "tasks": [planned.to_json() for planned in self.tasks],
+        }
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The gates of a point, or why it has none."""
+
+    keep: tuple[str, ...] | None = None
+    error: str | None = None
+
+
+#: Resolutions kept between plans of one sweep, by point; what they follow from never changes.
+Memo = MutableMapping[str, Resolution]
+
+
+def build_plan(
+    sweep: SweepFile,
+    records: Mapping[str, Record],
+    *,
+    facts: Mapping[str, ModelFacts],
+    device: str,
+    memo: Memo | None = None,
+) -> Plan:
+    """Return all tasks and points of a sweep; a task whose record exists is `cached`.
+
+    facts: by name of the model (`gather_facts`). device: name of the device latency is measured on.
+    memo: pass the same one again to plan anew at little cost after a record has landed.
+    """
+    builder = _Builder(records, {} if memo is None else memo)
+    for model in sweep.models:
+        builder.add_model(
+            ModelTasks(sweep=sweep, model=model, facts=facts[model.name], device=device)
+        )
+    return Plan(
+        models=tuple(model.name for model in sweep.models),
+        tasks=tuple(builder.tasks.values()),
+        points=tuple(builder.points),
+        protocols=builder.protocols,
+        searches=tuple(dict.fromkeys(builder.searches)),
+    )
+
+
+class _Builder:
+    """Collects the tasks and points of one plan."""
+
+    def __init__(self, records: Mapping[str, Record], memo: Memo) -> None:
+        self.records = records
+        self.memo = memo
+        self.tasks: dict[str, PlannedTask] = {}
+        self.points: list[Point] = []
+        self.searches: list[str] = []
+        self.protocols: dict[str, Mapping[str, Any]] = {}
+
+    def add_model(self, tasks: ModelTasks) -> None:
+        specs = tuple(point_specs(tasks.model))
+        for protocol in (tasks.protocol, tasks.calibration_protocol):
+            self.protocols[protocol.hash] = protocol.to_json()
+        self._add(tasks, tasks.reference("test"))
+        if any(spec.search is not None or spec.method in TRIVIAL for spec in specs):
+            self._add(tasks, tasks.reference("calibration"))
+        for settings in searches(tasks.model):
+            self.searches.append(self._add(tasks, tasks.search(settings)))
+        step_masks = step_mask_search(tasks.model)
+        if step_masks is not None:
+            self._add(tasks, tasks.search(step_masks))
+        for spec in specs:
+            self._add_point(tasks, spec)
+
+    def _add_point(self, tasks: ModelTasks, spec: PointSpec) -> None:
+        point = _unresolved_point(tasks, spec)
+        if all(need in self.records for need in point.needs):
+            found = self._resolve(tasks, spec, point)
+            point = replace(point, keep=found.keep, error=found.error)
+        if point.keep is not None:
+            point = self._add_measurements(tasks, spec, point, point.keep)
+        elif point.error is None:
+            self._add_placeholders(tasks, spec, point)
+        self.points.append(point)
+
+    def _resolve(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> Resolution:
+        if point.key not in self.memo:
+            search = None if point.search_key is None else self.records[point.search_key]
+            self.memo[point.key] = resolve_gates(
+                tasks, spec, self.records[point.reference_key], search
+            )
+        return self.memo[point.key]
+
+    def _add_measurements(
+        self, tasks: ModelTasks, spec: PointSpec, point: Point, keep: tuple[str, ...]
+    ) -> Point:
+        evaluate = self._add(tasks, tasks.evaluate(spec.sampler, keep, "test", spec.label))
+        calibration = latency = None
+        if spec.method in TRIVIAL:
+            task = tasks.evaluate(spec.sampler, keep, "calibration", spec.label)
+            calibration = self._add(tasks, task)
+        if tasks.measures_latency:
+            latency = self._add(tasks, tasks.latency(spec.sampler, keep, spec.label))
+        return replace(
+            point, evaluate_key=evaluate, calibration_key=calibration, latency_key=latency
+        )
+
+    def _add_placeholders(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> None:
+        """List the tasks a point will need, under keys of their own, until its gates are known."""
+        kinds: list[tuple[TaskKind, str]] = [("evaluate", spec.label)]
+        if spec.method in TRIVIAL:
+            kinds.append(("evaluate", f"{spec.label}, calibration"))
+        if tasks.measures_latency:
+            kinds.append(("latency", spec.label))
+        for kind, label in kinds:
+            key = content_key({"kind": kind, "label": label, "point": point.key})
+            self.tasks[key] = PlannedTask(
+                key=key,
+                kind=kind,
+                model=tasks.model.name,
+                label=f"{tasks.model.name}: {label}",
+                needs=point.needs,
+                state="unresolved",
+            )
+
+    def _add(self, tasks: ModelTasks, task: Task) -> str:
+        if task.key not in self.tasks:
+            self.tasks[task.key] = PlannedTask(
+                key=task.key,
+                kind=task.kind,
+                model=tasks.model.name,
+                label=task.label,
+                needs=task.needs,
+                state=self._state(task),
+                task=task,
+            )
+        return task.key
+
+    def _state(self, task: Task) -> TaskState:
+        if task.key in self.records:
+            return "cached"
+        return "ready" if all(need in self.records for need in task.needs) else "waiting"
+
+
+def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
+    """Return what is known of a point before any record is."""
+    model = tasks.model
+    reference_key = tasks.reference("test").key
+    search_key = None if spec.search is None else tasks.search(spec.search).key
+    identity = {
+        "model": model.name,
+        "reference": reference_key,
+        "protocol": tasks.protocol.hash,
+        "method": spec.method,
+        "sampler": spec.sampler.to_json(),
+        "search": search_key,
+        "target": spec.target,
+        "variant": spec.variant,
+        "postprocess": model.postprocess,
+        "macs_convention": tasks.sweep.macs_convention,
+    }
+    searched: SearchSettings | None = spec.search if spec.method == "search" else None
+    return Point(
+        key=content_key(identity),
+        model=model.name,
+        model_id=model.settings.id,
+        method=spec.method,
+        strategy=searched.strategy if searched else None,
+        loss=searched.loss.to_json() if searched else None,
+        search=searched.to_json() if searched else None,
+        sampler=spec.sampler.to_json(),
+        sampler_dense=model.sampler.to_json(),
+        target=spec.target,
+        seed=spec.seed,
+        variant=spec.variant,
+        protocol_hash=tasks.protocol.hash,
+        reference_key=reference_key,
+        search_key=search_key,
+        needs=(reference_key,) if search_key is None else (reference_key, search_key),
+    )
+
+
+def resolve_gates(
+    tasks: ModelTasks, spec: PointSpec, reference: Record, search: Record | None
+) -> Resolution:
+    """Return the gates of a point from the records they follow from, or why there are none."""
+    graph = BlockGraph.from_json(reference.outputs["graph"])
+    outcome = None if search is None else SearchOutcome.from_json(search.outputs["outcome"])
+    try:
+        gates = gates_of(spec, tasks.model, graph, outcome, tasks.sweep.macs_convention)
+    except TargetError as error:
+        return Resolution(error=str(error))
+    return Resolution(keep=tuple(gates.to_strings()))
