@@ -1,0 +1,206 @@
+"""Which calls to compute when calls are computed whole or skipped: the bar a search must pass.
+
+One mask for every number of computed calls: the one whose final latents are nearest to the dense
+model's on calibration items. Exhaustive at few calls, else greedy with exchanges.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dipgo_core.errors import SearchError
+from dipgo_core.outcome import SearchOutcome
+from dipgo_core.pipelines import encode, initial_latents, noise_scheduler, predict, rollout
+from dipgo_core.search.calibration import check_problem, dense_latents, draw_items
+from dipgo_core.search.progress import SearchProblem, SearchProgress
+
+#: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
+EXHAUSTIVE_CALLS: Final = 11
+#: Progress is reported after this many shares of the masks.
+REPORTS: Final = 32
+
+Mask = tuple[bool, ...]
+
+
+def search_step_masks(problem: SearchProblem) -> Iterator[SearchProgress]:
+    """Find the best mask for every number of computed calls; items: one batch drawn by the seed.
+
+    `loss` and `consistency` are the mean, over numbers of calls seen so far, of the best latent
+    MSE; `kept_gates` and `compute_ratio` are those of the mask tried last. A resumed search ends
+    with the same masks, at some more forwards.
+
+    Raises:
+        SearchError: latents that are not finite, or a state of another search.
+    """
+    search = _MaskSearch(problem)
+    yield from search.exhaustive() if search.num_calls <= EXHAUSTIVE_CALLS else search.greedy()
+
+
+class _MaskSearch:
+    """The best masks so far, and the predictions of the mask tried last."""
+
+    def __init__(self, problem: SearchProblem) -> None:
+        check_problem(problem)
+        self.problem = problem
+        self.num_calls = len(noise_scheduler(problem.model, problem.sampler).timesteps)
+        chosen = draw_items(problem.settings, 0, len(problem.items))[0]
+        full, self.forwards = dense_latents(problem)
+        self.full = full[chosen].to(problem.model.device)
+        self.conditioning = encode(
+            problem.model, [problem.items[i] for i in chosen], problem.sampler.guidance_scale
+        )
+        self.noise = initial_latents(problem.model, [problem.seeds[i] for i in chosen])
+        self.best: dict[int, tuple[float, Mask]] = {}
+        self.seen: tuple[Mask, list[Tensor]] = ((), [])
+        self.done, self.seconds = 0, 0.0
+        if problem.resume is not None:
+            self._load(problem.resume)
+
+    def exhaustive(self) -> Iterator[SearchProgress]:
+        """Try all masks; neighbours in binary order share prefixes, so each costs one forward."""
+        free = self.num_calls - 1
+        reports = min(REPORTS, 2**free)
+        share = 2**free // reports
+        while self.done < reports:
+            masks = [
+                (True, *(bool(number >> (free - 1 - i) & 1) for i in range(free)))
+                for number in range(self.done * share, (self.done + 1) * share)
+            ]
+            yield self._try(masks, reports)
+
+    def greedy(self) -> Iterator[SearchProgress]:
+        """Add the call that helps most, then move computed calls to free neighbours while it helps.
+
+        Not exact: the mask of k calls grows out of the one of k - 1.
+        """
+        while self.done < self.num_calls:
+            if self.done == 0:
+                yield self._try([_mask((0,), self.num_calls)], self.num_calls)
+                continue
+            base = self.best[self.done][1]
+            yield self._try(
+                [_flip(base, call) for call in range(self.num_calls) if not base[call]],
+                self.num_calls,
+                exchange=True,
+            )
+
+    def _try(self, masks: list[Mask], num_steps: int, exchange: bool = False) -> SearchProgress:
+        started, before = time.perf_counter(), dict(self.best)
+        for mask in masks:
+            self._note(mask)
+        if exchange:
+            self._exchange(sum(masks[0]))
+        self.done += 1
+        self.seconds += time.perf_counter() - started
+        error = math.fsum(e for e, _ in self.best.values()) / len(self.best)
+        return SearchProgress(
+            search_step=self.done,
+            num_steps=num_steps,
+            loss=error,
+            consistency=error,
+            sparsity=0.0,
+            compute_ratio=sum(masks[-1]) / self.num_calls,
+            learning_rate=0.0,
+            kept_gates=sum(masks[-1]),
+            flips=sum(before.get(k) != found for k, found in self.best.items()),
+            forwards=self.forwards,
+            seconds=self.seconds,
+            outcome=self._outcome() if self.done == num_steps else None,
+            snapshot=self._state,
+        )
+
+    def _exchange(self, num_computed: int) -> None:
+        """Move one computed call to a free neighbour, as long as the error falls."""
+        improved = True
+        while improved:
+            mask = self.best[num_computed][1]
+            moves = [
+                _flip(mask, call, call + side)
+                for call in range(1, self.num_calls)
+                for side in (-1, 1)
+                if mask[call] and 0 < call + side < self.num_calls and not mask[call + side]
+            ]
+            improved = any([self._note(move) for move in moves])
+
+    def _note(self, mask: Mask) -> bool:
+        """Keep the mask if it is the best of its number of calls; ties keep the earlier one."""
+        error = self._error(mask)
+        best = self.best.get(sum(mask))
+        if best is not None and error >= best[0]:
+            return False
+        self.best[sum(mask)] = (error, mask)
+        return True
+
+    @torch.no_grad()
+    def _error(self, mask: Mask) -> float:
+        """Return the MSE of the final latents; predictions of a shared prefix are not repeated.
+
+        The sampler's steps are: they cost next to nothing, and multistep state needs no copies.
+        """
+        tried, known = self.seen
+        same = (now == before for now, before in zip(mask, tried, strict=False))
+        predictions = known[: sum(takewhile(bool, same))]
+        problem = self.problem
+
+        def predictor(call: int, model_input: Tensor, timestep: Tensor) -> Tensor:
+            if call >= len(predictions):
+                if mask[call]:
+                    self.forwards += 1
+                    now = predict(problem.model, self.conditioning, model_input, timestep)
+                else:
+                    now = predictions[call - 1]
+                predictions.append(now)
+            return predictions[call]
+
+        final = rollout(
+            problem.model, self.conditioning, self.noise, problem.sampler, predictor=predictor
+        )
+        self.seen = (mask, predictions)
+        error = (final.double() - self.full.double()).square().mean().item()
+        if not math.isfinite(error):
+            raise SearchError(
+                f"the latents are not finite when calls {_calls(mask)} of {self.num_calls} are "
+                f"computed; set the model's dtype to float32 (it is {problem.model.settings.dtype})"
+            )
+        return error
+
+    def _outcome(self) -> SearchOutcome:
+        masks = {k: _calls(mask) for k, (_, mask) in sorted(self.best.items())}
+        return SearchOutcome(step_masks=masks, forwards=self.forwards)
+
+    def _state(self) -> dict[str, Tensor]:
+        counts = sorted(self.best)
+        return {
+            "search_step": torch.tensor(self.done),
+            "forwards": torch.tensor(self.forwards),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "errors": torch.tensor([self.best[k][0] for k in counts], dtype=torch.float64),
+            "masks": torch.tensor([self.best[k][1] for k in counts], dtype=torch.bool),
+        }
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        if "masks" not in state or state["masks"].shape[1:] != (self.num_calls,):
+            raise SearchError("the saved state belongs to another search; delete it and start anew")
+        self.done, self.forwards = int(state["search_step"]), int(state["forwards"])
+        self.seconds = float(state["seconds"])
+        rows = zip(state["errors"].tolist(), state["masks"].tolist(), strict=True)
+        self.best = {sum(mask): (error, tuple(mask)) for error, mask in rows}
+
+
+def _mask(calls: tuple[int, ...], num_calls: int) -> Mask:
+    return tuple(call in calls for call in range(num_calls))
+
+
+def _calls(mask: Mask) -> tuple[int, ...]:
+    return tuple(call for call, computed in enumerate(mask) if computed)
+
+
+def _flip(mask: Mask, *calls: int) -> Mask:
+    return tuple(kept != (call in calls) for call, kept in enumerate(mask))

@@ -1,0 +1,47 @@
+"""Calibration items of a search: which ones a step draws, and the dense model's latents."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipgo_core.config import SearchSettings
+from dipgo_core.errors import SearchError
+from dipgo_core.pipelines import encode, initial_latents, noise_scheduler, rollout
+from dipgo_core.search.progress import SearchProblem
+
+
+def check_problem(problem: SearchProblem) -> None:
+    """Raise SearchError unless there is a seed, and a latent where given, for every item."""
+    lengths = {"items": len(problem.items), "seeds": len(problem.seeds)}
+    if problem.dense_latents is not None:
+        lengths["dense_latents"] = len(problem.dense_latents)
+    if len(set(lengths.values())) != 1 or not problem.items:
+        counts = ", ".join(f"{n} {name}" for name, n in lengths.items())
+        raise SearchError(f"a search needs as many seeds and latents as items, got {counts}")
+
+
+def draw_items(settings: SearchSettings, search_step: int, num_items: int) -> list[list[int]]:
+    """Return indices of calibration items, one list a batch, from seed and step alone."""
+    generator = np.random.default_rng([settings.seed, search_step])
+    wanted = settings.batch_size * settings.accumulation
+    drawn = generator.choice(num_items, wanted, replace=wanted > num_items)
+    return [list(map(int, part)) for part in np.split(drawn, settings.accumulation)]
+
+
+def dense_latents(problem: SearchProblem) -> tuple[Tensor, int]:
+    """Return the dense model's final latents (n, C, h, w) and the forwards spent on them."""
+    if problem.dense_latents is not None:
+        return problem.dense_latents, 0
+    size, done = problem.settings.batch_size, []
+    with torch.no_grad():
+        for start in range(0, len(problem.items), size):
+            some = slice(start, start + size)
+            conditioning = encode(
+                problem.model, problem.items[some], problem.sampler.guidance_scale
+            )
+            noise = initial_latents(problem.model, problem.seeds[some])
+            done.append(rollout(problem.model, conditioning, noise, problem.sampler))
+    num_calls = len(noise_scheduler(problem.model, problem.sampler).timesteps)
+    return torch.cat(done), num_calls * len(done)
