@@ -33,8 +33,6 @@ FIGURES: Mapping[str, Figure] = {
 
 QUALITIES = ("fid", "kid", "clip", "psnr", "ssim")
 PER_IMAGE = ("clip", "psnr", "ssim")
-SPEEDS = ("speedup", "macs_speedup")
-TRIVIAL_METHODS = ("few_steps", "uniform", "best_step_mask")
 
 
 def larger_is_better(figure: str, value: float) -> float:

@@ -1,0 +1,311 @@
+"""Figures: fronts, gate heatmaps, rows of images, as PNG or SVG. matplotlib without pyplot."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from orchestrator.metrics import FIGURES
+from orchestrator.pareto import Front
+from orchestrator.points import ResolvedPoint
+
+#: Okabe and Ito's palette, told apart with any colour vision; markers differ as well.
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C",
+)  # fmt: skip
+#: Ink that stays readable on white and on a dark page; the report replaces it by its text colour.
+INK = "#3b4048"
+FAINT = "#c9ced6"
+
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+    "grid.alpha": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dipgo-sweep",
+}
+
+ImageFormat = Literal["png", "svg"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How points of one kind are drawn."""
+
+    label: str
+    colour: str
+    marker: str
+    size: float = 6.5
+
+
+_SEARCH_MARKERS = ("o", "P", "p", "h", "*", "X")
+
+
+def mark_of(point: ResolvedPoint, strategies: Sequence[str]) -> Mark:
+    """Return colour and shape of a point; strategies of searches differ in shape."""
+    if point.is_searched:
+        strategy = str(point.strategy)
+        shape = _SEARCH_MARKERS[strategies.index(strategy) % len(_SEARCH_MARKERS)]
+        return Mark(f"searched: {strategy}", BLUE, shape, 7.5)
+    leading = point.variant == "leading"
+    marks = {
+        "dense": Mark("dense", BLACK, "*", 11),
+        "few_steps": Mark(
+            f"few steps, {point.variant or ''}".rstrip(", "), ORANGE, "<>"[not leading]
+        ),
+        "uniform": Mark("uniform skips", SKY, "s", 6),
+        "best_step_mask": Mark("best step mask", VERMILION, "D", 6),
+        "random": Mark("random gates", GREY, "x", 5.5),
+    }
+    return marks[point.method]
+
+
+def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> Figure:
+    """Draw every front: a row for each model, protocol and device, a column for each metric."""
+    rows = list(dict.fromkeys((f.model, f.protocol, f.device) for f in fronts))
+    columns = list(dict.fromkeys(f.objectives[1] for f in fronts))
+    with mpl.rc_context(_STYLE):
+        size = (0.4 + 3.9 * max(1, len(columns)), 0.8 + 3.2 * max(1, len(rows)))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(max(1, len(rows)), max(1, len(columns)), squeeze=False)
+        for cell in axes.flat:
+            cell.set_axis_off()
+        for front in fronts:
+            row = rows.index((front.model, front.protocol, front.device))
+            cell = axes[row, columns.index(front.objectives[1])]
+            cell.set_axis_on()
+            draw_front(cell, points, front)
+        handles = legend_handles(points)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(5, max(1, len(handles))),
+            frameon=False,
+        )  # fmt: skip
+    return figure
+
+
+def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> None:
+    """Draw one front: all compared points with intervals, the front's line, and its knee."""
+    speed, quality = front.objectives
+    by_key = {point.key: point for point in points}
+    compared = [by_key[key] for key in front.standing if key in by_key]
+    strategies = _strategies(points)
+    line = [by_key[key] for key in front.points]
+    axes.plot(
+        [getattr(p, speed) for p in line], [getattr(p, quality) for p in line],
+        color=FAINT, linewidth=1.4, zorder=1,
+    )  # fmt: skip
+    for point in sorted(compared, key=lambda p: (p.is_searched, p.key)):
+        _draw_point(axes, point, front, mark_of(point, strategies))
+    if front.knee is not None:
+        knee = by_key[front.knee]
+        axes.plot(
+            getattr(knee, speed), getattr(knee, quality), marker="o", markersize=15,
+            markerfacecolor="none", markeredgecolor=PURPLE, markeredgewidth=1.4, zorder=2,
+        )  # fmt: skip
+    _dress(axes, compared, front)
+
+
+def _draw_point(axes: Axes, point: ResolvedPoint, front: Front, mark: Mark) -> None:
+    """Draw a point and its intervals; hollow if it does not beat the best trivial baseline."""
+    speed, quality = front.objectives
+    x, y = getattr(point, speed), getattr(point, quality)
+    hollow = point.is_searched and point.verdicts.get(quality) != "beats"
+    x_low, x_high = point.interval(speed)
+    y_low, y_high = point.interval(quality)
+    drawn = axes.errorbar(
+        x, y,
+        xerr=[[max(0.0, x - x_low)], [max(0.0, x_high - x)]],
+        yerr=[[max(0.0, y - y_low)], [max(0.0, y_high - y)]],
+        fmt=mark.marker, color=mark.colour, markersize=mark.size,
+        markerfacecolor="none" if hollow or mark.marker == "x" else mark.colour,
+        markeredgewidth=1.3, elinewidth=0.8, alpha=0.55 if point.method == "random" else 1.0,
+        zorder=4 if point.is_searched else 3,
+    )  # fmt: skip
+    drawn.lines[0].set_gid(f"point-{point.key}")
+
+
+def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
+    """Title, labels and scales; better is always up and to the right."""
+    speed, quality = front.objectives
+    axes.set_title(front.model if front.device is None else f"{front.model} · {front.device}")
+    axes.set_xlabel(FIGURES[speed].label)
+    label = FIGURES[quality].label
+    axes.set_ylabel(f"{label}, axis turned" if FIGURES[quality].lower_is_better else label)
+    values = [getattr(point, quality) for point in compared]
+    if FIGURES[quality].lower_is_better:
+        if min(values) > 0 and max(values) > 12 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
+    """Return one handle for each kind of point, and for the signs explained nowhere else."""
+    listed = list(points)
+    strategies = _strategies(listed)
+    order = ("dense", "search", "few_steps", "uniform", "best_step_mask", "random")
+    marks = {
+        mark_of(point, strategies): None
+        for point in sorted(listed, key=lambda p: order.index(p.method))
+    }
+    handles = [
+        Line2D([], [], linestyle="none", marker=m.marker, color=m.colour, markersize=m.size,
+               label=m.label)
+        for m in marks
+    ]  # fmt: skip
+    if strategies:
+        handles.append(
+            Line2D([], [], linestyle="none", marker="o", color=BLUE, markerfacecolor="none",
+                   label="hollow: does not beat the trivial baseline")
+        )  # fmt: skip
+    handles.append(
+        Line2D([], [], linestyle="none", marker="o", markersize=12, color=PURPLE,
+               markerfacecolor="none", label="knee")
+    )  # fmt: skip
+    return handles
+
+
+def _strategies(points: Iterable[ResolvedPoint]) -> list[str]:
+    return sorted({str(point.strategy) for point in points if point.is_searched})
+
+
+# --- gates -------------------------------------------------------------------------------------
+
+SKIPPED, REUSED, COMPUTED = 0, 1, 2
+
+
+def gates_figure(subnet: Mapping[str, Any]) -> Figure:
+    """Draw the gates of a SubNet document: a column a call, with its timestep, a row a block."""
+    states = gate_states(subnet["keep"])  # (N, T)
+    names = [block["name"] or "denoiser" for block in subnet["blocks"]]
+    rows, calls = states.shape
+    with mpl.rc_context(_STYLE):
+        width = min(11.0, 1.6 + 0.27 * calls)
+        figure = Figure(figsize=(width, 0.75 + 0.185 * rows), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        axes.pcolormesh(
+            states, cmap=ListedColormap(["#eef0f3", "#b9d4ea", BLUE]), vmin=0, vmax=2,
+            edgecolors="white", linewidth=0.8 if calls <= 60 else 0.0,
+        )  # fmt: skip
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(rows) + 0.5, names, fontsize=7)
+        every = max(1, -(-calls // 25))
+        ticks = np.arange(0, calls, every)
+        steps = [f"{float(subnet['sampler']['timesteps'][i]):.0f}" for i in ticks]
+        axes.set_xticks(ticks + 0.5, steps, fontsize=7, rotation=90 if calls > 6 else 0)
+        axes.set_xlabel("timestep of the call", fontsize=8)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def gate_states(keep: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return what each block does at each call: computed, reused, or the call is skipped.
+
+    keep: rows of a SubNet, one a call; the first character is the denoiser itself.  # -> (N, T)
+    """
+    gates = np.array([[letter == "1" for letter in row] for row in keep])  # (T, N)
+    states = np.where(gates, COMPUTED, REUSED)
+    states[~gates[:, 0]] = SKIPPED
+    return np.ascontiguousarray(states.T)
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def image_row(images: npt.NDArray[np.uint8], *, side: int = 128, gap: int = 4) -> bytes:
+    """Return images (B, 3, H, W) side by side as PNG; small ones are enlarged whole, none cut."""
+    factor = max(1, images.shape[-1] // side)
+    scaled = _shrink(images, factor)
+    enlarge = max(1, side // scaled.shape[-1])
+    scaled = scaled.repeat(enlarge, axis=-1).repeat(enlarge, axis=-2)
+    blank = np.zeros((3, scaled.shape[-2], gap), dtype=np.uint8)
+    alpha = np.zeros((1, scaled.shape[-2], gap), dtype=np.uint8)
+    opaque = np.full((1, *scaled.shape[-2:]), 255, dtype=np.uint8)
+    parts: list[npt.NDArray[np.uint8]] = []
+    for image in scaled:
+        parts += [np.concatenate([image, opaque]), np.concatenate([blank, alpha])]
+    row = np.concatenate(parts[:-1], axis=-1).transpose(1, 2, 0)  # (H, W, 4)
+    return _png(row)
+
+
+def image_grid(rows: Sequence[npt.NDArray[np.uint8]], gap: int = 2) -> bytes:
+    """Return rows of images, each (B, 3, H, W), below one another as PNG on white."""
+    lines = []
+    for images in rows:
+        padded = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=255)
+        lines.append(np.concatenate(list(padded), axis=-1))
+    grid = np.concatenate(lines, axis=-2).transpose(1, 2, 0)
+    return _png(grid)
+
+
+def _shrink(images: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
+    """Average blocks of factor × factor pixels."""
+    if factor == 1:
+        return images
+    batch, channels, height, width = images.shape
+    cut = images[..., : height - height % factor, : width - width % factor]
+    blocks = cut.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    return blocks.mean(axis=(3, 5)).round().astype(np.uint8)
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    imsave(buffer, np.ascontiguousarray(pixels), format="png")
+    return buffer.getvalue()
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def to_png(figure: Figure, dpi: int = 150) -> bytes:
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """Return the figure as inline SVG whose ink follows the page.
+
+    name: sets its ids apart from those of other figures. Points become ``<g class="point"
+    data-key="...">``, which the report's tooltips and filters look for.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"dipgo-sweep {name}"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="point-([^"]+)"', r'<g class="point" data-key="\1"', text)
+    text = re.sub(r'<g id="[a-z]+_\d+"', "<g", text)
+    return text.replace(INK, "currentColor")

@@ -1,0 +1,82 @@
+"""Headlines: for each model and target, the searched SubNet against its bars. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from orchestrator.gains import Gain, Verdict
+from orchestrator.metrics import larger_is_better
+from orchestrator.points import ResolvedPoint
+
+Choice = Literal["only", "calibration", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The searched point shown for one model and target, and what it is worth.
+
+    chosen_by: only = there was one; calibration = highest PSNR to dense on calibration prompts;
+    test = best headline metric on the test prompts themselves, which flatters it.
+    gain, verdict: over the best trivial baseline. gain_random, verdict_random: over the mean of
+    the random draws. None where there is nothing to compare with.
+    """
+
+    model: str
+    target: float
+    quality: str
+    searched: str
+    candidates: int
+    chosen_by: Choice
+    baseline: str | None
+    gain: Gain | None
+    verdict: Verdict | None
+    gain_random: Gain | None
+    verdict_random: Verdict | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, ...]:
+    """Return one headline per model and target that has a finished searched point."""
+    groups: dict[tuple[str, float], list[ResolvedPoint]] = {}
+    for point in points:
+        if not point.is_searched or point.state != "done" or getattr(point, quality) is None:
+            continue
+        assert point.target is not None
+        groups.setdefault((point.model, point.target), []).append(point)
+    return tuple(_headline(*where, group, quality) for where, group in groups.items())
+
+
+def _headline(
+    model: str, target: float, searched: Sequence[ResolvedPoint], quality: str
+) -> Headline:
+    best, chosen_by = _choose(searched, quality)
+    gain, gain_random = best.gain.get(quality), best.gain_random.get(quality)
+    return Headline(
+        model=model,
+        target=target,
+        quality=quality,
+        searched=best.key,
+        candidates=len(searched),
+        chosen_by=chosen_by,
+        baseline=gain.baseline_key if gain else None,
+        gain=gain,
+        verdict=gain.verdict if gain else None,
+        gain_random=gain_random,
+        verdict_random=gain_random.verdict if gain_random else None,
+    )
+
+
+def _choose(searched: Sequence[ResolvedPoint], quality: str) -> tuple[ResolvedPoint, Choice]:
+    """Choose on calibration prompts where every candidate was scored there."""
+    if len({point.subnet for point in searched}) == 1:
+        return searched[0], "only"
+    scores = [point.calibration_psnr for point in searched]
+    known = [score for score in scores if score is not None]
+    if len(known) == len(searched):
+        return searched[known.index(max(known))], "calibration"
+    values = [larger_is_better(quality, getattr(point, quality)) for point in searched]
+    return searched[values.index(max(values))], "test"

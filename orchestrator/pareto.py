@@ -1,0 +1,274 @@
+"""Fronts of speed against quality, knee, hypervolume, dominance with intervals. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import moocore
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.metrics import QUALITIES, larger_is_better
+from orchestrator.points import ResolvedPoint
+
+Speed = Literal["speedup", "macs_speedup"]
+Dominance = Literal["surely", "possibly", "no"]
+
+#: What a speed objective takes from the sweep file's `objective.speed`.
+SPEED_OF: Mapping[str, Speed] = {"latency": "speedup", "macs": "macs_speedup"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The non-dominated points of one (model, protocol, device) for one pair of objectives.
+
+    objectives: speed first, then the quality metric. points: keys, slowest first.
+    knee: largest distance above the chord between the front's ends, both objectives scaled to
+    [0, 1] over the front; points that beat the trivial baseline come before all others.
+    reference_point: (1.0, worst quality of all points compared), unless one was given.
+    standing: of every compared point, whether it is on the front given the intervals.
+    """
+
+    model: str
+    protocol: str
+    device: str | None
+    objectives: tuple[Speed, str]
+    points: tuple[str, ...]
+    knee: str | None
+    hypervolume: float
+    reference_point: tuple[float, float]
+    standing: Mapping[str, Dominance]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pareto_fronts(
+    points: Iterable[ResolvedPoint],
+    *,
+    speed: Speed = "speedup",
+    qualities: Sequence[str] = QUALITIES,
+    references: Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[Front, ...]:
+    """Return one front per (model, protocol, device) and quality metric; protocols never mix.
+
+    A group in which nothing but the dense run has the asked speed falls back to MACs speed-up.
+    references: quality metric -> reference point of the hypervolume, to compare across sweeps.
+    """
+    fronts = []
+    for (model, protocol, device), group in _groups(points, speed).items():
+        axis: Speed = speed if _has_speed(group, speed) else "macs_speedup"
+        for quality in qualities:
+            compared = [p for p in group if _is_compared(p, axis, quality)]
+            if not compared:
+                continue
+            reference = (references or {}).get(quality)
+            where = (model, protocol, device if axis == "speedup" else None)
+            fronts.append(_front(compared, where, (axis, quality), reference))
+    return tuple(fronts)
+
+
+def non_dominated(points: Sequence[ResolvedPoint], speed: Speed, quality: str) -> list[bool]:
+    """Say of each point whether no other is at least as good in both and better in one."""
+    values = _matrix(points, speed, quality)
+    flags = moocore.is_nondominated(values, maximise=True, keep_weakly=True)
+    return [bool(flag) for flag in flags]
+
+
+def knee_point(front: Sequence[ResolvedPoint], speed: Speed, quality: str) -> ResolvedPoint | None:
+    """Return the point of `front` farthest above the chord between its ends.
+
+    Both objectives are scaled to [0, 1] over the front, larger = better, so the distance is
+    proportional to their sum minus 1. Only points that beat the trivial baseline in `quality` are
+    candidates, unless none does. Ties go to the faster point, then to the smaller key.
+    """
+    if not front:
+        return None
+    values = _matrix(front, speed, quality)
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
+    height = scaled.sum(axis=1).round(12)
+    beating = [p.verdicts.get(quality) == "beats" for p in front]
+    candidates = [i for i, wins in enumerate(beating) if wins or not any(beating)]
+    best = max(candidates, key=lambda i: (height[i], values[i, 0], _reversed(front[i].key)))
+    return front[best]
+
+
+def hypervolume(
+    points: Sequence[ResolvedPoint], speed: Speed, quality: str, reference: tuple[float, float]
+) -> float:
+    """Return the area between the points and `reference` (speed, quality), in their units."""
+    if not points:
+        return 0.0
+    worst = (reference[0], larger_is_better(quality, reference[1]))
+    return float(moocore.hypervolume(_matrix(points, speed, quality), ref=worst, maximise=True))
+
+
+def reference_point(
+    points: Sequence[ResolvedPoint], speed: Speed, quality: str
+) -> tuple[float, float]:
+    """Return (1.0 = the dense run's speed, the worst quality among `points`)."""
+    worst = _matrix(points, speed, quality)[:, 1].min()
+    return 1.0, float(larger_is_better(quality, worst))
+
+
+def dominance(a: ResolvedPoint, b: ResolvedPoint, speed: Speed, quality: str) -> Dominance:
+    """Say whether `a` dominates `b`: surely (at the near ends of both intervals), possibly, or no.
+
+    A figure without an interval counts as exact.
+    """
+    a_low, a_high = _box(a, speed, quality)
+    b_low, b_high = _box(b, speed, quality)
+    if _dominates(a_low, b_high):
+        return "surely"
+    return "possibly" if _dominates(a_high, b_low) else "no"
+
+
+def hypervolume_series(
+    points: Sequence[ResolvedPoint], front: Front, hours: Mapping[str, float]
+) -> list[tuple[float, float]]:
+    """Return (hours spent, hypervolume so far) each time a point of the front's group was done.
+
+    hours: point key -> task-hours spent by the sweep when the point was complete.
+    """
+    compared = [p for p in points if p.key in front.standing and p.key in hours]
+    compared.sort(key=lambda p: (hours[p.key], p.key))
+    return [
+        (hours[p.key], hypervolume(compared[: i + 1], *front.objectives, front.reference_point))
+        for i, p in enumerate(compared)
+    ]
+
+
+def pareto_json(points: Iterable[ResolvedPoint], fronts: Iterable[Front]) -> dict[str, Any]:
+    """Return the document of `dipgo-sweep pareto --json`."""
+    return {
+        "points": [point.to_json() for point in points],
+        "fronts": [front.to_json() for front in fronts],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontRow:
+    """One point of a front as the CLI shows it; figures already formatted."""
+
+    key: str
+    name: str
+    target: str
+    speedup: str
+    quality: str
+    gain: str
+    verdict: str
+    knee: bool
+
+
+def front_table(points: Iterable[ResolvedPoint], front: Front) -> tuple[FrontRow, ...]:
+    """Return the rows of one front, slowest first."""
+    by_key = {point.key: point for point in points}
+    speed, quality = front.objectives
+    rows = []
+    for point in (by_key[key] for key in front.points):
+        gain = point.gain.get(quality)
+        rows.append(
+            FrontRow(
+                key=point.key,
+                name=point.name,
+                target="" if point.target is None else f"{point.target:g}",
+                speedup=point.figure_text(speed),
+                quality=point.figure_text(quality),
+                gain="" if gain is None else gain.text(quality),
+                verdict=point.verdicts.get(quality, "") if point.is_searched else "",
+                knee=point.key == front.knee,
+            )
+        )
+    return tuple(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+
+Group = tuple[str, str, str | None]
+
+
+def _groups(points: Iterable[ResolvedPoint], speed: Speed) -> dict[Group, list[ResolvedPoint]]:
+    """Group what is done by model, protocol and, for measured speed, device."""
+    groups: dict[Group, list[ResolvedPoint]] = {}
+    for point in (point for point in points if point.state == "done"):
+        device = point.device if speed == "speedup" else None
+        groups.setdefault((point.model, point.protocol, device), []).append(point)
+    return {key: groups[key] for key in sorted(groups, key=lambda k: (k[0], k[1], k[2] or ""))}
+
+
+def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:
+    return any(p.method != "dense" and getattr(p, speed) is not None for p in group)
+
+
+def _is_compared(point: ResolvedPoint, speed: Speed, quality: str) -> bool:
+    """Whether both figures are known; the dense run has no distance to itself."""
+    itself = point.method == "dense" and quality in ("psnr", "ssim")
+    return not itself and _objectives(point, speed, quality) is not None
+
+
+def _front(
+    compared: Sequence[ResolvedPoint],
+    where: Group,
+    objectives: tuple[Speed, str],
+    reference: tuple[float, float] | None,
+) -> Front:
+    reference = reference or reference_point(compared, *objectives)
+    flags = non_dominated(compared, *objectives)
+    best = [point for point, flag in zip(compared, flags, strict=True) if flag]
+    best.sort(key=lambda p: (getattr(p, objectives[0]), p.key))
+    knee = knee_point(best, *objectives)
+    return Front(
+        model=where[0],
+        protocol=where[1],
+        device=where[2],
+        objectives=objectives,
+        points=tuple(point.key for point in best),
+        knee=knee.key if knee else None,
+        hypervolume=hypervolume(best, *objectives, reference),
+        reference_point=reference,
+        standing=_standings(compared, *objectives),
+    )
+
+
+def _standings(
+    compared: Sequence[ResolvedPoint], speed: Speed, quality: str
+) -> dict[str, Dominance]:
+    """Say of each point whether it is surely, possibly or not on the front, given the intervals."""
+    standing: dict[str, Dominance] = {}
+    for point in compared:
+        others = {dominance(o, point, speed, quality) for o in compared if o.key != point.key}
+        if "surely" in others:
+            standing[point.key] = "no"
+        else:
+            standing[point.key] = "possibly" if "possibly" in others else "surely"
+    return standing
+
+
+def _objectives(point: ResolvedPoint, speed: Speed, quality: str) -> tuple[float, float] | None:
+    x, y = getattr(point, speed), getattr(point, quality)
+    return None if x is None or y is None else (float(x), larger_is_better(quality, float(y)))
+
+
+def _matrix(points: Sequence[ResolvedPoint], speed: Speed, quality: str) -> npt.NDArray[np.float64]:
+    """Stack (speed, quality), both larger = better."""
+    return np.array([_objectives(point, speed, quality) for point in points], dtype=np.float64)
+
+
+def _box(
+    point: ResolvedPoint, speed: Speed, quality: str
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the worst and the best corner of a point's intervals, both larger = better."""
+    x_low, x_high = point.interval(speed)
+    y_ends = sorted(larger_is_better(quality, end) for end in point.interval(quality))
+    return (x_low, y_ends[0]), (x_high, y_ends[1])
+
+
+def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+
+def _reversed(key: str) -> tuple[int, ...]:
+    return tuple(-ord(letter) for letter in key)

@@ -1,0 +1,328 @@
+"""Resolved points: figures, states and gains of every point of a sweep. numpy, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from dipgo_core.gates import GateTable
+from orchestrator.gains import Comparisons, Gain, Verdict
+from orchestrator.methods import TRIVIAL, Method
+from orchestrator.metrics import QUALITIES, number
+from orchestrator.plan import Point
+from orchestrator.records import Record
+from orchestrator.store import Store
+
+State = Literal["done", "failed", "pending"]
+Records = Mapping[str, Record]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPoint:
+    """One point with all its figures; None = not known (yet). Also what `pareto --json` prints.
+
+    protocol: hash of the protocol the images were made and scored under. device: where latency was
+    measured. pruned_ratio, macs_speedup: counted MACs against the model's dense run. speedup,
+    latency_ms: measured. `*_low`, `*_high`: ends of the 95 % interval. subnet: digest of `keep`.
+    gain: against the best trivial baseline at equal compute, positive = better; that baseline is
+    chosen by PSNR to dense on calibration prompts. gain_random: against the mean of the random
+    draws at the same target. calibration_psnr: what choices may be based on. task_keys: every task
+    the point rests on.
+    """
+
+    key: str
+    model: str
+    model_id: str
+    method: Method
+    strategy: str | None
+    loss: Mapping[str, Any] | None
+    sampler: Mapping[str, Any]
+    target: float | None
+    seed: int | None
+    variant: str | None
+    protocol: str
+    state: State
+    name: str
+    error: str | None = None
+    device: str | None = None
+    pruned_ratio: float | None = None
+    macs: int | None = None
+    macs_speedup: float | None = None
+    latency_ms: float | None = None
+    latency_ms_low: float | None = None
+    latency_ms_high: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    fid: float | None = None
+    fid_low: float | None = None
+    fid_high: float | None = None
+    kid: float | None = None
+    kid_low: float | None = None
+    kid_high: float | None = None
+    clip: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    psnr: float | None = None
+    psnr_low: float | None = None
+    psnr_high: float | None = None
+    ssim: float | None = None
+    ssim_low: float | None = None
+    ssim_high: float | None = None
+    n_images: int | None = None
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    all_or_nothing_share: float | None = None
+    subnet: str | None = None
+    keep: tuple[str, ...] | None = None
+    calibration_psnr: float | None = None
+    gain: Mapping[str, Gain] = field(default_factory=dict)
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    gain_random: Mapping[str, Gain] = field(default_factory=dict)
+    evaluate_key: str | None = None
+    task_keys: tuple[str, ...] = ()
+
+    @property
+    def is_searched(self) -> bool:
+        return self.method == "search"
+
+    def interval(self, figure: str) -> tuple[float, float]:
+        """Return the 95 % interval of a figure; its value twice where it has none."""
+        value = getattr(self, figure)
+        low = getattr(self, f"{figure}_low", None)
+        high = getattr(self, f"{figure}_high", None)
+        return (value if low is None else low), (value if high is None else high)
+
+    def figure_text(self, figure: str) -> str:
+        """Format a figure with its interval, such as ``1.42 [1.38, 1.47]``."""
+        value = getattr(self, figure)
+        if value is None:
+            return ""
+        low, high = self.interval(figure)
+        bounds = "" if low == high else f" [{number(figure, low)}, {number(figure, high)}]"
+        return f"{number(figure, value)}{bounds}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the point as `pareto --json` prints it."""
+        return asdict(self)
+
+
+def resolve_points(
+    points: Sequence[Point],
+    records: Records,
+    store: Store,
+    *,
+    quality: str = "clip",
+    comparisons: Comparisons | None = None,
+) -> tuple[ResolvedPoint, ...]:
+    """Return every point with what is known of it so far, in the order given.
+
+    quality: the headline metric, of which `verdict` speaks. comparisons: pass the same one again
+    to compute each gain once in a run.
+    """
+    comparisons = comparisons or Comparisons(store)
+    known = _with_dense([_measured(point, records, store) for point in points])
+    return tuple(_with_gains(point, known, records, comparisons, quality) for point in known)
+
+
+def best_baseline(point: ResolvedPoint, points: Iterable[ResolvedPoint]) -> ResolvedPoint | None:
+    """Return the trivial baseline at the point's target with the highest PSNR to dense on the
+    calibration prompts; None while one of them is unfinished, so that no gain is over a weaker one.
+    """
+    rivals = [
+        rival
+        for rival in points
+        if rival.method in TRIVIAL and rival.state != "failed" and _same_budget(rival, point)
+    ]
+    scores = [rival.calibration_psnr for rival in rivals if rival.state == "done"]
+    known = [score for score in scores if score is not None]
+    if not rivals or len(known) < len(rivals):
+        return None
+    return rivals[known.index(max(known))]
+
+
+def _same_budget(a: ResolvedPoint, b: ResolvedPoint) -> bool:
+    return (a.model, a.protocol, a.target) == (b.model, b.protocol, b.target)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
+    """Read the point's own records."""
+    error = point.error or _failure(point, records, store)
+    evaluated = _record(records, point.evaluate_key)
+    timed = _record(records, point.latency_key)
+    complete = evaluated is not None and (timed is not None or point.latency_key is None)
+    resolved = ResolvedPoint(
+        key=point.key,
+        model=point.model,
+        model_id=point.model_id,
+        method=point.method,
+        strategy=point.strategy,
+        loss=point.loss,
+        sampler=point.sampler,
+        target=point.target,
+        seed=point.seed,
+        variant=point.variant,
+        protocol=point.protocol_hash,
+        name=point_name(point),
+        state="done" if complete else "failed" if error else "pending",
+        error=None if complete else error,
+        keep=point.keep,
+        subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
+        calibration_psnr=_value(_record(records, point.calibration_key), "psnr"),
+        evaluate_key=point.evaluate_key,
+        task_keys=_task_keys(point),
+    )
+    if evaluated is not None:
+        resolved = replace(resolved, **_quality(evaluated))
+    return resolved if timed is None else replace(resolved, **_speed(timed))
+
+
+def _task_keys(point: Point) -> tuple[str, ...]:
+    """Return every task the point rests on, each once."""
+    searched = () if point.search_key is None else (point.search_key,)
+    keys = (*point.needs, point.reference_key, *searched, *point.task_keys)
+    return tuple(dict.fromkeys(keys))
+
+
+def _failure(point: Point, records: Records, store: Store) -> str | None:
+    """Return why a task this point rests on failed, unless it has succeeded since."""
+    for key in _task_keys(point):
+        failure = None if key in records else store.get_failure(key)
+        if failure is not None:
+            return f"{failure.kind} task {key[:12]}: {failure.error}"
+    return None
+
+
+def _quality(record: Record) -> dict[str, Any]:
+    outputs = record.outputs
+    figures: dict[str, Any] = {}
+    scorers: dict[str, str] = {}
+    for metric, figure in outputs["metrics"].items():
+        if metric not in QUALITIES:
+            continue
+        ends = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
+        figures |= {name: figure.get(end) for name, end in ends.items()}
+        if figure.get("scorer"):
+            scorers[metric] = figure["scorer"]
+    images = [figure["n"] for figure in outputs["metrics"].values() if figure.get("n")]
+    return {
+        **figures,
+        "scorers": scorers,
+        "n_images": max(images, default=None),
+        "macs": int(outputs["subnet"]["macs"]["kept"]),
+        "all_or_nothing_share": outputs["all_or_nothing_share"],
+    }
+
+
+def _speed(record: Record) -> dict[str, Any]:
+    figures: dict[str, Any] = {"device": device_name(record)}
+    for name in ("latency_ms", "speedup"):
+        figure = record.outputs[name]
+        ends = {name: "value", f"{name}_low": "low", f"{name}_high": "high"}
+        figures |= {field_name: figure.get(end) for field_name, end in ends.items()}
+    return figures
+
+
+def device_name(record: Record) -> str:
+    """Return what a latency was measured on, as fronts are grouped by it."""
+    device = record.inputs["device"]
+    return str(device.get("name", device)) if isinstance(device, Mapping) else str(device)
+
+
+def _with_dense(points: Sequence[ResolvedPoint]) -> list[ResolvedPoint]:
+    """Add what needs the dense run: pruned ratio, MACs speed-up, and the dense run's own speed."""
+    dense = {(p.model, p.protocol): p for p in points if p.method == "dense"}
+    resolved = []
+    for point in points:
+        base = dense.get((point.model, point.protocol))
+        if base is not None and base.macs and point.macs:
+            point = replace(
+                point,
+                pruned_ratio=1 - point.macs / base.macs,
+                macs_speedup=base.macs / point.macs,
+            )
+        if point.method == "dense" and point.speedup is None:
+            point = _dense_speed(point, points)
+        resolved.append(point)
+    return resolved
+
+
+def _dense_speed(dense: ResolvedPoint, points: Sequence[ResolvedPoint]) -> ResolvedPoint:
+    """Time the dense run by the dense halves of its siblings' interleaved measurements."""
+    siblings = [
+        p for p in points if (p.model, p.protocol) == (dense.model, dense.protocol) and p.latency_ms
+    ]
+    if not siblings:
+        return dense
+    times = [p.latency_ms * p.speedup for p in siblings if p.latency_ms and p.speedup]
+    return replace(
+        dense, speedup=1.0, latency_ms=statistics.median(times), device=siblings[0].device
+    )
+
+
+def _with_gains(
+    point: ResolvedPoint,
+    points: Sequence[ResolvedPoint],
+    records: Records,
+    comparisons: Comparisons,
+    quality: str,
+) -> ResolvedPoint:
+    if point.state != "done" or point.target is None:
+        return point
+    peers = [p for p in points if (p.model, p.protocol) == (point.model, point.protocol)]
+    dense = next((p for p in peers if p.method == "dense" and p.state == "done"), None)
+
+    def over(rivals: Sequence[ResolvedPoint]) -> Mapping[str, Gain]:
+        return comparisons.gains(
+            _evaluated(point, records),
+            {rival.key: _evaluated(rival, records) for rival in rivals},
+            dense=None if dense is None else _evaluated(dense, records),
+        )
+
+    baseline = best_baseline(point, peers)
+    draws = [p for p in peers if p.method == "random" and p.target == point.target]
+    drawn = point.is_searched and draws and all(p.state == "done" for p in draws)
+    gain = over([baseline]) if baseline is not None else {}
+    verdicts = {metric: value.verdict for metric, value in gain.items()}
+    return replace(
+        point,
+        gain=gain,
+        verdicts=verdicts,
+        verdict=verdicts.get(quality),
+        gain_random=over(draws) if drawn else {},
+    )
+
+
+def point_name(point: Point) -> str:
+    """Name a point for people, without its model and target."""
+    variant = "" if point.variant is None else str(point.variant)
+    if point.method == "few_steps":
+        return f"few steps, {variant}" if variant else "few steps"
+    if point.method == "random":
+        return f"random {variant}".strip()
+    if point.method == "search":
+        alpha = (point.loss or {}).get("alpha")
+        parts = [str(point.strategy), "" if alpha is None else f"α={alpha:g}"]
+        return " ".join([*filter(None, parts), f"seed {point.seed}"])
+    return point.method.replace("_", " ")
+
+
+def _record(records: Records, key: str | None) -> Record | None:
+    return None if key is None else records.get(key)
+
+
+def _evaluated(point: ResolvedPoint, records: Records) -> Record:
+    assert point.evaluate_key is not None
+    return records[point.evaluate_key]
+
+
+def _value(record: Record | None, metric: str) -> float | None:
+    if record is None:
+        return None
+    value = record.outputs["metrics"].get(metric, {}).get("value")
+    return None if value is None else float(value)
