@@ -45,9 +45,17 @@ class GateTable:
 
     @classmethod
     def from_calls(cls, computed: Iterable[int], num_calls: int, num_blocks: int) -> GateTable:
-        """Compute the calls in `computed` whole and skip all others."""
+        """Compute the calls in `computed` whole and skip all others.
+
+        Raises:
+            SubNetError: a call is outside the run, or the first is not among them.
+        """
+        calls = sorted(set(computed))
+        outside = [call for call in calls if not 0 <= call < num_calls]
+        if outside:
+            raise SubNetError(f"computed calls must be 0 to {num_calls - 1}, got {outside}")
         keep = np.zeros((num_calls, num_blocks), dtype=np.bool_)
-        keep[sorted(computed)] = True
+        keep[calls] = True
         return cls(keep)
 
     @classmethod

@@ -49,11 +49,13 @@ class SubNet:
         if not isinstance(timesteps, Sequence) or len(timesteps) != self.gates.num_calls:
             got = "none" if timesteps is None else len(timesteps)
             raise SubNetError(
-                f"sampler.timesteps needs {self.gates.num_calls} entries, one a row of keep; got {got}"
+                f"sampler.timesteps needs {self.gates.num_calls} entries, one a row of keep; "
+                f"got {got}"
             )
         if not len(self.block_names) == len(self.reuse) == self.gates.num_blocks:
             raise SubNetError(
-                f"blocks has {len(self.block_names)} names, keep has {self.gates.num_blocks} columns"
+                f"blocks has {len(self.block_names)} names, keep has {self.gates.num_blocks} "
+                "columns"
             )
 
     def call_kwargs(self) -> dict[str, Any]:
@@ -92,8 +94,8 @@ class SubNet:
             raise SubNetError(f"{source} is not a SubNet file (kind must be {KIND!r})")
         if data.get("schema_version") != SCHEMA_VERSION:
             raise SubNetError(
-                f"{source} has schema_version {data.get('schema_version')!r}, this dipgo-sweep reads "
-                f"{SCHEMA_VERSION}: export it again, or install the matching version"
+                f"{source} has schema_version {data.get('schema_version')!r}, this dipgo-sweep "
+                f"reads {SCHEMA_VERSION}: export it again, or install the matching version"
             )
         missing = [
             key
@@ -103,6 +105,8 @@ class SubNet:
         if missing:
             raise SubNetError(f"{source} lacks {', '.join(missing)}; export the SubNet again")
         for part in ("model", "sampler"):
+            if not isinstance(data[part], Mapping):
+                raise SubNetError(f"{source} is not a complete SubNet file: {part} is no object")
             if config_sha256(data[part].get("config", {})) != data[part].get("config_sha256"):
                 raise SubNetError(
                     f"{source}: {part}.config does not match {part}.config_sha256; the file was "
