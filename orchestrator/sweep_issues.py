@@ -9,7 +9,7 @@ from dipgo_core.errors import SweepFileError
 
 @dataclass(frozen=True, order=True)
 class SweepIssue:
-    """One error. Lines and columns start at 1; line 0 = about the whole file, or given by ``-o``."""
+    """One error. Lines and columns start at 1; line 0 = the whole file, or given by ``-o``."""
 
     file: str
     line: int
@@ -19,7 +19,9 @@ class SweepIssue:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
+        return (
+            f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
+        )
 
 
 class Issues:

@@ -19,6 +19,7 @@ from dipgo_core.config import (
     SamplerSettings,
     SearchSettings,
 )
+from dipgo_core.families import Scorers
 from orchestrator.records import canonical, content_key
 
 SCHEMA_VERSION = 1
@@ -26,6 +27,7 @@ SCHEMA_VERSION = 1
 Metric = Literal["fid", "kid", "clip", "psnr", "ssim", "latency"]
 PromptKind = Literal["bundled", "file", "hub", "labels"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
+Spacing = Literal["leading", "trailing"]
 Axes = Mapping[str, tuple[Any, ...]]
 
 
@@ -34,18 +36,26 @@ class PromptSource:
     """Where prompts or class labels come from.
 
     kind bundled: `value` is the split (calibration, test). file: `value` is a path that opens from
-    the current folder. hub: `value` is the data set's id. labels: `labels` are the class labels,
-    taken in turn; empty = every class of the model.
+    the current folder. hub: `value` is the data set's id. labels: the classes of the model, `rows`
+    of them spread evenly.
     """
 
     kind: PromptKind
     value: str = ""
-    column: str = "prompt"
+    column: str | None = None
     rows: int | None = None  # None: all of them
-    split: str = "train"
+    split: str | None = None
     config: str | None = None
     revision: str | None = None
-    labels: tuple[int, ...] = ()
+
+    @property
+    def source(self) -> str | dict[str, Any]:
+        """What ``dipgo_core.evaluation.prompts.read_items`` reads; not for kind labels."""
+        if self.kind == "bundled":
+            return f"bundled:{self.value}"
+        names = ("column", "rows", "split", "config", "revision")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {self.kind: self.value, **given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +77,8 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scorers:
-    """Feature extractor of FID and KID, and CLIP model; bundled names, hub ids or local paths."""
-
-    features: str
-    clip: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """How every point of a model is measured."""
+    """How every point of a model is measured. Scorers: bundled names, hub ids or local paths."""
 
     prompts: PromptSource
     images: int
@@ -97,7 +99,7 @@ class Baseline:
 
     name: str
     draws: int = 0
-    spacing: tuple[Literal["leading", "trailing"], ...] = ()
+    spacing: tuple[Spacing, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,197 @@
+"""The sections `targets`, `baselines`, `evaluate`: which points there are, how one is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, get_args
+
+from dipgo_core.evaluation.scorers import INCEPTION, TINY_FEATURES
+from dipgo_core.families import Scorers
+from dipgo_core.zoo import ZOO_MODELS
+from orchestrator.sweep_file.context import HUB_ID, Context, located
+from orchestrator.sweep_file.fields import (
+    MAX_SEED,
+    Fields,
+    Reader,
+    axis,
+    choice,
+    many,
+    number,
+    reject,
+    text,
+    whole,
+)
+from orchestrator.sweep_file.prompts import read_prompts
+from orchestrator.sweep_issues import Issues
+from orchestrator.sweep_settings import (
+    Baseline,
+    EvaluateSettings,
+    Metric,
+    Reference,
+    Spacing,
+)
+from orchestrator.yaml_source import Node
+
+BASELINES: Final = ("few_steps", "uniform", "best_step_mask", "random")
+METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
+SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
+MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4}
+
+_DEFAULT_DRAWS: Final = 3
+
+
+def read_targets(node: Node, issues: Issues) -> tuple[float, ...]:
+    """Read `targets`: different pruned ratios in [0, 1)."""
+    return many(number(0, below=1))(node, issues) or ()
+
+
+def read_baselines(node: Node, issues: Issues) -> tuple[Baseline, ...]:
+    """Read `baselines`; absent = all, with their defaults."""
+    if node.value is None:
+        return tuple(_baseline(name) for name in BASELINES)
+    read = many(_one_baseline, at_least=0)(node, issues) or ()
+    names = [baseline.name for baseline in read]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        issues.add(node.issue(f"lists {', '.join(repeated)} twice; give each baseline once"))
+    return read
+
+
+def _baseline(name: str) -> Baseline:
+    return Baseline(
+        name=name,
+        draws=_DEFAULT_DRAWS if name == "random" else 0,
+        spacing=SPACINGS if name == "few_steps" else (),
+    )
+
+
+def _one_baseline(node: Node, issues: Issues) -> Baseline | None:
+    """Read a name, or ``{random: {draws: 5}}``, ``{few_steps: {spacing: [trailing]}}``."""
+    if isinstance(node.value, str):
+        name = choice(BASELINES)(node, issues)
+        return None if name is None else _baseline(name)
+    if not isinstance(node.value, Mapping) or len(node.value) != 1:
+        reject(node, issues, f"must be one of {', '.join(BASELINES)}, or one of them: its settings")
+        return None
+    with Fields(node, issues) as entry:
+        found = {name: entry.child(name) for name in BASELINES}
+    for name, settings in found.items():
+        if settings is not None:
+            return _configured_baseline(name, settings, issues)
+    return None
+
+
+def _configured_baseline(name: str, node: Node, issues: Issues) -> Baseline:
+    default = _baseline(name)
+    with Fields(node, issues) as section:
+        if name == "random":
+            draws = section.get("draws", whole(1, 1000), default.draws)
+            return Baseline(name=name, draws=draws)
+        if name == "few_steps":
+            spacing = section.get("spacing", axis(choice(SPACINGS)), default.spacing)
+            return Baseline(name=name, spacing=spacing)
+    return default
+
+
+def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSettings:
+    """Read `evaluate`; scorers and prompts default to what fits the model."""
+    with Fields(node, issues) as section:
+        prompts = read_prompts(section, issues, context, "test")
+        images = section.get("images", _images, 1000)
+        scorers = _scorers(section.section("scorers"), issues, context)
+        default = tuple(name for name in METRICS if name != "clip" or scorers.clip is not None)
+        metrics = section.get("metrics", many(choice(METRICS)), default)
+        _check_metrics(section, metrics, images, scorers, context)
+        return EvaluateSettings(
+            prompts=prompts,
+            images=images,
+            scorers=scorers,
+            reference=_reference(section.child("reference"), issues, context, scorers),
+            metrics=metrics,
+            seed=section.get("seed", whole(0, MAX_SEED), 0),
+            batch_size=section.get("batch_size", whole(1, 4096), 16),
+        )
+
+
+def _images(node: Node, issues: Issues) -> int | None:
+    if isinstance(node.value, Mapping) and "rungs" in node.value:
+        issues.add(node.issue("rungs (racing) are not there yet; give one number of images"))
+        return None
+    return whole(1, 10_000_000)(node, issues)
+
+
+def _check_metrics(
+    section: Fields, metrics: tuple[Metric, ...], images: int, scorers: Scorers, context: Context
+) -> None:
+    for metric, least in MIN_IMAGES.items():
+        if metric in metrics and images < least:
+            rule = f"must be at least {least} for {metric}, got {images}"
+            section.issues.add(section.place("images").issue(rule))
+    if "clip" in metrics and scorers.clip is None:
+        rule = (
+            f"clip means nothing for {context.name}: give evaluate.scorers.clip, or leave clip out"
+        )
+        section.issues.add(section.place("metrics").issue(rule))
+
+
+def _scorers(node: Node, issues: Issues, context: Context) -> Scorers:
+    default = context.scorers
+    with Fields(node, issues) as section:
+        return Scorers(
+            features=section.get("features", _features(context), default.features),
+            clip=section.maybe("clip", _clip(context)) or default.clip,
+        )
+
+
+def _features(context: Context) -> Reader[str]:
+    valid = choice((TINY_FEATURES, INCEPTION))
+
+    def read(node: Node, issues: Issues) -> str | None:
+        kind, colon, file = str(node.value).partition(":")
+        if not (isinstance(node.value, str) and kind == INCEPTION and colon):
+            return valid(node, issues)
+        found = context.locate(file) if file else None
+        if found is None:
+            issues.add(node.issue(f"no such file: {file} (write {INCEPTION}:FILE)"))
+        return None if found is None else f"{INCEPTION}:{found}"
+
+    return read
+
+
+def _clip(context: Context) -> Reader[str]:
+    def read(node: Node, issues: Issues) -> str | None:
+        name = text()(node, issues)
+        if name is None or name in ZOO_MODELS or HUB_ID.fullmatch(name):
+            return name
+        return located(context, "folder")(node, issues)
+
+    return read
+
+
+def _reference(node: Node | None, issues: Issues, context: Context, scorers: Scorers) -> Reference:
+    """Read ``dense``, ``{folder: PATH}`` or ``{statistics: PATH or bundled}``."""
+    if node is None or node.value == "dense":
+        return Reference()
+    keys = node.value if isinstance(node.value, Mapping) else {}
+    given = [kind for kind in ("folder", "statistics") if kind in keys]
+    if len(given) != 1:
+        reject(node, issues, "must be dense, {folder: PATH} or {statistics: PATH or bundled}")
+        return Reference()
+    with Fields(node, issues) as section:
+        if given == ["folder"]:
+            value = section.get("folder", located(context, "folder"), "")
+            return Reference(kind="folder", value=value)
+        child = section.section("statistics")
+        if child.value == "bundled":
+            _check_bundled_statistics(child, issues, scorers)
+            return Reference(kind="statistics", value="bundled")
+        value = located(context, "file")(child, issues) or ""
+        return Reference(kind="statistics", value=value)
+
+
+def _check_bundled_statistics(node: Node, issues: Issues, scorers: Scorers) -> None:
+    if scorers.features != TINY_FEATURES:
+        rule = f"the bundled statistics are of {TINY_FEATURES}, this model is scored by"
+        issues.add(
+            node.issue(f"{rule} {scorers.features}; use dense, a folder or a statistics file")
+        )

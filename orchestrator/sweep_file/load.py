@@ -1,0 +1,191 @@
+"""A sweep file on disk, and ``-o`` overrides → SweepFile, or one error that lists every issue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from dipgo_core.config import Convention
+from dipgo_core.errors import ConfigError
+from orchestrator.sweep_file.evaluate import METRICS
+from orchestrator.sweep_file.fields import Fields, boolean, choice, number, reject, text, whole
+from orchestrator.sweep_file.models import (
+    SECTIONS,
+    Shared,
+    check_sections,
+    name_rule,
+    read_models,
+)
+from orchestrator.sweep_file.overrides import apply_overrides
+from orchestrator.sweep_issues import Issues, SweepIssue
+from orchestrator.sweep_settings import (
+    SCHEMA_VERSION,
+    Budget,
+    LatencySettings,
+    Metric,
+    Objective,
+    Resources,
+    SweepFile,
+    SweepModel,
+    TaskResources,
+    Tracking,
+)
+from orchestrator.yaml_source import Node, parse_yaml
+
+MAX_POINTS: Final = 100_000
+
+_CONVENTIONS: Final[tuple[Convention, ...]] = get_args(Convention)
+_QUALITIES: Final[tuple[Metric, ...]] = ("clip", "fid", "kid", "ssim", "psnr")
+_SPEEDS: Final[tuple[Literal["latency", "macs"], ...]] = ("latency", "macs")
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepFile:
+    """Read, check and resolve a sweep file.
+
+    `overrides`: ``key=value`` texts, set before anything is checked. Relative paths in the file
+    are looked for in the current folder, then beside the file.
+
+    Raises:
+        SweepFileError: the file or an override has errors; `errors` holds a SweepIssue for each.
+    """
+    file = Path(path)
+    issues = Issues()
+    text = _text(file, issues)
+    root = None if text is None else parse_yaml(text, source=str(path), issues=issues)
+    if root is not None and root.value is None:
+        rule = "is empty; sweeps/quickstart.yaml is one to start from"
+        issues.add(SweepIssue(str(path), 0, 0, "", rule))
+    if root is None or root.value is None:
+        raise issues.error()
+    root = apply_overrides(root, overrides, issues)
+    sweep = _read(root, issues, file.parent)
+    if not issues:
+        _expand(sweep, root, issues)
+    if issues:
+        raise issues.error()
+    return sweep
+
+
+def _text(file: Path, issues: Issues) -> str | None:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        rule = f"not UTF-8: byte 0x{error.object[error.start]:02x}; save the file as UTF-8"
+        issues.add(SweepIssue(str(file), line, column, "", rule))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        issues.add(SweepIssue(str(file), 0, 0, "", f"cannot be read: {reason}"))
+    return None
+
+
+def _read(root: Node, issues: Issues, folder: Path) -> SweepFile:
+    with Fields(root, issues) as fields:
+        _check_version(fields)
+        name = fields.need("name", text(valid=name_rule), "unnamed")
+        allow_unpinned = fields.get("allow_unpinned", boolean, False)
+        fields.demand("targets", hint="such as [0.3, 0.5, 0.7]")
+        sections = {section: fields.section(section) for section in SECTIONS}
+        shared = Shared(folder=folder, sections=sections, allow_unpinned=allow_unpinned)
+        check_sections(shared, issues)
+        fields.demand("models", hint="such as [tiny-sd]")
+        models = _models(fields, shared, issues)
+        _check_size(models, fields.place("search"), issues)
+        return SweepFile(
+            name=name,
+            models=models,
+            objective=_objective(fields.section("objective"), issues, models),
+            resources=_resources(fields.section("resources"), issues),
+            latency=_latency(fields.section("latency"), issues),
+            tracking=_tracking(fields.section("tracking"), issues, name),
+            storage=fields.get("storage", text(), "./.dipgo"),
+            budget=_budget(fields.section("budget"), issues),
+            macs_convention=fields.get("macs_convention", choice(_CONVENTIONS), "all"),
+            allow_unpinned=allow_unpinned,
+        )
+
+
+def _check_version(fields: Fields) -> None:
+    fields.demand("schema_version", hint=f"write schema_version: {SCHEMA_VERSION}")
+    node = fields.child("schema_version")
+    if node is not None and node.value != SCHEMA_VERSION:
+        reject(node, fields.issues, f"must be {SCHEMA_VERSION}, which this dipgo-sweep reads")
+
+
+def _models(fields: Fields, shared: Shared, issues: Issues) -> tuple[SweepModel, ...]:
+    node = fields.child("models")
+    return () if node is None else read_models(node, shared, issues)
+
+
+def _check_size(models: Sequence[SweepModel], place: Node, issues: Issues) -> None:
+    """Report a grid that is too large, from the lengths of its axes alone."""
+    points = sum((len(model.grid) + len(model.baselines)) * len(model.targets) for model in models)
+    if points > MAX_POINTS:
+        rule = f"a sweep has at most {MAX_POINTS:,} points, this one has {points:,}"
+        issues.add(place.issue(f"{rule}; shorten the longest axis"))
+
+
+def _expand(sweep: SweepFile, root: Node, issues: Issues) -> None:
+    """Report settings that only break a rule together, by building every search."""
+    for index, model in enumerate(sweep.models):
+        try:
+            model.searches()
+        except ConfigError as error:
+            issues.add(root.issue(f"model {index} ({model.name}): {error}", path="search"))
+
+
+# --- sections of the whole sweep -----------------------------------------------------------------
+
+
+def _objective(node: Node, issues: Issues, models: Sequence[SweepModel]) -> Objective:
+    """Read `objective`; the default is what every model measures, latency and clip first."""
+    measured = set(METRICS).intersection(*(model.evaluate.metrics for model in models))
+    qualities = [name for name in _QUALITIES if name in measured]
+    with Fields(node, issues) as fields:
+        speed = fields.get("speed", choice(_SPEEDS), _SPEEDS[0 if "latency" in measured else 1])
+        quality = fields.get("quality", choice(_QUALITIES), (qualities or _QUALITIES)[0])
+        for field, value in (("speed", speed), ("quality", quality)):
+            if value != "macs" and value not in measured:
+                rule = f"{value} is not in evaluate.metrics of every model"
+                issues.add(fields.place(field).issue(rule))
+    return Objective(speed=speed, quality=quality)
+
+
+def _resources(node: Node, issues: Issues) -> Resources:
+    with Fields(node, issues) as fields:
+        return Resources(
+            reference=_task_resources(fields.section("reference"), issues),
+            search=_task_resources(fields.section("search"), issues),
+            evaluate=_task_resources(fields.section("evaluate"), issues),
+            latency=_task_resources(fields.section("latency"), issues),
+            images_per_shard=fields.get("images_per_shard", whole(1), 500),
+        )
+
+
+def _task_resources(node: Node, issues: Issues) -> TaskResources:
+    with Fields(node, issues) as fields:
+        return TaskResources(
+            cpus=fields.get("cpus", number(above=0), 1.0), gpus=fields.get("gpus", number(0), 0.0)
+        )
+
+
+def _latency(node: Node, issues: Issues) -> LatencySettings:
+    with Fields(node, issues) as fields:
+        return LatencySettings(
+            batch_size=fields.get("batch_size", whole(1, 4096), 1),
+            warmup=fields.get("warmup", whole(0, 10_000), 2),
+            min_runs=fields.get("min_runs", whole(1, 100_000), 10),
+        )
+
+
+def _tracking(node: Node, issues: Issues, name: str) -> Tracking:
+    with Fields(node, issues) as fields:
+        uri = fields.maybe("uri", text())
+        return Tracking(uri=uri, experiment=fields.get("experiment", text(), name))
+
+
+def _budget(node: Node, issues: Issues) -> Budget:
+    with Fields(node, issues) as fields:
+        return Budget(gpu_hours=fields.maybe("gpu_hours", number(above=0)))

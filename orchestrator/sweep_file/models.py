@@ -1,0 +1,247 @@
+"""Entries of `models`: one SweepModel per model and sampler, its sections merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from dipgo_core.config import DType, ModelSettings, SamplerSettings
+from dipgo_core.families import FAMILIES, KNOWN_MODELS, NOISE_SCHEDULERS, num_calls
+from dipgo_core.postprocess import kept_share
+from orchestrator.sweep_file.context import Context
+from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
+from orchestrator.sweep_file.fields import (
+    Fields,
+    axis,
+    choice,
+    number,
+    reject,
+    text,
+    whole,
+)
+from orchestrator.sweep_file.identity import Identity, identify
+from orchestrator.sweep_file.overrides import merge
+from orchestrator.sweep_file.prompts import check_splits
+from orchestrator.sweep_file.search import SearchSection, read_search
+from orchestrator.sweep_issues import Issues
+from orchestrator.sweep_settings import Baseline, EvaluateSettings, SweepModel
+from orchestrator.yaml_source import Node
+
+#: What a model may override.
+SECTIONS: Final = ("search", "targets", "baselines", "evaluate")
+MAX_MODELS: Final = 500
+
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+_DTYPES: Final[tuple[DType, ...]] = get_args(DType)
+_FLOAT32: Final[DType] = "float32"
+_SPACINGS: Final[tuple[TimestepSpacing, ...]] = get_args(TimestepSpacing)
+_BUNDLED: Final = ", ".join(known.id for known in KNOWN_MODELS if known.bundled)
+_SCHEDULERS: Final = tuple(NOISE_SCHEDULERS)
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all entries of a file share; `sections` lie under what each model overrides."""
+
+    folder: Path
+    sections: Mapping[str, Node]
+    allow_unpinned: bool
+
+
+def name_rule(name: str) -> str | None:
+    """Return the rule that `name` breaks as the name of a sweep or a model, or None."""
+    if _NAME.fullmatch(name):
+        return None
+    return f"must be up to 100 letters, digits, '.', '_' and '-', got {name!r}"
+
+
+def read_models(node: Node, shared: Shared, issues: Issues) -> tuple[SweepModel, ...]:
+    """Read `models`."""
+    if not isinstance(node.value, tuple) or not 1 <= len(node.value) <= MAX_MODELS:
+        reject(node, issues, f"must be a list of 1 to {MAX_MODELS} models")
+        return ()
+    models: list[SweepModel] = []
+    for entry in node.value:
+        found = _read_entry(entry, shared, issues)
+        _check_names(entry, found, models, issues)
+        models += found
+    return tuple(models)
+
+
+def check_sections(shared: Shared, issues: Issues) -> None:
+    """Report what is wrong in the sections of the file whichever model they are for."""
+    _read_sections(shared.sections, issues, Context(folder=shared.folder))
+
+
+def _check_names(
+    entry: Node, found: Sequence[SweepModel], earlier: Sequence[SweepModel], issues: Issues
+) -> None:
+    taken = {model.name for model in earlier}
+    for model in found:
+        if model.name in taken:
+            named = entry.value.get("name") if isinstance(entry.value, Mapping) else None
+            rule = f"the name {model.name!r} is already taken; give each model its own `name`"
+            issues.add((named or entry).issue(rule))
+        taken.add(model.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sections:
+    """The four sections of one model, read."""
+
+    search: SearchSection
+    targets: tuple[float, ...]
+    baselines: tuple[Baseline, ...]
+    evaluate: EvaluateSettings
+
+
+def _read_sections(nodes: Mapping[str, Node], issues: Issues, context: Context) -> _Sections:
+    return _Sections(
+        search=read_search(nodes["search"], issues, context),
+        targets=read_targets(nodes["targets"], issues),
+        baselines=read_baselines(nodes["baselines"], issues),
+        evaluate=read_evaluate(nodes["evaluate"], issues, context),
+    )
+
+
+def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
+    """Read one entry: a bare id, or a mapping; a list of samplers makes one model each."""
+    if isinstance(node.value, str):
+        node = replace(node, value={"id": node})
+    generic = Context(folder=shared.folder)
+    with Fields(node, issues) as fields:
+        name = fields.maybe("name", text(valid=name_rule))
+        identity = _identity(fields, issues, generic)
+        revision = fields.maybe("revision", text())
+        dtype = fields.get("dtype", choice(_DTYPES), _FLOAT32)
+        samplers = _samplers(fields, identity, issues)
+        nodes = _merged(fields.section("overrides"), shared.sections, issues)
+        if identity is not None:
+            _check_revision(fields, identity, revision, shared.allow_unpinned)
+    context = generic if identity is None else _context(identity, name, shared.folder)
+    read = _read_sections(nodes, issues, context)
+    if identity is None:
+        return []
+    check_splits(nodes["evaluate"], read.search.calibration.prompts, read.evaluate.prompts, issues)
+    for sampler in samplers:
+        _check_targets(nodes["targets"], read.targets, sampler, issues)
+    several = isinstance(fields.place("sampler").value, tuple)
+    names = _names(None if several else name, name or _stem(identity.id), samplers)
+    settings = ModelSettings(id=identity.id, revision=revision, dtype=dtype)
+    return [
+        SweepModel(
+            name=model_name,
+            family=identity.family.name,
+            settings=settings,
+            sampler=sampler,
+            targets=read.targets,
+            baselines=read.baselines,
+            grid=read.search.grid,
+            calibration=read.search.calibration,
+            evaluate=read.evaluate,
+            postprocess=read.search.postprocess,
+        )
+        for model_name, sampler in zip(names, samplers, strict=True)
+    ]
+
+
+def _context(identity: Identity, name: str | None, folder: Path) -> Context:
+    return Context(
+        folder=folder,
+        name=name or identity.id,
+        takes=identity.family.conditioning,
+        bundled=identity.bundled,
+        scorers=identity.scorers,
+    )
+
+
+def _identity(fields: Fields, issues: Issues, context: Context) -> Identity | None:
+    hint = f"a bundled model ({_BUNDLED}), a hub id or a folder"
+    name = fields.need("id", text(), "", hint=hint)
+    family = fields.maybe("family", choice(tuple(FAMILIES)))
+    return identify(fields.place("id"), family, issues, context) if name else None
+
+
+def _check_revision(
+    fields: Fields, identity: Identity, revision: str | None, allow_unpinned: bool
+) -> None:
+    place = fields.place("revision")
+    if not identity.hub and revision is not None:
+        fields.issues.add(place.issue(f"only models on the hub have one, {identity.id} is local"))
+    if identity.hub and not allow_unpinned and not _COMMIT.fullmatch(revision or ""):
+        rule = f"must be a commit (40 hexadecimal digits), got {revision or 'none'}"
+        move = "`dipgo-sweep pin FILE` writes it, or set allow_unpinned: true"
+        fields.issues.add(place.issue(f"{rule}; {move}", path=f"{fields.node.path}.revision"))
+
+
+# --- samplers ------------------------------------------------------------------------------------
+
+
+def _samplers(
+    fields: Fields, identity: Identity | None, issues: Issues
+) -> tuple[SamplerSettings, ...]:
+    default = identity.sampler if identity is not None else FAMILIES["sd"].sampler
+
+    def read(node: Node, issues: Issues) -> SamplerSettings:
+        with Fields(node, issues) as section:
+            return SamplerSettings(
+                scheduler=section.get("scheduler", choice(_SCHEDULERS), default.scheduler),
+                steps=section.get("steps", whole(1, 1000), default.steps),
+                guidance_scale=section.get("guidance_scale", number(0), default.guidance_scale),
+                spacing=section.maybe("spacing", choice(_SPACINGS)),
+            )
+
+    return fields.get("sampler", axis(read), (default,))
+
+
+def _check_targets(
+    node: Node, targets: Sequence[float], sampler: SamplerSettings, issues: Issues
+) -> None:
+    """Report targets that leave less than the first call, which is computed whole."""
+    calls = num_calls(sampler.scheduler, sampler.steps)
+    places = node.value if isinstance(node.value, tuple) else ()
+    for target in targets:
+        if kept_share(target) * calls < 1:
+            place = next((item for item in places if item.value == target), node)
+            run = f"{calls} calls ({sampler.scheduler}, {sampler.steps} steps)"
+            rule = f"must be at most {1 - 1 / calls:.4g}: the first of {run} is computed whole"
+            issues.add(place.issue(f"{rule}, got {target:g}"))
+
+
+# --- names and overrides -------------------------------------------------------------------------
+
+
+def _names(name: str | None, stem: str, samplers: Sequence[SamplerSettings]) -> list[str]:
+    """Return the given name, or ``stem-scheduler-steps`` and what else tells samplers apart."""
+    if name is not None:
+        return [name] * len(samplers)
+    guided = len({sampler.guidance_scale for sampler in samplers}) > 1
+    return [f"{stem}-{_sampler_name(sampler, guided)}" for sampler in samplers]
+
+
+def _sampler_name(sampler: SamplerSettings, guided: bool) -> str:
+    parts = [sampler.scheduler, str(sampler.steps)]
+    if sampler.spacing is not None:
+        parts.append(sampler.spacing)
+    if guided:
+        parts.append(f"g{sampler.guidance_scale:g}")
+    return _slug("-".join(parts))
+
+
+def _stem(model_id: str) -> str:
+    return _slug(Path(model_id).resolve().name if Path(model_id).is_dir() else Path(model_id).name)
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", words).strip("-._").lower() or "model"
+
+
+def _merged(node: Node, sections: Mapping[str, Node], issues: Issues) -> dict[str, Node]:
+    with Fields(node, issues) as fields:
+        given = {name: fields.child(name) for name in SECTIONS}
+    return {name: merge(sections[name], given[name]) for name in SECTIONS}
