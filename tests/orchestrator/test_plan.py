@@ -1,0 +1,189 @@
+"""Plan: counts, sharing, resuming, resolution. Oracles: counting by hand, the core's functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+from dipgo_core.baselines import random_gates
+from dipgo_core.outcome import SearchOutcome
+from dipgo_core.postprocess import select
+from orchestrator.plan import Plan, build_plan
+from orchestrator.records import Record, Task
+from orchestrator.sweep_settings import Baseline, SweepFile
+from tests.orchestrator.tiny_sweep import (
+    ALL_BASELINES,
+    GRAPH,
+    tiny_facts,
+    tiny_outputs,
+    tiny_sweep,
+)
+
+Records = dict[str, Record]
+
+
+def plan_of(sweep: SweepFile, records: Records | None = None, **kwargs: Any) -> Plan:
+    return build_plan(sweep, records or {}, facts=tiny_facts(sweep), device="a cpu", **kwargs)
+
+
+def record_of(task: Task) -> Record:
+    return Record(
+        key=task.key,
+        kind=task.kind,
+        state="done",
+        inputs=task.inputs,
+        outputs=tiny_outputs(task.kind, task.inputs),
+    )
+
+
+def run_all(sweep: SweepFile, records: Records | None = None) -> tuple[Plan, Records, list[Task]]:
+    """Plan and 'run' until nothing is ready; return what was run, too."""
+    records, ran = dict(records or {}), []
+    while ready := plan_of(sweep, records).ready:
+        ran += ready
+        records |= {task.key: record_of(task) for task in ready}
+    return plan_of(sweep, records), records, ran
+
+
+def kinds(tasks: Any) -> dict[str, int]:
+    return dict(Counter(task.kind for task in tasks))
+
+
+def test_plan_counts_one_search_for_all_targets() -> None:
+    targets = (0.3, 0.4, 0.5, 0.6, 0.7)
+    summary = plan_of(tiny_sweep(targets=targets, alphas=(0.5, 1.0))).to_json()
+    assert (summary["models"], summary["searches"], summary["evaluations"]) == (1, 2, 10)
+    assert (summary["baselines"], summary["cached"]) == (0, 0)
+
+
+def test_plan_lists_what_is_unresolved_with_the_search_it_needs() -> None:
+    plan = plan_of(tiny_sweep(targets=(0.5,)))
+    search = next(task for task in plan.tasks if task.kind == "search")
+    waiting = [task for task in plan.tasks if task.kind == "evaluate" and search.key in task.needs]
+    assert len(waiting) == 1
+    assert waiting[0].state == "unresolved"
+    assert [task.kind for task in plan.ready] == ["reference", "reference"]
+
+
+def test_plan_grows_no_task_it_had_not_counted() -> None:
+    sweep = tiny_sweep(alphas=(0.5, 1.0), baselines=ALL_BASELINES)
+    final, _, ran = run_all(sweep)
+    first = kinds(plan_of(sweep).tasks)
+    last = kinds(final.tasks)
+    assert final.complete
+    assert kinds(ran) == last
+    # dense, 2 x 2 searched, few_steps x 2 x 2, uniform x 2, best_step_mask x 2, random x 2 x 2
+    assert first["latency"] == 1 + 4 + 4 + 2 + 2 + 4
+    assert last["latency"] <= first["latency"]
+    assert (last["reference"], last["search"]) == (2, 3)
+
+
+def test_plan_of_a_finished_sweep_has_nothing_to_do() -> None:
+    sweep = tiny_sweep(baselines=ALL_BASELINES)
+    _, records, _ = run_all(sweep)
+    again = plan_of(sweep, records)
+    assert again.ready == ()
+    assert again.to_json()["cached"] == len(again.tasks)
+    assert all(point.evaluate_key and point.latency_key for point in again.points)
+
+
+def test_adding_a_target_adds_only_its_points() -> None:
+    _, records, _ = run_all(tiny_sweep(targets=(0.5, 0.7)))
+    _, _, ran = run_all(tiny_sweep(targets=(0.3, 0.5, 0.7)), records)
+    assert kinds(ran) == {"evaluate": 1, "latency": 1}
+
+
+def test_adding_a_metric_keeps_references_and_searches() -> None:
+    _, records, _ = run_all(tiny_sweep(metrics=("clip",)))
+    _, _, ran = run_all(tiny_sweep(metrics=("clip", "psnr")), records)
+    assert kinds(ran) == {"evaluate": 3}
+
+
+def test_identical_gates_share_one_evaluation() -> None:
+    # at target 0.04 even 10 of 10 calls are needed: uniform computes everything, as dense does
+    sweep = tiny_sweep(targets=(0.04,), baselines=[Baseline(name="uniform")])
+    plan, _, _ = run_all(sweep)
+    keys = {point.method: point.evaluate_key for point in plan.points}
+    assert keys["uniform"] == keys["dense"]
+    assert keys["search"] != keys["dense"]
+
+
+def test_searched_gates_are_those_the_core_selects() -> None:
+    plan, records, _ = run_all(tiny_sweep(targets=(0.5,)))
+    point = next(point for point in plan.points if point.method == "search")
+    outcome = SearchOutcome.from_json(records[str(point.search_key)].outputs["outcome"])
+    assert point.keep == tuple(select(outcome, GRAPH, 0.5, num_calls=10).to_strings())
+
+
+def test_random_draws_differ_and_are_those_of_the_core() -> None:
+    sweep = tiny_sweep(targets=(0.5,), baselines=[Baseline(name="random", draws=2)])
+    plan, _, _ = run_all(sweep)
+    draws = [point.keep for point in plan.points if point.method == "random"]
+    assert draws == [tuple(random_gates(GRAPH, 0.5, 10, seed).to_strings()) for seed in (0, 1)]
+    assert draws[0] != draws[1]
+
+
+def test_baselines_spend_at_least_the_compute_of_the_target() -> None:
+    plan, _, _ = run_all(tiny_sweep(targets=(0.65,), baselines=ALL_BASELINES))
+    for point in plan.points:
+        if point.method in ("few_steps", "uniform", "best_step_mask"):
+            assert point.keep is not None
+            assert sum(row == "1111" for row in point.keep) == 4  # ceil(0.35 * 10)
+            assert point.calibration_key
+
+
+def test_few_steps_has_a_sampler_of_its_own_under_the_same_protocol() -> None:
+    plan, records, _ = run_all(tiny_sweep(targets=(0.7,), baselines=ALL_BASELINES))
+    points = {point.variant: point for point in plan.points if point.method == "few_steps"}
+    assert set(points) == {"leading", "trailing"}
+    for spacing, point in points.items():
+        inputs = records[str(point.evaluate_key)].inputs
+        assert inputs["sampler"]["steps"] == 3
+        assert inputs["sampler"]["spacing"] == spacing
+        assert inputs["protocol"]["sampler"]["steps"] == 10
+
+
+def test_unreachable_target_fails_its_points_only() -> None:
+    plan, _, _ = run_all(tiny_sweep(targets=(0.5, 0.95)))
+    errors = {p.target: p.error for p in plan.points if p.method == "search"}
+    assert "0.95" in str(errors[0.95])
+    assert errors[0.5] is None
+    assert plan.complete
+
+
+def test_step_mask_searches_ignore_loss_weights() -> None:
+    sweep = tiny_sweep(alphas=(0.5, 1.0))
+    grid = sweep.models[0].grid
+    axes = {**grid.axes, "strategy": ("best_step_mask",)}
+    object.__setattr__(grid, "axes", axes)
+    assert plan_of(sweep).to_json()["searches"] == 1
+
+
+def test_batch_size_and_names_do_not_change_keys() -> None:
+    sweep = tiny_sweep()
+    keys = {task.key for task in plan_of(sweep).tasks if task.state != "unresolved"}
+    object.__setattr__(sweep.models[0].evaluate, "batch_size", 3)
+    object.__setattr__(sweep, "name", "another")
+    assert keys == {task.key for task in plan_of(sweep).tasks if task.state != "unresolved"}
+
+
+def test_memo_gives_the_same_plan() -> None:
+    sweep = tiny_sweep(baselines=ALL_BASELINES)
+    plan, records, _ = run_all(sweep)
+    memo: dict[str, Any] = {}
+    assert plan_of(sweep, records, memo=memo) == plan
+    assert plan_of(sweep, records, memo=memo) == plan
+    assert set(memo) == {point.key for point in plan.points}
+
+
+def test_models_are_planned_separately() -> None:
+    plan, _, ran = run_all(tiny_sweep(models=("one", "two"), targets=(0.5,)))
+    assert plan.complete
+    assert kinds(ran) == {"reference": 4, "search": 2, "evaluate": 4, "latency": 4}
+
+
+def test_importing_plan_imports_no_torch() -> None:
+    code = "import sys, orchestrator.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,148 @@
+"""A sweep of a made-up model with three blocks, and a task function that needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.evaluation.prompts import items_sha256
+from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.families import Scorers
+from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
+from dipgo_core.items import Item
+from orchestrator.facts import ItemSet, ModelFacts
+from orchestrator.records import Record, Task
+from orchestrator.sweep_settings import (
+    Baseline,
+    Calibration,
+    EvaluateSettings,
+    PromptSource,
+    SearchGrid,
+    SweepFile,
+    SweepModel,
+    Tracking,
+)
+
+GRAPH = BlockGraph(
+    denoiser="UNet2DConditionModel",
+    granularity="block",
+    blocks=(
+        Block("", Reuse.SKIP, 10, 10),
+        Block("down", Reuse.OUTPUT, 20, 18),
+        Block("mid", Reuse.OUTPUT, 30, 30),
+        Block("up", Reuse.OUTPUT, 40, 36),
+    ),
+    producers=((3,), (INPUT,), (1,), (1, 2)),
+)
+
+ALL_BASELINES = (
+    Baseline(name="few_steps", spacing=("leading", "trailing")),
+    Baseline(name="uniform"),
+    Baseline(name="best_step_mask"),
+    Baseline(name="random", draws=2),
+)
+
+
+def tiny_sweep(
+    *,
+    targets: Sequence[float] = (0.5, 0.7),
+    alphas: Sequence[float] = (1.0,),
+    baselines: Sequence[Baseline] = (),
+    models: Sequence[str] = ("tiny",),
+    metrics: Sequence[Any] = ("clip", "psnr", "latency"),
+    storage: str = "./.dipgo",
+) -> SweepFile:
+    """Return a sweep at 10 calls; every argument is an axis of it."""
+    return SweepFile(
+        name="tiny",
+        models=tuple(
+            SweepModel(
+                name=name,
+                family="sd",
+                settings=ModelSettings(id=name),
+                sampler=SamplerSettings(scheduler="ddim", steps=10, guidance_scale=3.0),
+                targets=tuple(targets),
+                baselines=tuple(baselines),
+                grid=SearchGrid(axes={"steps": (8,)}, losses=({"alpha": tuple(alphas)},)),
+                calibration=Calibration(prompts=PromptSource(kind="bundled", value="calibration")),
+                evaluate=EvaluateSettings(
+                    prompts=PromptSource(kind="bundled", value="test"),
+                    images=16,
+                    scorers=Scorers(features="tiny-features", clip="tiny-clip"),
+                    metrics=tuple(metrics),
+                ),
+            )
+            for name in models
+        ),
+        tracking=Tracking(experiment="tiny"),
+        storage=storage,
+    )
+
+
+def item_set(*prompts: str) -> ItemSet:
+    items = tuple(Item(prompt) for prompt in prompts)
+    return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
+
+
+def tiny_facts(sweep: SweepFile) -> dict[str, ModelFacts]:
+    """Return facts of models that do not exist."""
+    scorer = Scorer("tiny", "0" * 64, "none")
+    return {
+        model.name: ModelFacts(
+            weights_sha256=hashlib.sha256(model.name.encode()).hexdigest(),
+            height=32,
+            width=32,
+            test=item_set("a red boot", "a blue shirt"),
+            calibration=item_set("a green coat"),
+            features=scorer,
+            clip=scorer,
+        )
+        for model in sweep.models
+    }
+
+
+def run_tiny_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+    """Make up a plausible record; the figures follow from the inputs alone."""
+    time.sleep(task.options.get("sleep", 0))
+    record = Record(
+        key=task.key,
+        kind=task.kind,
+        state="done",
+        inputs=task.inputs,
+        outputs=tiny_outputs(task.kind, task.inputs),
+        timings={"seconds": 0.1},
+    )
+    store.put_record(record)
+    return record
+
+
+def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "reference":
+        return {"graph": GRAPH.to_json(), "timesteps": list(range(901, 0, -100))}
+    if kind == "search":
+        return {"outcome": _outcome(inputs["search"]), "curve": {}, "forwards": 3, "seconds": 0.1}
+    share = np.mean([[c == "1" for c in row] for row in inputs["keep"]])
+    if kind == "latency":
+        names, values = ("latency_ms", "dense_latency_ms", "speedup"), (share, 1, 1 / share)
+        return {name: _figure(value) for name, value in zip(names, values, strict=True)}
+    metrics = {name: _figure(share) for name in inputs["protocol"]["metrics"]}
+    return {"metrics": metrics, "pruned_ratio": 1 - share, "all_or_nothing_share": 1.0}
+
+
+def _figure(value: float) -> dict[str, Any]:
+    number = float(value)
+    return {"value": number, "low": number - 0.1, "high": number + 0.1, "n": 16, "scorer": "tiny"}
+
+
+def _outcome(search: Mapping[str, Any]) -> dict[str, Any]:
+    if search["strategy"] == "best_step_mask":
+        masks = {str(k): list(range(k)) for k in range(1, 10)}
+        return {"scores": None, "step_masks": masks, "forwards": 3}
+    seed = round(100 * search["loss"]["alpha"])
+    scores = np.random.default_rng(seed).random((10, GRAPH.num_blocks))
+    return {"scores": scores.tolist(), "step_masks": None, "forwards": 3}
