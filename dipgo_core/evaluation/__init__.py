@@ -1,0 +1,1 @@
+"""Images from seeds, and figures with intervals: the part of the method that measures."""

@@ -1,0 +1,108 @@
+"""CLIP score: 100 x the cosine of image and prompt (Hessel et al. 2021), unclipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPModel, CLIPProcessor
+
+from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.evaluation.scorers import Scorer, clip_folder, clip_scorer
+
+_CHUNK = 256  # images or texts the model sees at once
+
+
+@dataclass(frozen=True, eq=False)
+class ClipScorer:
+    """A loaded CLIP. texts: unit features of prompts met so far, filled as they come."""
+
+    scorer: Scorer
+    model: Any
+    processor: Any
+    texts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load_clip(
+    name: str, *, revision: str | None = None, device: str | torch.device = "cpu"
+) -> ClipScorer:
+    """Load a CLIP by bundled name, local folder or hub id, from safetensors only.
+
+    Raises:
+        ModelFilesError: files are missing or broken, or the hub cannot be reached; names them.
+    """
+    folder = clip_folder(name)
+    scorer = clip_scorer(name, revision)
+    source, pinned = (name, revision) if folder is None else (str(folder), None)
+    try:
+        model = CLIPModel.from_pretrained(source, revision=pinned, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(source, revision=pinned)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFilesError(
+            f"the CLIP scorer {name} cannot be loaded: {error}\nIt needs config.json, "
+            "model.safetensors, the tokenizer's files and preprocessor_config.json; without "
+            "network, give the path of a folder that holds them"
+        ) from error
+    model.eval().requires_grad_(False).to(device)
+    return ClipScorer(scorer, model, processor)
+
+
+@torch.no_grad()
+def clip_scores(
+    clip: ClipScorer, images: Tensor, prompts: Sequence[str]
+) -> npt.NDArray[np.float64]:
+    """Return 100 x cosine of each image with its prompt.  # (n, 3, H, W) uint8 -> (n,)
+
+    Raises:
+        EvaluationError: another number of prompts than images, or a score that is not finite.
+    """
+    if len(images) != len(prompts):
+        raise EvaluationError(f"each image needs its prompt, got {len(images)} and {len(prompts)}")
+    _remember(clip, prompts)
+    seen = torch.cat([_image_features(clip, part) for part in _chunks(images)])  # (n, d)
+    said = torch.stack([clip.texts[prompt] for prompt in prompts])
+    scores: npt.NDArray[np.float64] = (100 * (seen * said).sum(dim=-1)).double().cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise EvaluationError(f"{clip.scorer.id} returned scores that are not finite")
+    return scores
+
+
+def _remember(clip: ClipScorer, prompts: Sequence[str]) -> None:
+    """Put the features of prompts not met before into the cache."""
+    fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in clip.texts]
+    for start in range(0, len(fresh), _CHUNK):
+        part = fresh[start : start + _CHUNK]
+        tokens = clip.processor.tokenizer(
+            part,
+            padding="max_length",
+            truncation=True,
+            max_length=clip.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(clip.model.device)
+        output = clip.model.get_text_features(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
+        clip.texts.update(zip(part, _unit(output), strict=True))
+
+
+def _image_features(clip: ClipScorer, images: Tensor) -> Tensor:
+    pixels = clip.processor.image_processor(images=list(images.cpu()), return_tensors="pt")
+    values = pixels["pixel_values"].to(clip.model.device, clip.model.dtype)
+    return _unit(clip.model.get_image_features(pixel_values=values))
+
+
+def _chunks(images: Tensor) -> list[Tensor]:
+    return [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+
+
+def _unit(output: Any) -> Tensor:
+    """Return unit features in float32; newer transformers wrap them in an output object."""
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return functional.normalize(features.float(), dim=-1)

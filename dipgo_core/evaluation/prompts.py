@@ -1,0 +1,289 @@
+"""Prompt sets and class labels, read from many formats into one list of items. No torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dipgo_core.errors import EvaluationError, nearest
+from dipgo_core.items import Item
+from dipgo_core.zoo import captions
+
+BUNDLED = "bundled:"
+_HUB_KEYS = ("hub", "revision", "split", "config", "column", "rows")
+_FILE_KEYS = ("file", "column", "rows")
+_LABEL_KEYS = ("labels",)
+
+
+def read_items(
+    source: str | Path | Mapping[str, Any], *, folder: Path | None = None
+) -> tuple[Item, ...]:
+    """Return the items of a prompt set, in its order.
+
+    source: a file (one prompt a line, .jsonl, .csv, .tsv, .json of COCO captions, .parquet);
+    "bundled:calibration" or "bundled:test"; or a mapping {file, column, rows},
+    {hub, revision, split, config, column, rows}, or {labels: number of classes}, every class once.
+    folder: where relative paths start.
+
+    Raises:
+        EvaluationError: the source is missing, empty, broken, or lacks the column.
+    """
+    if isinstance(source, Mapping):
+        return _read_mapping(source, folder)
+    if isinstance(source, str) and source.startswith(BUNDLED):
+        return _read_bundled(source.removeprefix(BUNDLED))
+    return _read_file(_located(source, folder), column=None, rows=None)
+
+
+def label_items(labels: Mapping[str, int], count: int | None = None) -> tuple[Item, ...]:
+    """Return one item a class, in order of label; with `count`, that many spread evenly.
+
+    Images walk through the items in turn, so that n images show every class equally often.
+
+    labels: text to label, as a label-conditioned pipeline holds them; synonyms count once.
+    """
+    texts: dict[int, str] = {}
+    for text, label in labels.items():
+        texts.setdefault(label, text)
+    items = [Item(texts[label], label) for label in sorted(texts)]
+    if not items:
+        raise EvaluationError("the model has no class labels (id2label is empty); give prompts")
+    if count is None or count >= len(items):
+        return tuple(items)
+    return tuple(items[i * len(items) // count] for i in range(count))
+
+
+def with_labels(items: Sequence[Item], labels: Mapping[str, int]) -> tuple[Item, ...]:
+    """Return the items with the class label of each text, for a label-conditioned model.
+
+    Raises:
+        EvaluationError: a text is no label of the model.
+    """
+    known = tuple(labels)
+    missing = [item.prompt for item in items if item.label is None and item.prompt not in labels]
+    if missing:
+        raise EvaluationError(
+            f"{len(missing)} of {len(items)} texts are no class label of this model, the first is "
+            f"{missing[0]!r}.{nearest(missing[0], known)} The model knows {len(known)} labels, "
+            f"such as {', '.join(map(repr, known[:3]))}"
+        )
+    return tuple(
+        item if item.label is not None else replace(item, label=labels[item.prompt])
+        for item in items
+    )
+
+
+def items_sha256(items: Sequence[Item]) -> str:
+    """Return the SHA-256 of the prompts and labels, order included."""
+    text = json.dumps([[item.prompt, item.label] for item in items], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_disjoint(calibration: Sequence[Item], test: Sequence[Item]) -> None:
+    """Check that no test item was seen in calibration.
+
+    Raises:
+        EvaluationError: an item is in both; names the first.
+    """
+    seen = {item.prompt.strip(): i for i, item in enumerate(calibration)}
+    for i, item in enumerate(test):
+        if (place := seen.get(item.prompt.strip())) is not None:
+            raise EvaluationError(
+                f"calibration and test overlap: {item.prompt!r} is calibration item {place} and "
+                f"test item {i}; a search must not see test prompts, remove it from one of them"
+            )
+
+
+def check_enough(items: Sequence[Item], images: int, *, repeat: bool) -> None:
+    """Check that there is an item for each image, or that items may be repeated.
+
+    A repeated item is shown with other noise: image i shows item i % len(items). Its images are
+    not independent, and the intervals resample them together.
+
+    Raises:
+        EvaluationError: no items, or fewer than images where repeating is not allowed.
+    """
+    if not items:
+        raise EvaluationError("the prompt set is empty")
+    if len(items) < images and not repeat:
+        raise EvaluationError(
+            f"{images} images need {images} prompts, got {len(items)}: lower evaluate.images, add "
+            "prompts, or allow prompts to repeat with other noise"
+        )
+
+
+def item_of_image(index: int, num_items: int) -> int:
+    """Return which item image `index` shows; the images of one item are one bootstrap group."""
+    return index % num_items
+
+
+def _read_mapping(source: Mapping[str, Any], folder: Path | None) -> tuple[Item, ...]:
+    kinds = {"hub": _HUB_KEYS, "file": _FILE_KEYS, "labels": _LABEL_KEYS}
+    kind = next((kind for kind in kinds if kind in source), None)
+    if kind is None or not set(source) <= set(kinds[kind]):
+        valid = " or ".join(f"{{{', '.join(keys)}}}" for keys in kinds.values())
+        raise EvaluationError(f"a prompt source is {valid}, got {{{', '.join(map(str, source))}}}")
+    if kind == "labels":
+        return label_items({f"class {i}": i for i in range(_positive(source["labels"]))})
+    column, rows = source.get("column"), source.get("rows")
+    if kind == "hub":
+        return _read_hub(source, column=column, rows=rows)
+    return _read_file(_located(source["file"], folder), column=column, rows=rows)
+
+
+def _positive(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise EvaluationError(f"labels must be the number of classes, at least 1, got {value!r}")
+    return value
+
+
+def _read_bundled(split: str) -> tuple[Item, ...]:
+    splits: dict[str, Literal["calibration", "test"]] = {
+        "calibration": "calibration",
+        "test": "test",
+    }
+    if split not in splits:
+        raise EvaluationError(
+            f"no bundled prompts are called {split!r}; there are bundled:calibration, bundled:test"
+        )
+    return tuple(Item(text) for text in captions(splits[split]))
+
+
+def _located(source: str | Path, folder: Path | None) -> Path:
+    path = Path(source).expanduser()
+    return path if folder is None else folder / path
+
+
+def _read_file(path: Path, *, column: str | None, rows: int | None) -> tuple[Item, ...]:
+    read = _READERS.get(path.suffix.lower(), _text_rows)
+    try:
+        items = list(read(path, column))
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no prompt file at {path}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
+    return _checked(items[:rows], str(path))
+
+
+def _checked(items: Sequence[Item], source: str) -> tuple[Item, ...]:
+    if not items:
+        raise EvaluationError(f"the prompt set {source} is empty")
+    for i, item in enumerate(items):
+        if not item.prompt.strip():
+            raise EvaluationError(f"item {i} of {source} has no text; remove it")
+    return tuple(items)
+
+
+def _text_rows(path: Path, column: str | None) -> Iterable[Item]:
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if line.strip():
+            yield Item(line.strip())
+
+
+def _jsonl_rows(path: Path, column: str | None) -> Iterable[Item]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{path}:{number} is not JSON: {error}") from error
+        if isinstance(row, str):
+            yield Item(row)
+        elif isinstance(row, dict):
+            yield _item(row, column, f"{path}:{number}")
+        else:
+            raise EvaluationError(f"{path}:{number} must be a text or an object, got {row!r}")
+
+
+def _csv_rows(path: Path, column: str | None) -> Iterable[Item]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        for row in csv.DictReader(stream, delimiter=delimiter):
+            yield _item(row, column, str(path))
+
+
+def _coco_rows(path: Path, column: str | None) -> Iterable[Item]:
+    """One caption an image, the first, as COCO evaluations take it."""
+    try:
+        annotations = json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]
+        first = {entry["image_id"]: entry["caption"] for entry in reversed(annotations)}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{path} is not a COCO captions file (annotations with image_id and caption): {error!r}"
+        ) from error
+    return [Item(str(first[image]).strip()) for image in sorted(first)]
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterable[Item]:
+    parquet = _optional("pyarrow.parquet", "pyarrow", f"reading {path}")
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return (_item(row, column, str(path)) for row in parquet.read_table(path).to_pylist())
+
+
+def _read_hub(
+    source: Mapping[str, Any], *, column: str | None, rows: int | None
+) -> tuple[Item, ...]:
+    name = source["hub"]
+    datasets = _optional("datasets", "datasets", f"reading the hub data set {name}")
+    try:
+        table = datasets.load_dataset(
+            name, source.get("config"), revision=source.get("revision"), split=_split(source)
+        )
+    except Exception as error:  # the library raises many kinds, network ones among them
+        raise EvaluationError(
+            f"cannot load the data set {name} ({error}); without network, give a local file"
+        ) from error
+    taken = range(len(table) if rows is None else min(rows, len(table)))
+    return _checked([_item(table[i], column, name) for i in taken], name)
+
+
+def _split(source: Mapping[str, Any]) -> str:
+    return str(source.get("split") or "train")
+
+
+def _item(row: Mapping[str, Any], column: str | None, source: str) -> Item:
+    wanted = column or "prompt"
+    present = {str(key).lower(): key for key in row if key is not None}
+    key = present.get(wanted.lower())
+    if key is None or row[key] is None:
+        raise EvaluationError(
+            f"{source} has no column {wanted!r}; it has {', '.join(map(str, row)) or 'none'}: name "
+            "one with `column`"
+        )
+    return Item(str(row[key]).strip(), _label(row.get("label"), source))
+
+
+def _label(value: Any, source: str) -> int | None:
+    if value is None or value == "":
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"{source}: label must be an integer, got {value!r}") from error
+
+
+def _optional(module: str, package: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise EvaluationError(
+            f"{purpose} needs the package {package!r}, which is not installed: install it, or "
+            "give a .jsonl, .csv or text file"
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path, str | None], Iterable[Item]]] = {
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".json": _coco_rows,
+    ".parquet": _parquet_rows,
+}
