@@ -1,0 +1,240 @@
+"""find_blocks: SD-1.5's published figures, hand-drawn graphs, and the traps of tracing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_transformer, tiny_unet
+from torch import Tensor, nn
+
+from dipgo_core.blocks import find_blocks, known_graph, meta_copy
+from dipgo_core.errors import TraceError
+from dipgo_core.families import find_known
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import INPUT, BlockGraph, Reuse
+
+RELEASED = Path(__file__).parents[3] / "shared" / "data" / "sd15-released-keep-0.8.json"
+
+
+@pytest.fixture(scope="module")
+def sd15() -> BlockGraph:
+    known = find_known("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert known is not None
+    return known_graph(known)
+
+
+def test_sd15_has_nine_blocks_and_the_denoiser(sd15: BlockGraph) -> None:
+    down, up = [f"down_blocks.{i}" for i in range(4)], [f"up_blocks.{i}" for i in range(4)]
+    assert sd15.names == ("", *down, "mid_block", *up)
+    assert sd15.blocks[0].reuse is Reuse.SKIP
+    assert {block.reuse for block in sd15.blocks[1:]} == {Reuse.OUTPUT}
+
+
+def test_sd15_edges_are_the_skip_connections(sd15: BlockGraph) -> None:
+    """Oracle: three skips an up block, taken in reverse (U-Net of SD-1.5, drawn by hand)."""
+    down0, down1, down2, down3, mid, up0, up1, up2, up3 = range(1, 10)
+    assert sd15.producers == (
+        (up3,),
+        (INPUT,),
+        (INPUT, down0),
+        (INPUT, down1),
+        (INPUT, down2),
+        (INPUT, down3),
+        (INPUT, down2, down3, mid),
+        (INPUT, down1, down2, up0),
+        (INPUT, down0, down1, up1),
+        (INPUT, down0, up2),
+    )
+
+
+def test_sd15_savings_are_the_published_ones(sd15: BlockGraph) -> None:
+    """Oracle: gamma of the method's description, conv + linear."""
+    gamma = [0.097, 0.092, 0.093, 0.011, 0.018, 0.067, 0.382, 0.708, 1.0]
+    assert sd15.savings("paper")[1:] == pytest.approx(gamma, abs=0.001)
+
+
+def test_sd15_has_47_distinct_rows_after_closure(sd15: BlockGraph) -> None:
+    rows = itertools.product((False, True), repeat=9)
+    closed = {tuple(sd15.live(np.array([True, *row])).tolist()) for row in rows}
+    assert len(closed) == 47
+
+
+def test_sd15_skip_gate_is_implied_by_the_last_block(sd15: BlockGraph) -> None:
+    assert sd15.searched == tuple(range(1, 10))
+
+
+@pytest.mark.skipif(not RELEASED.exists(), reason="the released gates are not beside the checkout")
+@pytest.mark.parametrize("convention", ["all", "paper"])
+def test_released_gates_keep_a_fifth(sd15: BlockGraph, convention: Any) -> None:
+    rows = json.loads(RELEASED.read_text("utf-8"))["keep"]
+    gates = GateTable.from_strings([("1" if "1" in row else "0") + row for row in rows])
+    assert 1 - sd15.pruned_ratio(gates, convention) == pytest.approx(0.2, abs=0.0005)
+
+
+def test_dit_is_a_residual_chain_modulated_by_the_input() -> None:
+    known = find_known("facebook/DiT-XL-2-256")
+    assert known is not None
+    graph = known_graph(known)
+    chain = tuple((INPUT, n) for n in range(1, 28))
+    assert graph.producers == ((INPUT, 28), (INPUT,), *chain)
+    assert {block.reuse for block in graph.blocks[1:]} == {Reuse.RESIDUAL}
+    assert {block.streams for block in graph.blocks[1:]} == {("hidden_states",)}
+    assert graph.searched == tuple(range(29))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "frozen"), [(torch.float16, True), (torch.float32, False), (torch.bfloat16, True)]
+)
+def test_find_blocks_needs_neither_dtype_nor_gradients(dtype: torch.dtype, frozen: bool) -> None:
+    unet = tiny_unet().to(dtype).requires_grad_(not frozen)
+    inputs = {
+        "sample": torch.zeros(1, 4, 8, 8, dtype=dtype),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, 5, 16, dtype=dtype),
+    }
+    graph = find_blocks(unet, inputs=inputs)
+    assert graph.producers[0] == (9,)
+    assert all(INPUT in producers for producers in graph.producers[1:])
+    assert all(p.requires_grad is not frozen for p in unet.parameters())
+
+
+def test_meta_copy_shares_nothing_and_leaves_wrapped_forwards_alone() -> None:
+    dit = tiny_transformer()
+    block = dit.transformer_blocks[0]
+    theirs = block.__dict__["forward"] = lambda *args, **kwargs: 1 / 0
+    twin = meta_copy(dit)
+    assert {p.device.type for p in (*twin.parameters(), *twin.buffers())} == {"meta"}
+    assert block.__dict__["forward"] is theirs
+    assert "forward" not in twin.get_submodule("transformer_blocks.0").__dict__
+
+
+# toy denoisers ------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A linear layer whose output is a dict or a tuple holding None."""
+
+    def __init__(self, form: str = "tensor", width: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, width)
+        self.form = form
+
+    def forward(self, hidden_states: Tensor, extra: dict[str, Tensor] | None = None) -> Any:
+        out = self.linear(hidden_states)
+        if extra is not None:
+            out = out + extra["shift"]
+        return {"tensor": out, "dict": {"x": out}, "tuple": (None, out)}[self.form]
+
+
+def unwrap(out: Any) -> Tensor:
+    if isinstance(out, dict):
+        return out["x"]
+    return out[1] if isinstance(out, tuple) else out
+
+
+class Toy(nn.Module):
+    """Three layers in a list; `mode` picks what goes on between them."""
+
+    def __init__(self, mode: str = "chain", form: str = "tensor") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(form) for _ in range(3))
+        self.mode = mode
+
+    def forward(self, sample: Tensor, extra: dict[str, Tensor] | None = None) -> Tensor:
+        x = unwrap(self.layers[0](hidden_states=sample, extra=extra))
+        skip = x
+        if self.mode == "in-place":
+            x += 1
+            x.mul_(2)
+        x = unwrap(self.layers[1](x))
+        if self.mode == "twice":
+            x = unwrap(self.layers[1](x))
+        if self.mode == "idle":
+            return x
+        if self.mode == "unread":
+            self.layers[2](x)
+            return x
+        last = unwrap(self.layers[2](x, extra={"shift": skip}))
+        if self.mode == "detached":
+            return last.detach()
+        return sample if self.mode == "bypass" else last
+
+
+def toy_inputs() -> dict[str, Any]:
+    return {"sample": torch.zeros(1, 4), "extra": {"shift": torch.zeros(1, 4)}}
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict", "tuple"])
+@pytest.mark.parametrize("mode", ["chain", "in-place"])
+def test_find_blocks_reads_any_module_list(mode: str, form: str) -> None:
+    """Oracle: the data flow of Toy.forward, drawn by hand."""
+    graph = find_blocks(Toy(mode, form), inputs=toy_inputs())
+    assert graph.names == ("", "layers.0", "layers.1", "layers.2")
+    assert graph.producers == ((3,), (INPUT,), (1,), (1, 2))
+
+
+def test_find_blocks_names_the_stream_of_each_output() -> None:
+    graph = find_blocks(Toy("chain", "tuple"), inputs=toy_inputs())
+    assert graph.blocks[1].streams == ("", "hidden_states")
+    assert graph.blocks[1].reuse is Reuse.RESIDUAL
+
+
+class Narrowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)])
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](sample))
+
+
+def test_find_blocks_gives_output_reuse_to_blocks_that_change_shape() -> None:
+    graph = find_blocks(Narrowing(), inputs={"sample": torch.zeros(1, 4)})
+    assert [block.reuse for block in graph.blocks[1:]] == [Reuse.RESIDUAL, Reuse.OUTPUT]
+    assert [block.streams for block in graph.blocks[1:]] == [("input",), ()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("twice", r"layers\.1 runs twice"),
+        ("idle", r"layers\.2 never run"),
+        ("unread", r"layers\.2 are read by nobody"),
+        ("detached", "depends on none of its blocks"),
+        ("bypass", "depends on none of its blocks"),
+    ],
+)
+def test_find_blocks_refuses_what_gates_cannot_decide(mode: str, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        find_blocks(Toy(mode), inputs=toy_inputs())
+
+
+def test_find_blocks_refuses_a_denoiser_without_blocks() -> None:
+    with pytest.raises(TraceError, match="no blocks to gate"):
+        find_blocks(nn.Linear(4, 4), inputs={"input": torch.zeros(1, 4)})
+
+
+def test_find_blocks_refuses_an_unknown_granularity() -> None:
+    with pytest.raises(TraceError, match="one of block"):
+        find_blocks(Toy(), inputs=toy_inputs(), granularity="layer")
+
+
+def test_find_blocks_takes_named_modules_only() -> None:
+    graph = find_blocks(Toy(), inputs=toy_inputs(), names=("layers.0", "layers.2"))
+    assert graph.producers == ((2,), (INPUT,), (1,))
+    assert graph.blocks[0].macs == 4 * 4
+
+
+def test_tracing_sd15_takes_seconds(sd15: BlockGraph) -> None:
+    known = find_known("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert known is not None
+    start = time.process_time()
+    assert known_graph(known) == sd15
+    assert time.process_time() - start < 15
