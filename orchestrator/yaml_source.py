@@ -105,14 +105,20 @@ def parse_yaml(
     except _Fatal as fatal:
         issues.add(fatal.issue)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark and placed else (0, 0)
-        message = f"not YAML: {error.problem or error.context}"
-        issues.add(SweepIssue(source, line, column, path, message))
+        issues.add(_syntax_issue(error, source, path, placed))
     except yaml.YAMLError as error:
         problem = str(error).splitlines()[0]
         issues.add(SweepIssue(source, 0, 0, path, f"not YAML: {problem}"))
     return None
+
+
+def _syntax_issue(error: yaml.MarkedYAMLError, source: str, path: str, placed: bool) -> SweepIssue:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line + 1, mark.column + 1) if mark and placed else (0, 0)
+    message = f"not YAML: {error.problem or error.context}"
+    if error.problem and error.context and error.context_mark and placed:
+        message += f" ({error.context} that begins on line {error.context_mark.line + 1})"
+    return SweepIssue(source, line, column, path, message)
 
 
 class _Document:

@@ -42,6 +42,9 @@ _DEFAULT_DRAWS: Final = 3
 
 def read_targets(node: Node, issues: Issues) -> tuple[float, ...]:
     """Read `targets`: different pruned ratios in [0, 1)."""
+    if node.value is None:
+        issues.add(node.issue("is missing; give pruned ratios, such as [0.3, 0.5, 0.7]"))
+        return ()
     return many(number(0, below=1))(node, issues) or ()
 
 

@@ -86,7 +86,6 @@ def _read(root: Node, issues: Issues, folder: Path) -> SweepFile:
         _check_version(fields)
         name = fields.need("name", text(valid=name_rule), "unnamed")
         allow_unpinned = fields.get("allow_unpinned", boolean, False)
-        fields.demand("targets", hint="such as [0.3, 0.5, 0.7]")
         sections = {section: fields.section(section) for section in SECTIONS}
         shared = Shared(folder=folder, sections=sections, allow_unpinned=allow_unpinned)
         check_sections(shared, issues)

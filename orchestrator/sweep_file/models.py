@@ -163,8 +163,10 @@ def _context(identity: Identity, name: str | None, folder: Path) -> Context:
 def _identity(fields: Fields, issues: Issues, context: Context) -> Identity | None:
     hint = f"a bundled model ({_BUNDLED}), a hub id or a folder"
     name = fields.need("id", text(), "", hint=hint)
-    family = fields.maybe("family", choice(tuple(FAMILIES)))
-    return identify(fields.place("id"), family, issues, context) if name else None
+    given = fields.child("family")
+    family = None if given is None else choice(tuple(FAMILIES))(given, issues)
+    unclear = not name or (given is not None and family is None)
+    return None if unclear else identify(fields.place("id"), family, issues, context)
 
 
 def _check_revision(

@@ -55,8 +55,8 @@ def read_search(node: Node, issues: Issues, context: Context) -> SearchSection:
     """Read `search`; a list is an axis of the grid."""
     with Fields(node, issues) as section:
         axes = _axes(section, SearchSettings(), _SEARCH_READERS)
-        default = _loss(absent("loss", ""), Issues())
-        losses = section.get("loss", axis(_loss), (default,))
+        default: tuple[Axes, ...] = (_loss(absent("loss", ""), Issues()),)
+        losses = section.get("loss", axis(_loss), default)
         calibration = read_calibration(section.section("calibration"), issues, context)
         postprocess = section.get("postprocess", choice(POSTPROCESS), _BUDGET)
     grid = SearchGrid(axes=axes, losses=losses)

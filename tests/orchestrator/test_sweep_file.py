@@ -1,0 +1,417 @@
+"""Sweep files: what is accepted, what is resolved, and that every error is reported at its place.
+
+Oracle: lines and columns counted by hand in the files below; grids counted by multiplication.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dipgo_core.config import SearchSettings
+from dipgo_core.errors import SweepFileError
+from dipgo_core.families import FAMILIES, find_known
+from orchestrator.sweep_file import SweepFile, load_sweep
+
+SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+Load = Callable[..., SweepFile]
+
+HEAD = "schema_version: 1\nname: small\n"
+SMALL = HEAD + "models: [tiny-sd]\ntargets: [0.5]\n"
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads text as the file ``s.yaml`` of the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def load_text(text: str) -> SweepFile:
+        Path("s.yaml").write_text(text, encoding="utf-8")
+        return load_sweep("s.yaml")
+
+    return load_text
+
+
+def issues_of(load: Load, text: str) -> list[str]:
+    with pytest.raises(SweepFileError) as caught:
+        load(text)
+    assert all(str(issue) in str(caught.value) for issue in caught.value.errors)
+    return [str(issue) for issue in caught.value.errors]
+
+
+# --- what is accepted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweep_loads_from_any_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = load_sweep(path)
+    assert sweep.models and all(model.searches() for model in sweep.models)
+    assert json.loads(json.dumps(sweep.to_json())) == sweep.to_json()
+
+
+def test_shipped_sweeps_are_the_ones_promised() -> None:
+    assert {path.stem for path in SWEEPS} >= {"quickstart", "tiny_full", "sd_family"}
+    quickstart = load_sweep(next(path for path in SWEEPS if path.stem == "quickstart"))
+    assert [model.name for model in quickstart.models] == ["tiny-sd", "tiny-dit"]
+    assert {len(model.targets) for model in quickstart.models} == {3}
+    assert {len(model.searches()) for model in quickstart.models} == {2}
+
+
+def test_every_field_of_the_contract_is_accepted(load: Load) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n')
+    text = """\
+schema_version: 1
+name: sd-family
+objective: {speed: latency, quality: clip}
+models:
+  - name: sd15
+    id: stable-diffusion-v1-5/stable-diffusion-v1-5
+    revision: main
+    dtype: float16
+    sampler: {scheduler: ddim, steps: 50, guidance_scale: 7.5}
+    overrides: {search: {steps: 9}, targets: [0.1], evaluate: {seed: 1}, baselines: [uniform]}
+search:
+  strategy: dipgo
+  loss: {consistency: {ssim: 1.0}, alpha: [0.5, 1.0, 2.0], tau: 0.2, gamma: true}
+  steps: 500
+  granularity: block
+  seed: [0, 1]
+  calibration:
+    prompts: {hub: poloclub/diffusiondb, column: prompt, rows: 1000}
+    batch_size: 1
+targets: [0.3, 0.5, 0.7, 0.8]
+baselines: [few_steps, uniform, best_step_mask, random]
+evaluate:
+  prompts: ${COCO_PROMPTS:-prompts.jsonl}
+  images: 5000
+  reference: dense
+  metrics: [fid, kid, clip, psnr, ssim, latency]
+  seed: 0
+resources: {search: {gpus: 1}, evaluate: {gpus: 1}, images_per_shard: 500}
+tracking: {uri: null, experiment: sd-family}
+storage: ./.dipgo
+budget: {gpu_hours: 200}
+macs_convention: all
+allow_unpinned: true
+"""
+    sweep = load(text)
+    (model,) = sweep.models
+    assert len(model.searches()) == 3 * 2 and model.searches()[0].steps == 9
+    assert model.evaluate.prompts.source == {"file": "prompts.jsonl"}
+    assert (sweep.budget.gpu_hours, sweep.resources.search.gpus) == (200.0, 1.0)
+
+
+def test_bare_model_has_its_defaults(load: Load) -> None:
+    known = find_known("tiny-sd")
+    (model,) = load(SMALL).models
+    assert known is not None and model.sampler == known.sampler
+    assert model.evaluate.scorers == known.scorers
+    assert model.searches() == (SearchSettings(),)
+    assert model.calibration.prompts.source == "bundled:calibration"
+    assert model.evaluate.prompts.source == "bundled:test"
+
+
+def test_list_of_samplers_makes_one_model_each(load: Load) -> None:
+    sampler = "sampler: [{steps: 5}, {scheduler: pndm, steps: 10}]"
+    models = load(SMALL.replace("tiny-sd", f"{{id: tiny-sd, name: a, {sampler}}}")).models
+    assert [model.name for model in models] == ["a-ddim-5", "a-pndm-10"]
+    assert [model.sampler.steps for model in models] == [5, 10]
+
+
+def test_labels_are_the_prompts_of_a_label_model(load: Load) -> None:
+    (model,) = load(SMALL.replace("tiny-sd", "tiny-dit")).models
+    assert model.evaluate.prompts.kind == model.calibration.prompts.kind == "labels"
+
+
+def test_hub_model_with_a_commit_needs_no_permission(load: Load) -> None:
+    prompts = "evaluate: {prompts: {hub: a/b}}\nsearch: {calibration: {prompts: {hub: c/d}}}\n"
+    model = f"{{id: owner/model, family: sdxl, revision: {'ab' * 20}}}"
+    (model_read,) = load(SMALL.replace("tiny-sd", model) + prompts).models
+    assert model_read.settings.revision == "ab" * 20
+    assert model_read.sampler == FAMILIES["sdxl"].sampler
+
+
+def test_local_folder_tells_its_family(load: Load) -> None:
+    Path("my-model").mkdir()
+    Path("my-model/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    (model,) = load(SMALL.replace("tiny-sd", "./my-model")).models
+    assert (model.family, model.settings.id) == ("dit", "my-model")
+
+
+def test_paths_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "p.txt").write_text("a cat\n")
+    (tmp_path / "deep" / "s.yaml").write_text(SMALL + "evaluate: {prompts: p.txt}\n")
+    monkeypatch.chdir(tmp_path)
+    source = load_sweep("deep/s.yaml").models[0].evaluate.prompts
+    assert Path(source.value).read_text() == "a cat\n"
+
+
+def test_digest_ignores_comments_order_and_spelled_out_defaults(load: Load) -> None:
+    other = "# hello\ntargets: [0.50]\nmodels: [{id: tiny-sd}]\nname: small\nschema_version: 1\n"
+    assert load(SMALL).digest == load(other + "search: {steps: 500, loss: {tau: 0.2}}").digest
+    assert load(SMALL).digest != load(SMALL.replace("0.5", "0.6")).digest
+
+
+def test_baselines_take_settings(load: Load) -> None:
+    text = "baselines: [uniform, {random: {draws: 7}}, {few_steps: {spacing: trailing}}]\n"
+    uniform, random, few_steps = load(SMALL + text).models[0].baselines
+    assert (uniform.draws, random.draws, few_steps.spacing) == (0, 7, ("trailing",))
+
+
+# --- the grid --------------------------------------------------------------------------------------
+
+
+def test_lists_of_the_search_are_axes(load: Load) -> None:
+    text = "search: {seed: [0, 1], steps: [5, 6, 7], loss: {alpha: [1, 2], gamma: [true, false]}}"
+    searches = load(SMALL + text).models[0].searches()
+    assert len(searches) == len({repr(search) for search in searches}) == 2 * 3 * 2 * 2
+
+
+def test_consistency_and_loss_are_axes_too(load: Load) -> None:
+    text = "search: {loss: [{consistency: [ssim, {l1: 0.5, l2: 1}]}, {alpha: [0, 0.5, 1]}]}"
+    losses = [search.loss for search in load(SMALL + text).models[0].searches()]
+    assert [loss.alpha for loss in losses] == [1, 1, 0, 0.5, 1]
+    assert [dict(loss.consistency) for loss in losses[:2]] == [{"ssim": 1.0}, {"l1": 0.5, "l2": 1}]
+
+
+def test_huge_grid_is_refused_without_expanding(load: Load) -> None:
+    seeds = list(range(1000))
+    text = f"search: {{seed: {seeds}, steps: {seeds[1:]}, loss: {{alpha: {seeds}}}}}\n"
+    started = time.monotonic()
+    (issue,) = issues_of(load, SMALL + text)
+    assert issue.startswith("s.yaml:5:9: search: a sweep has at most 100,000 points")
+    assert "this one has 999,000,004;" in issue
+    assert time.monotonic() - started < 5  # hang detector; takes well under a second
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+BROKEN = [
+    ("targts: [1]", "6:1: targts: unknown key; valid are ", "Did you mean 'targets'?"),
+    ("storage: 5", "6:10: storage: must be text (put it in quotes), got 5"),
+    ("macs_convention: papers", "6:18: macs_convention: must be one of all, paper, got the text"),
+    ("allow_unpinned: yes", "6:17: allow_unpinned: must be true or false, got the text 'yes'"),
+    ("budget: {gpu_hours: 0}", "6:21: budget.gpu_hours: must be a number, above 0, got 0"),
+    ("budget: 5", "6:9: budget: must be a mapping (key: value), got 5"),
+    ("objective: {speed: clip}", "6:20: objective.speed: must be one of latency, macs, got"),
+    ("tracking: {url: x}", "6:12: tracking.url: unknown key", "Did you mean 'uri'?"),
+    ("latency: {min_runs: 0}", "6:21: latency.min_runs: must be a whole number, at least 1"),
+    ("resources: {search: {gpu: 1}}", "6:22: resources.search.gpu: unknown key"),
+    ("resources: {search: {gpus: -1}}", "6:28: resources.search.gpus: must be a number, at least"),
+    ("search: {steps: '500'}", "6:17: search.steps: must be a whole number, at least 1, got the"),
+    ("search: {steps: true}", "6:17: search.steps: must be a whole number, at least 1, got true"),
+    ("search: {steps: 5.0}", "6:17: search.steps: must be a whole number, at least 1, got 5.0"),
+    ("search: {steps: 0}", "6:17: search.steps: must be a whole number, at least 1, got 0"),
+    ("search: {seed: [0, -1]}", "6:20: search.seed.1: must be a whole number, at least 0, got -1"),
+    ("search: {seed: 4294967296}", "6:16: search.seed: must be a whole number, at most 4294967295"),
+    ("search: {seed: [0, 0]}", "6:20: search.seed.1: is listed twice: 0"),
+    ("search: {seed: []}", "6:16: search.seed: must list 1 to 1000 values, got 0"),
+    ("search: {strategy: dipg}", "6:20: search.strategy: must be one of", "Did you mean 'dipgo'?"),
+    ("search: {loss: {alpha: .nan}}", "6:24: search.loss.alpha: must be a number, at least 0"),
+    ("search: {loss: {alpha: [1, x]}}", "6:28: search.loss.alpha.1: must be a number, at least 0"),
+    ("search: {loss: {tau: 1}}", "6:22: search.loss.tau: must be a number, at least 0 and below 1"),
+    ("search: {loss: {gamma: 1}}", "6:24: search.loss.gamma: must be true or false, got 1"),
+    ("search: {loss: {consistency: sim}}", "6:30: search.loss.consistency: must be one of ssim"),
+    ("search: {loss: {consistency: {}}}", "6:30: search.loss.consistency: needs a positive weight"),
+    ("search: {loss: {aplha: 1}}", "6:17: search.loss.aplha: unknown key", "mean 'alpha'?"),
+    ("search: {calibration: {images: 0}}", "6:32: search.calibration.images: must be a whole"),
+    ("search: {postprocess: best}", "6:23: search.postprocess: must be one of budget, paper"),
+    ("search: {learning_rate: 0}", "6:25: search.learning_rate: must be a number, above 0, got 0"),
+    ("baselines: [uniforn]", "6:13: baselines.0: must be one of", "Did you mean 'uniform'?"),
+    ("baselines: [random, random]", "6:21: baselines.1: is listed twice: the text 'random'"),
+    ("baselines: [random, {random: {draws: 2}}]", "6:12: baselines: lists random twice"),
+    ("baselines: [{random: {draws: 0}}]", "6:30: baselines.0.random.draws: must be a whole"),
+    ("baselines: [{uniform: {draws: 2}}]", "6:24: baselines.0.uniform.draws: unknown key"),
+    ("evaluate: {images: 1}", "6:20: evaluate.images: must be at least 2 for fid, got 1", "kid"),
+    ("evaluate: {images: 3}", "6:20: evaluate.images: must be at least 4 for kid, got 3"),
+    ("evaluate: {images: {rungs: [1]}}", "6:20: evaluate.images: rungs (racing) are not there yet"),
+    ("evaluate: {metrics: [fid, lpips]}", "6:27: evaluate.metrics.1: must be one of fid, kid"),
+    ("evaluate: {prompts: none.txt}", "6:21: evaluate.prompts: no such file: none.txt"),
+    (
+        "evaluate: {prompts: bundled:tests}",
+        "6:21: evaluate.prompts: must be bundled:calibration or",
+    ),
+    ("evaluate: {prompts: bundled:calibration}", "6:21: evaluate.prompts: are those of search"),
+    ("evaluate: {prompts: labels}", "6:21: evaluate.prompts: model tiny-sd takes text; give a"),
+    ("evaluate: {prompts: {hub: x}}", "6:27: evaluate.prompts.hub: must be a hub id (owner/name)"),
+    ("evaluate: {prompts: {}}", "6:21: evaluate.prompts: needs exactly one of hub, file, labels"),
+    ("evaluate: {reference: densest}", "6:23: evaluate.reference: must be dense, {folder: PATH}"),
+    ("evaluate: {reference: {folder: no}}", "6:32: evaluate.reference.folder: no such folder: no"),
+    ("evaluate: {scorers: {features: x}}", "6:32: evaluate.scorers.features: must be one of"),
+    ("evaluate: {seed: 1, seed: 2}", "6:21: evaluate.seed: key 'seed' is already given on line 6"),
+]
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case[0])
+def test_broken_line_is_reported_at_its_place(load: Load, case: tuple[str, ...]) -> None:
+    line, *parts = case
+    text = "# one\n" + SMALL + line + "\n"
+    first = issues_of(load, text)
+    assert first[0].startswith(f"s.yaml:{parts[0]}")
+    assert all(part in "\n".join(first) for part in parts)
+
+
+MODELS = [
+    ("[]", "3:9: models: must be a list of 1 to 500 models, got a list"),
+    ("tiny-sd", "3:9: models: must be a list of 1 to 500 models, got the text 'tiny-sd'"),
+    ("[tiny-sdd]", "3:10: models.0: 'tiny-sdd' is no bundled model, hub id", "mean 'tiny-sd'?"),
+    ("[5]", "3:10: models.0: must be a mapping (key: value), got 5"),
+    ("[{name: a}]", "3:10: models.0.id: is missing; a bundled model (tiny-sd, tiny-dit), a hub id"),
+    ("[{id: tiny-sd, nam: a}]", "3:24: models.0.nam: unknown key", "Did you mean 'name'?"),
+    ("[{id: tiny-sd, name: a b}]", "3:30: models.0.name: must be up to 100 letters, digits"),
+    ("[{id: tiny-sd, dtype: half}]", "3:31: models.0.dtype: must be one of float32, float16"),
+    ("[{id: tiny-sd, revision: main}]", "3:34: models.0.revision: only models on the hub have"),
+    ("[{id: tiny-sd, family: dit}]", "3:15: models.0.id: tiny-sd is of family sd, not dit"),
+    ("[{id: a/b}]", "3:15: models.0.id: a/b is not among the known models; give its `family`"),
+    ("[{id: a/b, family: sdx}]", "3:28: models.0.family: must be one of sd, sdxl, dit"),
+    ("[./nowhere]", "3:10: models.0: no pipeline in folder ./nowhere: model_index.json cannot"),
+    ("[tiny-sd, tiny-sd]", "3:19: models.1: the name 'tiny-sd-ddim-10' is already taken"),
+    ("[{id: tiny-sd, sampler: {step: 5}}]", "3:34: models.0.sampler.step: unknown key"),
+    ("[{id: tiny-sd, sampler: {steps: 0}}]", "3:41: models.0.sampler.steps: must be a whole"),
+    ("[{id: tiny-sd, sampler: {scheduler: dim}}]", "3:45: models.0.sampler.scheduler: must be one"),
+    ("[{id: tiny-sd, sampler: {spacing: even}}]", "3:43: models.0.sampler.spacing: must be one of"),
+    ("[{id: tiny-sd, sampler: {guidance_scale: -1}}]", "3:50: models.0.sampler.guidance_scale: mu"),
+    ("[{id: tiny-sd, sampler: {steps: 1}}]", "4:11: targets.0: must be at most 0: the first of 1"),
+    ("[{id: tiny-sd, overrides: {target: [1]}}]", "3:36: models.0.overrides.target: unknown key"),
+    ("[{id: tiny-sd, overrides: {targets: [1]}}]", "3:46: models.0.overrides.targets.0: must be"),
+    ("[{id: facebook/DiT-XL-2-256}]", "3:10: models.0.revision: must be a commit (40 hexadecimal"),
+]
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case[0])
+def test_broken_model_is_reported_at_its_place(load: Load, case: tuple[str, ...]) -> None:
+    models, *parts = case
+    issues = issues_of(load, HEAD + f"models: {models}\ntargets: [0.5]\n")
+    assert issues[0].startswith(f"s.yaml:{parts[0]}")
+    assert all(part in "\n".join(issues) for part in parts)
+
+
+@pytest.mark.parametrize("targets", ["[1]", "[-0.1]", "[0.5, 0.5]", "[]", "0.5", "[x]", "[true]"])
+def test_impossible_targets_are_refused(load: Load, targets: str) -> None:
+    (issue,) = issues_of(load, SMALL.replace("[0.5]", targets))
+    assert issue.startswith("s.yaml:4:") and ": targets" in issue
+
+
+def test_missing_keys_are_all_named(load: Load) -> None:
+    fields = [issue.split(": ")[1] for issue in issues_of(load, "storage: x")]
+    assert fields == ["models", "name", "schema_version", "targets"]
+
+
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file(load: Load) -> None:
+    text = """\
+schema_version: 2
+nam: x
+models:
+  - {id: tiny-sd, name: a, sampler: {steps: ten}}
+  - {id: nothing, overrides: {evaluate: {images: -1}}}
+  - {id: tiny-dit, name: a}
+targets: [0.5, 2]
+search: {steps: 0}
+"""
+    found = [issue.split(": ")[:2] for issue in issues_of(load, text)]
+    assert found == [
+        ["s.yaml:1:1", "name"],
+        ["s.yaml:1:17", "schema_version"],
+        ["s.yaml:2:1", "nam"],
+        ["s.yaml:4:45", "models.0.sampler.steps"],
+        ["s.yaml:5:10", "models.1.id"],
+        ["s.yaml:5:50", "models.1.overrides.evaluate.images"],
+        ["s.yaml:6:26", "models.2.name"],
+        ["s.yaml:7:16", "targets.1"],
+        ["s.yaml:8:17", "search.steps"],
+    ]
+
+
+def test_hub_model_without_prompts_says_what_to_give(load: Load) -> None:
+    issues = issues_of(load, SMALL.replace("tiny-sd", "{id: a/b, family: sd, name: x}"))
+    assert "evaluate.prompts: is missing; x needs a file, {hub: owner/name}" in "\n".join(issues)
+
+
+def test_unmeasured_objective_is_refused(load: Load) -> None:
+    text = "evaluate: {metrics: [fid]}\nobjective: {quality: clip}\n"
+    (issue,) = issues_of(load, SMALL + text)
+    assert issue.startswith("s.yaml:6:22: objective.quality: clip is not in evaluate.metrics")
+    objective = load(SMALL + text.splitlines()[0]).objective
+    assert (objective.speed, objective.quality) == ("macs", "fid")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"# hi\n", "is empty"), (b"a: \xff", ":1:4: not UTF-8: byte 0xff")]
+    + [(b"[1, 2]", ":1:1: must be a mapping"), (b"hello", ":1:1: must be a mapping")],
+)
+def test_unreadable_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SweepFileError, match=message):
+        load_sweep(path)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepFileError, match="cannot be read: No such file"):
+        load_sweep(tmp_path / "none.yaml")
+    with pytest.raises(SweepFileError, match="cannot be read: Is a directory"):
+        load_sweep(tmp_path)
+
+
+# --- whatever is in the file, there is a sweep or a list of errors -----------------------------------
+
+VALUES = st.sampled_from(
+    [None, True, -1, 0, 1, 10**18, 0.5, float("nan"), "", "x", "~nobody", "\0", "a/b", "é" * 5000]
+    + [[], {}, [[]], [{}], {"x": 1}, ["x"], {"hub": "a/b"}, [0.1, 0.2], {"random": None}]
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items: Any = []
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    return [path] * bool(path) + [
+        deeper for name, item in items for deeper in places(item, (*path, name))
+    ]
+
+
+def mutate(document: Any, path: tuple[Any, ...], new: Any, how: str) -> None:
+    parent = document
+    for name in path[:-1]:
+        parent = parent[name]
+    if how == "replace" or isinstance(parent, list):
+        parent[path[-1]] = new
+    elif how == "rename":
+        parent[f"{path[-1]}x"] = parent.pop(path[-1])
+    else:
+        del parent[path[-1]]
+
+
+@given(st.data())
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_mutated_sweep_loads_or_lists_its_errors(tmp_path: Path, data: st.DataObject) -> None:
+    source = data.draw(st.sampled_from(SWEEPS))
+    document = copy.deepcopy(yaml.safe_load(source.read_text(encoding="utf-8")))
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(document)))
+        how = data.draw(st.sampled_from(["replace", "rename", "delete"]))
+        mutate(document, path, data.draw(VALUES), how)
+    target = tmp_path / "mutated.yaml"
+    target.write_text(yaml.safe_dump(document), encoding="utf-8")
+    try:
+        assert load_sweep(target).digest
+    except SweepFileError as error:
+        assert error.errors
