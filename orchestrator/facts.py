@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.errors import ModelFilesError
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
     items_sha256,
@@ -15,21 +15,24 @@ from dipgo_core.evaluation.prompts import (
     read_items,
     with_labels,
 )
-from dipgo_core.evaluation.scorers import (
-    Scorer,
-    clip_scorer,
-    features_scorer,
-    file_sha256,
-    folder_sha256,
-)
+from dipgo_core.evaluation.reference import folder_id, statistics_id
+from dipgo_core.evaluation.scorers import Scorer, clip_scorer, features_scorer
 from dipgo_core.families import find_family, find_known
 from dipgo_core.items import Item
 from dipgo_core.model_files import model_folder, model_index, weights_digest
 from dipgo_core.zoo import reference_statistics_path
 from orchestrator.records import content_key
-from orchestrator.sweep_settings import PromptSource, Reference, SweepFile, SweepModel
+from orchestrator.sweep_settings import (
+    Calibration,
+    EvaluateSettings,
+    PromptSource,
+    Reference,
+    SweepFile,
+    SweepModel,
+)
 
 IMAGENET_CLASSES = 1000
+BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,8 @@ def gather_facts(sweep: SweepFile, *, offline: bool = False) -> dict[str, ModelF
 
 def _facts(model: SweepModel, offline: bool) -> ModelFacts:
     metrics = set(model.evaluate.metrics)
-    test = _item_set(model, model.evaluate.prompts, offline)
-    calibration = _item_set(model, model.calibration.prompts, offline)
+    test = _item_set(model, model.evaluate, offline)
+    calibration = _item_set(model, model.calibration, offline)
     if find_family(model.family).conditioning == "prompt":
         check_disjoint(calibration.items or (), test.items or ())
     size = image_size(model)
@@ -135,55 +138,34 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _item_set(model: SweepModel, source: PromptSource, offline: bool) -> ItemSet:
+def _item_set(model: SweepModel, split: EvaluateSettings | Calibration, offline: bool) -> ItemSet:
+    source = split.prompts
     if source.kind == "hub" and offline:
         return ItemSet(sha256=content_key(asdict(source)), count=source.rows or 1)
-    items = _read(model, source)
+    items = _read(model, source, split.images)
     return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
 
 
-def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
+def _read(model: SweepModel, source: PromptSource, images: int) -> tuple[Item, ...]:
+    """Read prompts; of labels only as many as there are images, spread over all classes."""
     labelled = find_family(model.family).conditioning == "label"
     if source.kind == "labels":
-        return _label_items(model, source)
-    if source.kind == "bundled":
-        items = read_items(f"bundled:{source.value}")[: source.rows]
-    elif source.kind == "file":
-        items = read_items({"file": source.value, "column": source.column, "rows": source.rows})
-    else:
-        spec = {"hub": source.value, "revision": source.revision, "split": source.split}
-        details = {"config": source.config, "column": source.column, "rows": source.rows}
-        items = read_items({**spec, **details})
+        return label_items(class_labels(model), source.rows or images)
+    items = read_items(source.source)[: source.rows]
     return with_labels(items, class_labels(model)) if labelled else items
 
 
-def _label_items(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
-    """Return the items of chosen class labels, or of all; evenly spread where `rows` limits them.
-
-    Raises:
-        EvaluationError: a label that the model does not have.
-    """
-    every = label_items(class_labels(model))
-    if not source.labels:
-        return label_items(class_labels(model), source.rows)
-    by_label = {item.label: item for item in every}
-    unknown = [label for label in source.labels if label not in by_label]
-    if unknown:
-        raise EvaluationError(
-            f"{model.settings.id} has no class labels {', '.join(map(str, unknown))}; it has "
-            f"{len(every)}, from {every[0].label} to {every[-1].label}"
-        )
-    return tuple(by_label[label] for label in source.labels)
+def reference_path(value: str) -> Path:
+    """Return where the images or statistics lie that a task's options name."""
+    return reference_statistics_path() if value == BUNDLED else Path(value)
 
 
 def _reference(reference: Reference) -> tuple[str, str]:
     """Return a protocol's name of what FID compares with, and where it lies."""
     if reference.kind == "dense":
         return "dense", ""
-    bundled = reference.value == "bundled"
-    path = reference_statistics_path() if bundled else Path(reference.value).expanduser()
-    if reference.kind == "statistics":
-        return f"statistics:{file_sha256(path)}", "bundled" if bundled else str(path.absolute())
-    if not path.is_dir():
-        raise EvaluationError(f"evaluate.reference.folder: no folder of images at {path}")
-    return f"folder:{folder_sha256(path)}", str(path.absolute())
+    value = reference.value
+    if value != BUNDLED:
+        value = str(Path(value).expanduser().absolute())
+    path = reference_path(value)
+    return (statistics_id(path) if reference.kind == "statistics" else folder_id(path)), value

@@ -70,8 +70,10 @@ def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
 
 def step_mask_search(model: SweepModel) -> SearchSettings | None:
     """Return the search that the `best_step_mask` baseline takes its masks from, if wanted."""
-    wanted = any(baseline.name == STEP_MASKS for baseline in model.baselines)
-    return SearchSettings(strategy=STEP_MASKS) if wanted else None
+    if all(baseline.name != STEP_MASKS for baseline in model.baselines):
+        return None
+    images = min(model.calibration.images, model.calibration.batch_size)
+    return SearchSettings(strategy=STEP_MASKS, batch_size=images)
 
 
 def _effective(settings: SearchSettings) -> SearchSettings:

@@ -103,11 +103,7 @@ class ModelTasks:
         return self._task(
             "search",
             self.model.sampler,
-            {
-                "search": settings.to_json(),
-                "calibration": calibration,
-                "macs_convention": self.sweep.macs_convention,
-            },
+            {"search": settings.to_json(), "calibration": calibration},
             needs=(self.reference("calibration").key,),
             label=search_label(settings),
         )

@@ -1,0 +1,70 @@
+"""One task from lock to record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from dipgo_core import NUMERICS_VERSION
+from dipgo_core.evaluation.device import cpu_name, device_name
+from orchestrator.records import Record, Task, TaskKind
+from orchestrator.store import Store
+from orchestrator.task.evaluate import run_evaluate
+from orchestrator.task.latency import run_latency
+from orchestrator.task.reference import run_reference
+from orchestrator.task.search import run_search
+from orchestrator.task.work import OnProgress, Outcome, Work
+
+RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
+    "reference": run_reference,
+    "search": run_search,
+    "evaluate": run_evaluate,
+    "latency": run_latency,
+}
+_LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-sweep")
+
+
+def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
+    """Do a task unless it is done; meanwhile no other process does it."""
+    with store.task_lock(task.key):
+        known = store.get_record(task.key)
+        if known is not None:
+            return known
+        began = time.perf_counter()
+        torch.set_num_threads(int(task.inputs.get("threads", max(1, round(task.cpus)))))
+        work = Work(task, store, on_progress)
+        outcome = RUNNERS[task.kind](work)
+        record = Record(
+            key=task.key,
+            kind=task.kind,
+            state="done",
+            inputs=task.inputs,
+            outputs=outcome.outputs,
+            artifacts=outcome.artifacts,
+            timings={"seconds": time.perf_counter() - began},
+            host=_host(work.device),
+            versions=_versions(),
+        )
+        store.put_record(record)
+        return record
+
+
+def _host(device: str) -> Mapping[str, Any]:
+    return {
+        "hostname": platform.node(),
+        "cpu": cpu_name(),
+        "device": device_name(device),
+        "pid": os.getpid(),
+    }
+
+
+def _versions() -> Mapping[str, str]:
+    libraries = {name: version(name) for name in _LIBRARIES}
+    numerics = str(NUMERICS_VERSION)
+    return {**libraries, "numerics": numerics, "python": platform.python_version()}

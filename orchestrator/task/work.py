@@ -1,0 +1,156 @@
+"""Work: one task being done, its inputs as the method's own values, its model, its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.errors import ModelFilesError, StoreError
+from dipgo_core.evaluation.evaluate import shards_of
+from dipgo_core.evaluation.prompts import item_of_image
+from dipgo_core.evaluation.protocol import Protocol, image_seed
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import BlockGraph
+from dipgo_core.items import Item
+from dipgo_core.pipelines import LoadedModel, load_model
+from orchestrator.facts import items_of_blob
+from orchestrator.records import Record, Task
+from orchestrator.store import Store
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task leaves in its record; `artifacts` are already in the store."""
+
+    outputs: Mapping[str, Any]
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One task being done: its inputs as the method's own values, its model, its files."""
+
+    task: Task
+    store: Store
+    report: OnProgress
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.task.gpus > 0 else "cpu"
+
+    @cached_property
+    def sampler(self) -> SamplerSettings:
+        return SamplerSettings(**self.task.inputs["sampler"])
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        name = "calibration" if self.task.kind == "search" else "protocol"
+        return Protocol.from_json(self.task.inputs[name])
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The pipeline, kept from task to task.
+
+        Raises:
+            ModelFilesError: the weights are not those that were planned with.
+        """
+        wanted = dict(self.task.inputs["model"])
+        planned = wanted.pop("weights_sha256")
+        model = loaded(json.dumps(wanted, sort_keys=True), self.device)
+        if model.weights_sha256 != planned:
+            raise ModelFilesError(
+                f"the weights of {model.settings.id} are {model.weights_sha256[:16]}, planned with "
+                f"{planned[:16]}: they changed, or this worker has others. Run the sweep again"
+            )
+        return model
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        inputs = self.task.inputs
+        named: str | None = inputs.get("items_sha256")
+        return items_of_blob(self.store.get_blob(named or self.protocol.items_sha256))
+
+    @cached_property
+    def reference(self) -> Record:
+        """The record of the dense run this task builds on."""
+        record = self.store.get_record(self.task.needs[0])
+        if record is None:
+            raise StoreError(
+                f"the {self.task.kind} task {self.task.key[:12]} needs the record "
+                f"{self.task.needs[0][:12]}, which is gone from {self.store.url}; run again"
+            )
+        return record
+
+    @cached_property
+    def graph(self) -> BlockGraph:
+        return BlockGraph.from_json(self.reference.outputs["graph"])
+
+    @cached_property
+    def gates(self) -> GateTable:
+        return GateTable.from_strings(self.task.inputs["keep"])
+
+    @property
+    def shard_size(self) -> int:
+        return int(self.task.options["images_per_shard"])
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.task.options["batch_size"])
+
+    def put(self, name: str, data: bytes) -> dict[str, str]:
+        """Store an artifact; return its name and digest for the record."""
+        return {name: self.store.put_artifact(self.task.key, name, data)}
+
+
+@lru_cache(maxsize=2)
+def loaded(settings_json: str, device: str) -> LoadedModel:
+    """Load a pipeline once a worker; the two last used ones stay in memory."""
+    return load_model(ModelSettings(**json.loads(settings_json)), device=device)
+
+
+def items_and_seeds(work: Work) -> tuple[tuple[Item, ...], tuple[int, ...]]:
+    """Return the item and the noise seed of each image of the protocol."""
+    protocol, items = work.protocol, work.items
+    return (
+        tuple(items[item_of_image(i, len(items))] for i in range(protocol.images)),
+        tuple(image_seed(protocol.seed, protocol.split, i) for i in range(protocol.images)),
+    )
+
+
+def put_shard(work: Work, start: int, arrays: Arrays) -> None:
+    """Keep a finished shard, so that an interrupted task goes on after it."""
+    work.store.put_progress(work.task.key, _shard_name(start), safetensors.numpy.save(arrays))
+
+
+def stored_shards(work: Work) -> dict[int, Arrays]:
+    """Return the shards an interrupted run of this task has finished, by first image."""
+    shards = {}
+    for shard in shards_of(work.protocol, work.shard_size):
+        data = work.store.get_progress(work.task.key, _shard_name(shard.start))
+        if data is None:
+            continue
+        try:
+            arrays = safetensors.numpy.load(data)
+        except SafetensorError as error:
+            logger.warning("shard %d of %s is damaged: %s", shard.start, work.task.key[:12], error)
+            continue
+        if int(arrays["facts"][1]) == shard.stop:  # else of another shard size
+            shards[shard.start] = arrays
+    return shards
+
+
+def _shard_name(start: int) -> str:
+    return f"shard-{start:06d}.safetensors"
