@@ -36,6 +36,9 @@ TORCH_FREE = [
     "dipgo_core.evaluation.protocol",
     "dipgo_core.evaluation.prompts",
     "dipgo_core.evaluation.intervals",
+    "dipgo_core.evaluation.reference",
+    "dipgo_core.evaluation.scorers",
+    "dipgo_core.evaluation.device",
     "orchestrator.records",
     "orchestrator.sweep_settings",
     "orchestrator.sweep_file",
@@ -97,7 +100,9 @@ def test_nothing_evaluates_text_or_loads_by_torch() -> None:
         (str(path.relative_to(ROOT)), node.lineno)
         for path in sources()
         for node in ast.walk(parse(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in UNSAFE_CALLS
+        and "weights_only=True" not in map(ast.unparse, node.keywords)  # reads tensors only
     ]
     assert calls == []
 

@@ -84,7 +84,9 @@ def test_sweep_files_of_the_readme_exist(call: list[str]) -> None:
 def test_make_targets_of_the_pages_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     text = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
-    named = set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M))
+    named = set(re.findall(r"`make ([a-z-]+)", text)) | set(
+        re.findall(r"^make ([a-z-]+)", text, re.M)
+    )
     assert named and named <= targets
 
 

@@ -1,0 +1,260 @@
+"""Commands of `dipgo-sweep`: read arguments, call the orchestrator, print. Heavy imports wait."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dipgo_core.errors import (
+    ConfigError,
+    DipgoError,
+    ModelFilesError,
+    SubNetError,
+    TargetError,
+    UnknownModelError,
+)
+from orchestrator.cli.options import AsJson, ExitCode, ModelName, Overrides, SweepPath
+from orchestrator.cli.show import print_json, say
+
+app = typer.Typer(
+    name="dipgo-sweep",
+    help="Find which computation of a diffusion model can be skipped at which denoising step, "
+    "and sweep it to Pareto fronts of speed against quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: Errors that the user's input caused; all others end with exit code 1.
+USAGE_ERRORS = (ConfigError, UnknownModelError, ModelFilesError, SubNetError, TargetError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: errors as clear text, a traceback only for our own faults."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="dipgo-sweep")
+    except DipgoError as error:
+        say(f"error: {error}", stderr=True)
+        sys.exit(ExitCode.USAGE if isinstance(error, USAGE_ERRORS) else ExitCode.INTERNAL)
+    except Exception:
+        traceback.print_exc()
+        say(
+            "This is a fault of dipgo-sweep, not of your input. What was finished is in the store; "
+            "run the command again with --verbose, and report it with the lines above.",
+            stderr=True,
+        )
+        sys.exit(ExitCode.INTERNAL)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dipgo_core import __version__
+
+        say(f"dipgo-sweep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more on stderr.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Set up logging on stderr."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("urllib3", "filelock", "matplotlib", "PIL", "git", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def run(
+    file: SweepPath,
+    override: Overrides = None,
+    executor: Annotated[
+        Literal["ray", "local"],
+        typer.Option(help="ray: Ray Tune; local: one task after another in this process."),
+    ] = "ray",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to use [default: RAY_ADDRESS, else this machine]."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tasks at a time on this machine [default: CPUs].")
+    ] = None,
+) -> None:
+    """Run a sweep, or go on with it: whatever the store holds already is not computed again."""
+    from orchestrator.cli.running import run_and_show
+
+    raise typer.Exit(run_and_show(file, override or [], executor, address, workers))
+
+
+@app.command()
+def plan(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run would compute, and what is in the store already."""
+    from orchestrator.cli.sweeps import open_results
+    from orchestrator.cli.tables import print_plan
+
+    results = open_results(file, override or [])
+    if as_json:
+        print_json(results.plan.to_json())
+    else:
+        print_plan(results)
+
+
+@app.command()
+def validate(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a sweep file whole: every error at once, with its line and column."""
+    from orchestrator.cli.tables import print_sweep
+    from orchestrator.sweep_file import load_sweep
+
+    sweep = load_sweep(file, override or [])
+    if as_json:
+        print_json(sweep.to_json())
+    else:
+        print_sweep(file, sweep)
+
+
+@app.command()
+def status(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what is done, what is not, and what failed, from the store alone."""
+    from orchestrator.cli.sweeps import open_results
+    from orchestrator.cli.tables import print_status, status_json
+
+    document = status_json(open_results(file, override or []))
+    if as_json:
+        print_json(document)
+    else:
+        print_status(document)
+
+
+@app.command()
+def pareto(
+    file: SweepPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    all_metrics: Annotated[
+        bool, typer.Option("--all", help="Fronts of every quality metric, not the headline only.")
+    ] = False,
+) -> None:
+    """Show the Pareto fronts of what is finished so far."""
+    from orchestrator.cli.sweeps import open_results
+    from orchestrator.cli.tables import print_fronts
+    from orchestrator.pareto import pareto_json
+
+    results = open_results(file, override or [])
+    if as_json:
+        print_json(pareto_json(results.points, results.fronts))
+    else:
+        print_fronts(results.points, results.fronts if all_metrics else results.headline_fronts)
+
+
+@app.command()
+def report(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Write report.html, pareto.png, CSV, JSON and Markdown of what is finished so far."""
+    from orchestrator.cli.sweeps import open_results, write_files
+
+    paths = write_files(open_results(file, override or []))
+    if as_json:
+        print_json({"files": [str(path) for path in paths]})
+    else:
+        say("\n".join(str(path) for path in paths))
+
+
+@app.command()
+def export(
+    file: SweepPath,
+    output: Annotated[Path, typer.Option(help="Where to write the SubNet.")] = Path("subnet.json"),
+    override: Overrides = None,
+    point: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Key of a point, or its first characters.")
+    ] = None,
+    model: ModelName = None,
+    target: Annotated[
+        float | None, typer.Option(metavar="R", help="The searched point of this pruned ratio.")
+    ] = None,
+) -> None:
+    """Write the SubNet of a point: one by its key, the best of a target, or the front's knee."""
+    from orchestrator.cli.exporting import choose_point, subnet_of_point
+    from orchestrator.cli.sweeps import open_results
+
+    results = open_results(file, override or [])
+    chosen = choose_point(results, point=point, model=model, target=target)
+    subnet_of_point(results, chosen).save(output)
+    say(f"{chosen.model}: {chosen.name}, target {chosen.target}, key {chosen.key}", stderr=True)
+    say(str(output))
+
+
+@app.command()
+def generate(
+    subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="A file that `export` wrote.")],
+    prompt: Annotated[str, typer.Option(help="A text, or a class of a class-conditional model.")],
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to write the image.")] = Path("image.png"),
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="The dense model's image of the same noise at the left."),
+    ] = False,
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option()] = "float32",
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Make an image with a SubNet."""
+    from dipgo_core.subnet import SubNet
+    from orchestrator.cli.images import generate_images, save_image, side_by_side
+
+    loaded = SubNet.load(subnet)
+    pruned, dense = generate_images(
+        loaded, prompt, seed, dtype=dtype, device=device, compare=compare
+    )
+    image = pruned.image if dense is None else side_by_side(dense.image, pruned.image)
+    save_image(image, output)
+    if dense is not None:
+        say(f"dense {dense.seconds:.2f} s, SubNet {pruned.seconds:.2f} s (one call)", stderr=True)
+    say(str(output))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List known models with their blocks and MACs per denoiser forward."""
+    from orchestrator.cli.models import models_json, print_models
+
+    if as_json:
+        print_json(models_json())
+    else:
+        print_models()
+
+
+@app.command()
+def ui(
+    file: SweepPath,
+    override: Overrides = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow on the sweep's runs: print the address and serve until Ctrl-C."""
+    from orchestrator.sweep_file import load_sweep
+    from orchestrator.tracking import tracking_uri
+
+    uri = tracking_uri(load_sweep(file, override or []).tracking.uri)
+    if uri.startswith(("http://", "https://")):
+        say(uri)
+        return
+    say(f"http://127.0.0.1:{port}")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    try:
+        raise typer.Exit(subprocess.call([*command, "--port", str(port)]))
+    except KeyboardInterrupt:
+        raise typer.Exit from None

@@ -1,0 +1,108 @@
+"""`export`: which point is meant, and its SubNet as a file carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dipgo_core.errors import ConfigError, StoreError, TargetError, nearest
+from dipgo_core.subnet import SubNet
+
+if TYPE_CHECKING:
+    from orchestrator.cli.sweeps import Results
+    from orchestrator.points import ResolvedPoint
+
+
+def choose_point(
+    results: Results, *, point: str | None, model: str | None, target: float | None
+) -> ResolvedPoint:
+    """Return the point with a key, the headline one of a target, or the knee of the front.
+
+    Raises:
+        ConfigError: no or several points fit.
+        TargetError: nothing was searched at the target, or it is not finished.
+    """
+    if point is not None:
+        return _by_key(results.points, point)
+    name = _model(results, model)
+    return _knee(results, name) if target is None else _headline(results, name, target)
+
+
+def _by_key(points: Sequence[ResolvedPoint], start: str) -> ResolvedPoint:
+    found = [point for point in points if point.key.startswith(start)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"--point {start!r} fits {len(found)} points of this sweep; "
+            "`dipgo-sweep pareto FILE --json` lists their keys"
+        )
+    return found[0]
+
+
+def _model(results: Results, name: str | None) -> str:
+    names = list(dict.fromkeys(point.model for point in results.points))
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        given = "is needed" if name is None else f"has no {name!r}"
+        raise ConfigError(
+            f"--model {given}: this sweep's models are {', '.join(names)}."
+            f"{nearest(name or '', names)}"
+        )
+    return name
+
+
+def _knee(results: Results, model: str) -> ResolvedPoint:
+    by_key = {point.key: point for point in results.points}
+    for front in results.headline_fronts:
+        if front.model == model and front.knee is not None:
+            return by_key[front.knee]
+    raise ConfigError(
+        f"no front of {model} yet: nothing of it is finished; `dipgo-sweep run` first"
+    )
+
+
+def _headline(results: Results, model: str, target: float) -> ResolvedPoint:
+    by_key = {point.key: point for point in results.points}
+    found = {line.target: line for line in results.headlines if line.model == model}
+    if target not in found:
+        listed = ", ".join(f"{each:g}" for each in sorted(found)) or "none"
+        raise TargetError(
+            f"--target {target:g}: no finished searched point of {model} there; there are: {listed}"
+        )
+    return by_key[found[target].searched]
+
+
+def subnet_of_point(results: Results, point: ResolvedPoint) -> SubNet:
+    """Return the SubNet that was evaluated, with the point's figures as its metrics.
+
+    Raises:
+        StoreError: the point is not evaluated yet.
+    """
+    record = results.store.get_record(point.evaluate_key) if point.evaluate_key else None
+    if record is None:
+        raise StoreError(
+            f"point {point.key[:12]} is not evaluated yet ({point.error or point.state})"
+        )
+    document = dict(record.outputs["subnet"])
+    document["metrics"] = _metrics(point)
+    document["provenance"] = {
+        **document.get("provenance", {}),
+        "sweep": results.sweep.name,
+        "point": point.key,
+        "method": point.method,
+        "strategy": point.strategy,
+        "loss": dict(point.loss) if point.loss else None,
+        "target": point.target,
+        "seed": point.seed,
+    }
+    return SubNet.from_json(document, source=f"record {record.key[:12]}")
+
+
+def _metrics(point: ResolvedPoint) -> dict[str, float | int | None]:
+    names = ("fid", "kid", "clip", "psnr", "ssim", "speedup", "latency_ms")
+    values = {
+        f"{name}{end}": getattr(point, f"{name}{end}")
+        for name in names
+        for end in ("", "_low", "_high")
+    }
+    return {"n_images": point.n_images, **{k: v for k, v in values.items() if v is not None}}

@@ -1,0 +1,52 @@
+"""Tables and JSON on stdout: what the commands print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+#: Wide enough for a row of figures with intervals where there is no terminal to ask.
+PIPE_WIDTH = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console for data (stdout) or logs (stderr); NO_COLOR is honoured by rich."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+def say(text: str = "", *, stderr: bool = False) -> None:
+    """Print one line, as it is."""
+    print(text, file=sys.stderr if stderr else sys.stdout, flush=stderr)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document; NaN is refused, for it is not JSON."""
+    print(json.dumps(document, indent=1, allow_nan=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """Print a table; the columns named in `right` hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

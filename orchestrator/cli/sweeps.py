@@ -1,0 +1,58 @@
+"""A sweep as the read commands see it: its file, store and plan, and what is finished of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dipgo_core.evaluation.device import device_name
+from orchestrator.facts import gather_facts
+from orchestrator.headlines import Headline, headlines
+from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
+from orchestrator.plan import Plan, build_plan
+from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.store import FolderStore, open_store
+from orchestrator.sweep_file import SweepFile, load_sweep
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """One sweep and everything the store holds of it; figures are worked out when asked for."""
+
+    sweep: SweepFile
+    store: FolderStore
+    plan: Plan
+
+    @cached_property
+    def points(self) -> tuple[ResolvedPoint, ...]:
+        quality = self.sweep.objective.quality
+        return resolve_points(self.plan.points, self.store.records(), self.store, quality=quality)
+
+    @cached_property
+    def fronts(self) -> tuple[Front, ...]:
+        return pareto_fronts(self.points, speed=SPEED_OF[self.sweep.objective.speed])
+
+    @property
+    def headline_fronts(self) -> tuple[Front, ...]:
+        """Fronts of the sweep's own quality metric."""
+        quality = self.sweep.objective.quality
+        return tuple(front for front in self.fronts if front.objectives[1] == quality)
+
+    @cached_property
+    def headlines(self) -> tuple[Headline, ...]:
+        return headlines(self.points, self.sweep.objective.quality)
+
+
+def open_results(file: Path, overrides: Sequence[str]) -> Results:
+    """Read a sweep file and plan it against its store, without network and without torch.
+
+    Raises:
+        DipgoError: the file has errors, or the store cannot be used.
+    """
+    sweep = load_sweep(file, overrides)
+    store = open_store(sweep.storage)
+    facts = gather_facts(sweep, offline=True)
+    device = device_name("cuda" if sweep.resources.latency.gpus else "cpu")
+    return Results(sweep, store, build_plan(sweep, store.records(), facts=facts, device=device))

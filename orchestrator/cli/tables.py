@@ -1,0 +1,156 @@
+"""What is printed for people about a sweep: its file, plan, status, fronts and verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.show import print_table, say
+from orchestrator.headlines import Headline
+from orchestrator.metrics import FIGURES
+from orchestrator.pareto import Front, front_table
+from orchestrator.points import ResolvedPoint
+from orchestrator.sweep_settings import SweepFile
+
+if TYPE_CHECKING:
+    from orchestrator.cli.sweeps import Results
+
+KINDS = ("reference", "search", "evaluate", "latency")
+
+
+def print_sweep(file: Path, sweep: SweepFile) -> None:
+    """Print what a valid sweep file asks for."""
+    rows = [
+        (
+            model.name,
+            model.settings.id,
+            f"{model.sampler.scheduler}, {model.sampler.steps} steps",
+            ", ".join(f"{target:g}" for target in model.targets),
+            f"{len(model.grid)}",
+            ", ".join(baseline.name for baseline in model.baselines),
+            f"{model.evaluate.images}",
+        )
+        for model in sweep.models
+    ]
+    columns = ("model", "id", "sampler", "targets", "searches", "baselines", "images")
+    print_table(f"{file} is valid: {sweep.name}", columns, rows, right=("searches", "images"))
+
+
+def print_plan(results: Results) -> None:
+    """Print how many tasks of each kind there are, and how many are done."""
+    plan = results.plan.to_json()
+    counts = Counter((task["kind"], task["state"] == "cached") for task in plan["tasks"])
+    rows = [
+        (kind, f"{counts[kind, True] + counts[kind, False]}", f"{counts[kind, True]}")
+        for kind in KINDS
+    ]
+    title = (
+        f"{results.sweep.name}: {plan['models']} models, {plan['searches']} searches, "
+        f"{plan['evaluations']} evaluations of searched SubNets, {plan['baselines']} of baselines"
+    )
+    print_table(title, ("tasks", "in all", "in the store"), rows, right=("in all", "in the store"))
+    say(f"{len(plan['tasks']) - plan['cached']} tasks to do; storage {results.store.url}")
+
+
+def status_json(results: Results) -> dict[str, Any]:
+    """Return what is done, what is not, and every failure that still stands."""
+    tasks = results.plan.tasks
+    failures = [
+        {"key": task.key, "kind": task.kind, "label": task.label, "error": failure.error}
+        for task in tasks
+        if task.state != "cached" and (failure := results.store.get_failure(task.key)) is not None
+    ]
+    done = Counter(str(task.kind) for task in tasks if task.state == "cached")
+    return {
+        "sweep": results.sweep.name,
+        "storage": results.store.url,
+        "complete": results.plan.complete,
+        "tasks": {"total": len(tasks), "done": sum(done.values()), "failed": len(failures)},
+        "kinds": {
+            kind: {"total": sum(task.kind == kind for task in tasks), "done": done[kind]}
+            for kind in KINDS
+        },
+        "points": dict(Counter(point.state for point in results.points)),
+        "failures": failures,
+    }
+
+
+def print_status(document: dict[str, Any]) -> None:
+    """Print the status document for people."""
+    rows = [
+        (kind, f"{count['done']}", f"{count['total']}") for kind, count in document["kinds"].items()
+    ]
+    print_table(
+        f"{document['sweep']} in {document['storage']}",
+        ("tasks", "done", "in all"),
+        rows,
+        right=("done", "in all"),
+    )
+    states = ", ".join(f"{count} {state}" for state, count in sorted(document["points"].items()))
+    say(f"points: {states or 'none'}{'; complete' if document['complete'] else ''}")
+    for failure in document["failures"]:
+        say(f"failed: {failure['label']} ({failure['key'][:12]}): {failure['error']}")
+
+
+def print_fronts(points: Sequence[ResolvedPoint], fronts: Iterable[Front]) -> None:
+    """Print every front as a table, slowest point first; the knee is marked."""
+    shown = list(fronts)
+    for front in shown:
+        _print_front(points, front)
+    if not shown:
+        say("no fronts yet: nothing is finished; `dipgo-sweep run` the sweep first")
+
+
+def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
+    speed, quality = (FIGURES[name] for name in front.objectives)
+    by_key = {point.key: point for point in points}
+    where = f" on {front.device}" if front.device else ""
+    images = max((by_key[key].n_images or 0 for key in front.points), default=0)
+    title = f"{front.model}{where}: {speed.axis} against {quality.axis}, {images} images"
+    rows = [
+        (
+            f"{row.name}{' (knee)' if row.knee else ''}",
+            row.target,
+            row.speedup,
+            row.quality,
+            row.gain,
+            row.verdict,
+            row.key[:12],
+        )
+        for row in front_table(points, front)
+    ]
+    columns = (
+        "point", "target", speed.label, quality.label, "gain over the best baseline", "", "key"
+    )  # fmt: skip
+    print_table(title, columns, rows, right=columns[1:5])
+
+
+def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -> None:
+    """Print for each model and target whether the searched SubNet beats its bars."""
+    by_key = {point.key: point for point in points}
+    rows = [
+        (
+            line.model,
+            f"{line.target:g}",
+            by_key[line.searched].name,
+            *_against(by_key, line),
+            line.gain_random.text(line.quality) if line.gain_random else "",
+            line.verdict_random or "not known yet",
+        )
+        for line in lines
+    ]
+    if not rows:
+        return
+    columns = (
+        "model", "target", "SubNet", "best trivial baseline", "gain", "verdict",
+        "gain over random gates", "verdict",
+    )  # fmt: skip
+    print_table("Searched SubNets at equal compute (95 % intervals)", columns, rows)
+
+
+def _against(by_key: dict[str, ResolvedPoint], line: Headline) -> tuple[str, str, str]:
+    baseline = by_key[line.baseline].name if line.baseline in by_key else ""
+    gain = line.gain.text(line.quality) if line.gain else ""
+    return baseline, gain, line.verdict or "not known yet"
