@@ -36,12 +36,13 @@ class PromptSource:
     """Where prompts or class labels come from.
 
     kind bundled: `value` is the split (calibration, test). file: `value` is a path that opens from
-    the current folder. hub: `value` is the data set's id. labels: the classes of the model, `rows`
-    of them spread evenly.
+    the current folder. hub: `value` is the data set's id, `file` one file of it. labels: the
+    classes of the model, `rows` of them spread evenly.
     """
 
     kind: PromptKind
     value: str = ""
+    file: str | None = None
     column: str | None = None
     rows: int | None = None  # None: all of them
     split: str | None = None
@@ -53,7 +54,7 @@ class PromptSource:
         """What ``dipgo_core.evaluation.prompts.read_items`` reads; not for kind labels."""
         if self.kind == "bundled":
             return f"bundled:{self.value}"
-        names = ("column", "rows", "split", "config", "revision")
+        names = ("file", "column", "rows", "split", "config", "revision")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {self.kind: self.value, **given}
 

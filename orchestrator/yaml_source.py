@@ -18,7 +18,7 @@ import yaml
 from orchestrator.sweep_issues import Issues, SweepIssue
 
 MAX_BYTES: Final = 128 * 1024
-MAX_NODES: Final = 50_000
+MAX_NODES: Final = 10_000
 MAX_DEPTH: Final = 16
 
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -174,7 +174,7 @@ class _Document:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
                 raise _Fatal(place.issue(f"alias *{event.anchor} has no anchor before it"))
-            return self._copy(self.anchors[event.anchor], place, depth)
+            return self._copy(self.anchors[event.anchor], place, path, depth)
         if getattr(event, "tag", None) is not None:
             raise _Fatal(place.issue("tags (!...) are not read; write the plain value"))
         node = self._content(event, place, depth)
@@ -236,23 +236,22 @@ class _Document:
         value = self.variables.get(match[1], "")
         return value or match[2] or ""
 
-    def _copy(self, node: Node, place: Node, depth: int) -> Node:
-        """Return `node` as if it stood at the path of `place`; lines stay those of the anchor."""
+    def _copy(self, node: Node, place: Node, path: str, depth: int) -> Node:
+        """Return `node` as if it stood at `path`; values keep the lines of the anchor."""
         self._count(place, depth)
-        moved = replace(node, path=place.path, key_line=place.key_line, key_column=place.key_column)
-        if isinstance(node.value, tuple):
-            items = (
-                self._copy(item, replace(item, path=join(place.path, str(index))), depth + 1)
-                for index, item in enumerate(node.value)
+        value = node.value
+        if isinstance(value, tuple):
+            value = tuple(
+                self._copy(item, item, join(path, str(index)), depth + 1)
+                for index, item in enumerate(value)
             )
-            return replace(moved, value=tuple(items))
-        if isinstance(node.value, Mapping):
-            entries = {
-                name: self._copy(item, replace(item, path=join(place.path, name)), depth + 1)
-                for name, item in node.value.items()
+        elif isinstance(value, Mapping):
+            value = {
+                name: self._copy(item, item, join(path, name), depth + 1)
+                for name, item in value.items()
             }
-            return replace(moved, value=entries)
-        return moved
+        keys = (place.key_line, place.key_column)
+        return Node(value, path, node.source, node.line, node.column, *keys)
 
 
 def resolve(text: str) -> str | int | float | bool | None:

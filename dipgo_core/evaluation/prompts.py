@@ -8,6 +8,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from dipgo_core.items import Item
 from dipgo_core.zoo import captions
 
 BUNDLED = "bundled:"
-_HUB_KEYS = ("hub", "revision", "split", "config", "column", "rows")
+_HUB_KEYS = ("hub", "file", "revision", "split", "config", "column", "rows")
 _FILE_KEYS = ("file", "column", "rows")
 _LABEL_KEYS = ("labels",)
 
@@ -28,7 +29,8 @@ def read_items(
 
     source: a file (one prompt a line, .jsonl, .csv, .tsv, .json of COCO captions, .parquet);
     "bundled:calibration" or "bundled:test"; or a mapping {file, column, rows},
-    {hub, revision, split, config, column, rows}, or {labels: number of classes}, every class once.
+    {hub, file, revision, split, config, column, rows}, or {labels: number of classes}, every class
+    once.
     folder: where relative paths start.
 
     Raises:
@@ -163,12 +165,12 @@ def _located(source: str | Path, folder: Path | None) -> Path:
 def _read_file(path: Path, *, column: str | None, rows: int | None) -> tuple[Item, ...]:
     read = _READERS.get(path.suffix.lower(), _text_rows)
     try:
-        items = list(read(path, column))
+        items = list(islice(read(path, column), rows))
     except FileNotFoundError as error:
         raise EvaluationError(f"no prompt file at {path}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
-    return _checked(items[:rows], str(path))
+    return _checked(items, str(path))
 
 
 def _checked(items: Sequence[Item], source: str) -> tuple[Item, ...]:
@@ -225,13 +227,16 @@ def _parquet_rows(path: Path, column: str | None) -> Iterable[Item]:
     parquet = _optional("pyarrow.parquet", "pyarrow", f"reading {path}")
     if not path.is_file():
         raise FileNotFoundError(path)
-    return (_item(row, column, str(path)) for row in parquet.read_table(path).to_pylist())
+    batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
+    return (_item(row, column, str(path)) for batch in batches for row in batch.to_pylist())
 
 
 def _read_hub(
     source: Mapping[str, Any], *, column: str | None, rows: int | None
 ) -> tuple[Item, ...]:
     name = source["hub"]
+    if source.get("file"):
+        return _read_file(_hub_file(source), column=column, rows=rows)
     datasets = _optional("datasets", "datasets", f"reading the hub data set {name}")
     try:
         table = datasets.load_dataset(
@@ -243,6 +248,22 @@ def _read_hub(
         ) from error
     taken = range(len(table) if rows is None else min(rows, len(table)))
     return _checked([_item(table[i], column, name) for i in taken], name)
+
+
+def _hub_file(source: Mapping[str, Any]) -> Path:
+    """Fetch one file of a data set; needs neither its loading script nor the package datasets."""
+    name, file = source["hub"], source["file"]
+    hub = _optional("huggingface_hub", "huggingface_hub", f"fetching {file} of {name}")
+    try:
+        fetched = hub.hf_hub_download(
+            name, file, repo_type="dataset", revision=source.get("revision")
+        )
+    except Exception as error:  # the library raises many kinds, network ones among them
+        raise EvaluationError(
+            f"cannot fetch {file} of the data set {name} ({error}); without network, give a local "
+            "file"
+        ) from error
+    return Path(fetched)
 
 
 def _split(source: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -57,13 +57,12 @@ def _source(node: Node, issues: Issues, context: Context) -> PromptSource | None
     if not isinstance(value, Mapping):
         reject(node, issues, "must be a file, bundled:test, labels, or a mapping with hub or file")
         return None
-    kinds = [kind for kind in ("hub", "file", "labels") if kind in value]
-    if len(kinds) != 1:
-        issues.add(node.issue(f"needs exactly one of hub, file, labels; got {kinds or 'none'}"))
+    kind = next((kind for kind in _READERS if kind in value), None)
+    if kind is None:
+        issues.add(node.issue(f"needs one of {', '.join(_READERS)}"))
         return None
-    readers = {"hub": _hub_prompts, "file": _file_prompts, "labels": _label_prompts}
     with Fields(node, issues) as section:
-        return readers[kinds[0]](section, context)
+        return _READERS[kind](section, context)
 
 
 def _named_prompts(node: Node, value: str, issues: Issues, context: Context) -> PromptSource | None:
@@ -83,6 +82,7 @@ def _hub_prompts(section: Fields, context: Context) -> PromptSource:
     return PromptSource(
         kind="hub",
         value=section.need("hub", text(valid=hub_rule), ""),
+        file=section.maybe("file", text()),
         column=section.maybe("column", text()),
         rows=section.maybe("rows", whole(1)),
         split=section.maybe("split", text()),
@@ -102,3 +102,10 @@ def _file_prompts(section: Fields, context: Context) -> PromptSource:
 
 def _label_prompts(section: Fields, context: Context) -> PromptSource:
     return PromptSource(kind="labels", rows=section.maybe("labels", whole(1, 1_000_000)))
+
+
+_READERS: Final[Mapping[str, Callable[[Fields, Context], PromptSource]]] = {
+    "hub": _hub_prompts,
+    "file": _file_prompts,
+    "labels": _label_prompts,
+}
