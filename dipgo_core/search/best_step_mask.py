@@ -19,7 +19,7 @@ from dipgo_core.errors import SearchError
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.pipelines import encode, initial_latents, noise_scheduler, predict, rollout
 from dipgo_core.search.calibration import check_problem, dense_latents, draw_items
-from dipgo_core.search.progress import SearchProblem, SearchProgress
+from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 
 #: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
 EXHAUSTIVE_CALLS: Final = 11
@@ -40,6 +40,8 @@ def search_step_masks(problem: SearchProblem) -> Iterator[SearchProgress]:
         SearchError: latents that are not finite, or a state of another search.
     """
     search = _MaskSearch(problem)
+    if search.done == search.num_steps:  # interrupted between its last step and its record
+        yield search.progress()
     yield from search.exhaustive() if search.num_calls <= EXHAUSTIVE_CALLS else search.greedy()
 
 
@@ -59,39 +61,39 @@ class _MaskSearch:
         self.noise = initial_latents(problem.model, [problem.seeds[i] for i in chosen])
         self.best: dict[int, tuple[float, Mask]] = {}
         self.seen: tuple[Mask, list[Tensor]] = ((), [])
-        self.done, self.seconds = 0, 0.0
+        self.done, self.seconds, self.figures = 0, 0.0, NOTHING_YET
         if problem.resume is not None:
             self._load(problem.resume)
+
+    @property
+    def num_steps(self) -> int:
+        exhaustive = self.num_calls <= EXHAUSTIVE_CALLS
+        return min(REPORTS, 2 ** (self.num_calls - 1)) if exhaustive else self.num_calls
 
     def exhaustive(self) -> Iterator[SearchProgress]:
         """Try all masks; neighbours in binary order share prefixes, so each costs one forward."""
         free = self.num_calls - 1
-        reports = min(REPORTS, 2**free)
-        share = 2**free // reports
-        while self.done < reports:
-            masks = [
-                (True, *(bool(number >> (free - 1 - i) & 1) for i in range(free)))
-                for number in range(self.done * share, (self.done + 1) * share)
-            ]
-            yield self._try(masks, reports)
+        share = 2**free // self.num_steps
+        while self.done < self.num_steps:
+            numbers = range(self.done * share, (self.done + 1) * share)
+            yield self._try(
+                [(True, *(bool(n >> (free - 1 - i) & 1) for i in range(free))) for n in numbers]
+            )
 
     def greedy(self) -> Iterator[SearchProgress]:
         """Add the call that helps most, then move computed calls to free neighbours while it helps.
 
         Not exact: the mask of k calls grows out of the one of k - 1.
         """
-        while self.done < self.num_calls:
+        while self.done < self.num_steps:
             if self.done == 0:
-                yield self._try([_mask((0,), self.num_calls)], self.num_calls)
-                continue
-            base = self.best[self.done][1]
-            yield self._try(
-                [_flip(base, call) for call in range(self.num_calls) if not base[call]],
-                self.num_calls,
-                exchange=True,
-            )
+                masks = [tuple(call == 0 for call in range(self.num_calls))]
+            else:
+                base = self.best[self.done][1]
+                masks = [_flip(base, call) for call, computed in enumerate(base) if not computed]
+            yield self._try(masks, exchange=True)
 
-    def _try(self, masks: list[Mask], num_steps: int, exchange: bool = False) -> SearchProgress:
+    def _try(self, masks: list[Mask], exchange: bool = False) -> SearchProgress:
         started, before = time.perf_counter(), dict(self.best)
         for mask in masks:
             self._note(mask)
@@ -100,19 +102,20 @@ class _MaskSearch:
         self.done += 1
         self.seconds += time.perf_counter() - started
         error = math.fsum(e for e, _ in self.best.values()) / len(self.best)
+        kept = sum(masks[-1])
+        flips = sum(before.get(k) != found for k, found in self.best.items())
+        self.figures = Figures(error, error, 0.0, kept / self.num_calls, 0.0, kept, flips)
+        return self.progress()
+
+    def progress(self) -> SearchProgress:
+        """Return the record of the last step."""
         return SearchProgress(
             search_step=self.done,
-            num_steps=num_steps,
-            loss=error,
-            consistency=error,
-            sparsity=0.0,
-            compute_ratio=sum(masks[-1]) / self.num_calls,
-            learning_rate=0.0,
-            kept_gates=sum(masks[-1]),
-            flips=sum(before.get(k) != found for k, found in self.best.items()),
+            num_steps=self.num_steps,
+            **self.figures._asdict(),
             forwards=self.forwards,
             seconds=self.seconds,
-            outcome=self._outcome() if self.done == num_steps else None,
+            outcome=self._outcome() if self.done == self.num_steps else None,
             snapshot=self._state,
         )
 
@@ -182,6 +185,7 @@ class _MaskSearch:
             "forwards": torch.tensor(self.forwards),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "errors": torch.tensor([self.best[k][0] for k in counts], dtype=torch.float64),
+            "figures": self.figures.to_tensor(),
             "masks": torch.tensor([self.best[k][1] for k in counts], dtype=torch.bool),
         }
 
@@ -190,12 +194,9 @@ class _MaskSearch:
             raise SearchError("the saved state belongs to another search; delete it and start anew")
         self.done, self.forwards = int(state["search_step"]), int(state["forwards"])
         self.seconds = float(state["seconds"])
+        self.figures = Figures.from_tensor(state["figures"])
         rows = zip(state["errors"].tolist(), state["masks"].tolist(), strict=True)
         self.best = {sum(mask): (error, tuple(mask)) for error, mask in rows}
-
-
-def _mask(calls: tuple[int, ...], num_calls: int) -> Mask:
-    return tuple(call in calls for call in range(num_calls))
 
 
 def _calls(mask: Mask) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from dipgo_core.outcome import SearchOutcome
 from dipgo_core.pipelines import decode, encode, initial_latents, noise_scheduler
 from dipgo_core.pruner import PrunerNet, straight_through
 from dipgo_core.search.calibration import check_problem, dense_latents, draw_items
-from dipgo_core.search.progress import SearchProblem, SearchProgress
+from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 from dipgo_core.supernet import SuperNet
 
 #: Below this many MACs of one rollout, activations are kept instead of computed again.
@@ -43,9 +43,12 @@ def search_gates(problem: SearchProblem) -> Iterator[SearchProgress]:
         SearchError: a loss or gradient that is not finite, or a state of another search.
     """
     search = _Search(problem)
+    if search.done == problem.settings.steps:  # interrupted between its last step and its record
+        yield search.progress()
     with search.supernet:
         while search.done < problem.settings.steps:
-            yield search.advance()
+            search.advance()
+            yield search.progress()
 
 
 class _Search:
@@ -77,10 +80,11 @@ class _Search:
         self.supernet = SuperNet(model, graph, checkpointing=rollout_macs > CHECKPOINT_ABOVE_MACS)
         self.done, self.seconds = 0, 0.0
         self.last_needed = np.zeros((self.num_calls, len(graph.searched)), dtype=np.int64)
+        self.figures = NOTHING_YET
         if problem.resume is not None:
             self._load(problem.resume)
 
-    def advance(self) -> SearchProgress:
+    def advance(self) -> None:
         """Make one update of the pruner."""
         started, settings = time.perf_counter(), self.problem.settings
         rate = learning_rate(self.done, settings)
@@ -91,25 +95,25 @@ class _Search:
         self.optimizer.zero_grad()
         batches = draw_items(settings, self.done, len(self.problem.items))
         losses = torch.tensor([self._backward(batch, ratio) for batch in batches]).mean(dim=0)
-        self._refuse_non_finite(losses.tolist())
+        total, consistency, sparsity = losses.tolist()
+        self._refuse_non_finite(total)
         self.optimizer.step()
         self.done += 1
         self._note_needed(keep)
+        flips = int((keep != self._keep()).sum())
+        self.figures = Figures(total, consistency, sparsity, ratio, rate, int(keep.sum()), flips)
         self.seconds += time.perf_counter() - started
-        total, consistency, sparsity = losses.tolist()
+
+    def progress(self) -> SearchProgress:
+        """Return the record of the last update."""
+        num_steps = self.problem.settings.steps
         return SearchProgress(
             search_step=self.done,
-            num_steps=settings.steps,
-            loss=total,
-            consistency=consistency,
-            sparsity=sparsity,
-            compute_ratio=ratio,
-            learning_rate=rate,
-            kept_gates=int(keep.sum()),
-            flips=int((keep != self._keep()).sum()),
+            num_steps=num_steps,
+            **self.figures._asdict(),
             forwards=self.forwards_before + self.supernet.forwards,
             seconds=self.seconds,
-            outcome=self._outcome() if self.done == settings.steps else None,
+            outcome=self._outcome() if self.done == num_steps else None,
             snapshot=self._state,
         )
 
@@ -154,15 +158,12 @@ class _Search:
         needed = np.stack([needed_gates(row, graph) for row in self._rows(keep)])
         self.last_needed[needed[:, graph.searched]] = self.done
 
-    def _refuse_non_finite(self, losses: list[float]) -> None:
+    def _refuse_non_finite(self, loss: float) -> None:
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        finite = all(map(math.isfinite, losses)) and all(
-            bool(g.isfinite().all()) for g in gradients
-        )
-        if not finite:
+        if not math.isfinite(loss) or not all(bool(g.isfinite().all()) for g in gradients):
             raise SearchError(
                 f"search step {self.done + 1} of {self.problem.settings.steps}: the loss "
-                f"({losses[0]}) or its gradient is not finite. Lower search.learning_rate, or set "
+                f"({loss}) or its gradient is not finite. Lower search.learning_rate, or set "
                 f"the model's dtype to float32 (it is {self.problem.model.settings.dtype})"
             )
 
@@ -183,6 +184,7 @@ class _Search:
             "forwards": torch.tensor(self.forwards_before + self.supernet.forwards),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "last_needed": torch.from_numpy(self.last_needed.copy()),
+            "figures": self.figures.to_tensor(),
         }
         return {**weights, **counters}
 
@@ -196,6 +198,7 @@ class _Search:
             self.forwards_before = int(state["forwards"])
             self.seconds = float(state["seconds"])
             self.last_needed = state["last_needed"].numpy().copy()
+            self.figures = Figures.from_tensor(state["figures"])
         except (KeyError, RuntimeError) as error:
             raise SearchError(
                 f"the saved state belongs to another search ({error}); delete it and start anew"

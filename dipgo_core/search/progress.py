@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dipgo_core.config import SamplerSettings, SearchSettings
@@ -34,13 +35,38 @@ class SearchProblem:
     resume: Mapping[str, Tensor] | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SearchProgress:
-    """One search step, counted from 1. Figures describe the gates the step was computed with.
+class Figures(NamedTuple):
+    """What one search step measured, with the gates it was computed with.
 
     compute_ratio: kept share of the dense MACs, closure included. kept_gates: searched gates kept,
-    before closure. flips: gates changed by the step. forwards, seconds: spent so far, over all
-    interruptions. outcome: with the last step only.
+    before closure. flips: gates changed by the step.
+    """
+
+    loss: float
+    consistency: float
+    sparsity: float
+    compute_ratio: float
+    learning_rate: float
+    kept_gates: int
+    flips: int
+
+    def to_tensor(self) -> Tensor:
+        return torch.tensor(self, dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Figures:
+        loss, consistency, sparsity, ratio, rate, kept_gates, flips = values.tolist()
+        return cls(loss, consistency, sparsity, ratio, rate, int(kept_gates), int(flips))
+
+
+NOTHING_YET = Figures(0.0, 0.0, 0.0, 1.0, 0.0, 0, 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SearchProgress:
+    """One search step, counted from 1; see `Figures`.
+
+    forwards, seconds: spent so far, over all interruptions. outcome: with the last step only.
     """
 
     search_step: int
