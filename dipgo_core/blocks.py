@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -96,14 +97,21 @@ def known_graph(known: KnownModel) -> BlockGraph:
 def trace_denoiser(
     denoiser: nn.Module, family: Family, *, tokens: int, granularity: str = "block"
 ) -> BlockGraph:
-    """Trace a family's denoiser at its own resolution.
+    """Trace a family's denoiser at its own resolution, once in its life.
 
     Raises:
         TraceError: the denoiser's modules match none of the family's block names.
     """
-    names = _matching(denoiser, family.blocks)
-    inputs = example_inputs(cast(Any, denoiser).config, family, tokens=tokens)
-    return find_blocks(denoiser, inputs=inputs, names=names, granularity=granularity)
+    graphs = _traced.setdefault(denoiser, {})
+    key = (tokens, granularity)
+    if key not in graphs:
+        names = _matching(denoiser, family.blocks)
+        inputs = example_inputs(cast(Any, denoiser).config, family, tokens=tokens)
+        graphs[key] = find_blocks(denoiser, inputs=inputs, names=names, granularity=granularity)
+    return graphs[key]
+
+
+_traced: WeakKeyDictionary[nn.Module, dict[tuple[int, str], BlockGraph]] = WeakKeyDictionary()
 
 
 def example_inputs(config: Any, family: Family, *, tokens: int) -> dict[str, Any]:

@@ -1,0 +1,427 @@
+"""apply_subnet: equal to the plain pipeline where it must be, refusing what does not fit."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny import DDIM, tiny_dit, tiny_model, tiny_scheduler, tiny_sd
+from torch import Tensor, nn
+
+from dipgo_core.config import SamplerSettings
+from dipgo_core.errors import SubNetError, SubNetMismatchError
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import Reuse
+from dipgo_core.items import Item
+from dipgo_core.pipelines import (
+    LoadedModel,
+    block_graph,
+    encode,
+    initial_latents,
+    rollout,
+    set_sampler,
+    subnet_of,
+)
+from dipgo_core.runtime import GatedCalls, apply_subnet, gated_calls
+from dipgo_core.subnet import SubNet
+
+MIXED = {
+    "sd": ["1" * 10, "1111000001", "0" * 10, "1110000011", "1" * 10, "0" * 10],
+    "dit": ["1" * 5, "10100", "00000", "10000", "11111", "11011"],
+}
+
+
+@pytest.fixture(scope="module")
+def sd() -> LoadedModel:
+    return tiny_model(tiny_sd())
+
+
+@pytest.fixture(scope="module")
+def dit() -> LoadedModel:
+    return tiny_model(tiny_dit())
+
+
+@pytest.fixture(params=["sd", "dit"])
+def model(request: pytest.FixtureRequest) -> LoadedModel:
+    loaded: LoadedModel = request.getfixturevalue(request.param)
+    set_sampler(loaded, DDIM)
+    return loaded
+
+
+def subnet_for(
+    model: LoadedModel, rows: list[str] | None = None, sampler: SamplerSettings = DDIM
+) -> SubNet:
+    graph = block_graph(model)
+    calls = len(set_sampler(model, sampler))
+    gates = GateTable.all_keep(calls, graph.num_blocks)
+    return subnet_of(model, graph, sampler, GateTable.from_strings(rows) if rows else gates)
+
+
+def mixed(model: LoadedModel) -> SubNet:
+    return subnet_for(model, MIXED[model.family.name])
+
+
+def images(
+    model: LoadedModel, seeds: tuple[int, ...] = (1, 2), scale: float = 4.0, **kwargs: Any
+) -> Tensor:
+    arguments = {
+        "num_inference_steps": DDIM.steps,
+        "guidance_scale": scale,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "pt",
+        **kwargs,
+    }
+    if model.family.name == "dit":
+        return torch.as_tensor(model.pipe(list(seeds), **arguments).images)
+    words = ["a red cat", "the moon", "a blue dog"]
+    return torch.as_tensor(model.pipe([words[s % 3] for s in seeds], **arguments).images)
+
+
+# equal to the plain pipeline ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_all_keep_equals_the_plain_pipeline_bit_for_bit(model: LoadedModel, scale: float) -> None:
+    plain = images(model, scale=scale)
+    with apply_subnet(model.pipe, subnet_for(model)):
+        pruned = images(model, scale=scale)
+    assert torch.equal(pruned, plain)
+
+
+@pytest.mark.parametrize("name", ["pndm", "dpm++2m", "euler", "heun", "unipc"])
+def test_all_keep_equals_the_plain_pipeline_with_every_scheduler(
+    sd: LoadedModel, name: str
+) -> None:
+    subnet = subnet_for(sd, sampler=replace(DDIM, scheduler=name))
+    plain = images(sd)
+    with apply_subnet(sd.pipe, subnet):
+        assert torch.equal(images(sd), plain)
+
+
+def test_pruning_changes_the_images(model: LoadedModel) -> None:
+    plain = images(model)
+    with apply_subnet(model.pipe, mixed(model)):
+        assert not torch.allclose(images(model), plain, atol=1e-4)
+
+
+def test_runs_do_not_depend_on_earlier_runs(model: LoadedModel) -> None:
+    """Oracle: each run on a freshly applied SubNet."""
+    runs = [((1, 2), 4.0), ((5,), 1.0), ((1, 2, 3), 4.0), ((1, 2), 4.0)]
+    alone = []
+    for seeds, scale in runs:
+        with apply_subnet(model.pipe, mixed(model)):
+            alone.append(images(model, seeds, scale))
+    with apply_subnet(model.pipe, mixed(model)):
+        for (seeds, scale), expected in zip(runs, alone, strict=True):
+            assert torch.equal(images(model, seeds, scale), expected)
+
+
+def test_a_run_after_an_interrupted_one_is_right(sd: LoadedModel) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with apply_subnet(sd.pipe, mixed(sd)):
+        expected = images(sd)
+        with pytest.raises(KeyboardInterrupt):
+            images(sd, (7, 8), callback_on_step_end=interrupt)
+        assert torch.equal(images(sd), expected)
+
+
+def test_gated_rollout_equals_the_applied_subnet(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    with apply_subnet(sd.pipe, subnet):
+        expected = images(sd, output_type="latent")
+    conditioning = encode(sd, [Item("the moon"), Item("a blue dog")], DDIM.guidance_scale)
+    with gated_calls(sd.denoiser, block_graph(sd), subnet.gates) as calls:
+        latents = rollout(
+            sd,
+            conditioning,
+            initial_latents(sd, (1, 2)),
+            DDIM,
+            on_call=lambda call, _: calls.start_call(call),
+        )
+    assert torch.equal(latents, expected)
+
+
+# what is reused, what is executed ----------------------------------------------------------------
+
+
+@contextmanager
+def replayed_block(module: nn.Module, at_call: int, residual: bool) -> Iterator[None]:
+    """Independent oracle: a torch hook that reuses call `at_call - 1`."""
+    kept: list[Tensor] = []
+    calls = 0
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        nonlocal calls
+        stream = args[0]
+        calls += 1
+        if calls - 1 != at_call:
+            kept[:] = [out - stream if residual else out]
+            return out
+        return stream + kept[0] if residual else kept[0]
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize(("name", "index"), [("mid_block", 5), ("transformer_blocks.2", 3)])
+def test_reuse_equals_an_independent_hook(
+    sd: LoadedModel, dit: LoadedModel, name: str, index: int
+) -> None:
+    model = sd if name == "mid_block" else dit
+    graph = block_graph(model)
+    keep = np.ones((DDIM.steps, graph.num_blocks), dtype=bool)
+    keep[3, index] = False
+    residual = graph.blocks[index].reuse is Reuse.RESIDUAL
+    with apply_subnet(model.pipe, subnet_for(model, GateTable(keep).to_strings())):
+        reused = images(model)
+    with replayed_block(model.denoiser.get_submodule(name), 3, residual):
+        assert torch.equal(reused, images(model))
+
+
+@contextmanager
+def counted(model: LoadedModel, names: list[str]) -> Iterator[dict[str, int]]:
+    """How often modules that no hook of ours wraps are executed."""
+    counts = dict.fromkeys(names, 0)
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[name] += 1
+
+        return count
+
+    modules = [(name, model.denoiser.get_submodule(name)) for name in names]
+    handles = [module.register_forward_hook(counter(name)) for name, module in modules]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def test_dead_and_reused_blocks_are_not_executed(sd: LoadedModel) -> None:
+    """Oracle: row 1 keeps down 0 to 2, but nobody reads down 1 and 2; row 3 reads down 1."""
+    parts = ["conv_in", "down_blocks.0.resnets.0", "down_blocks.1.resnets.0"]
+    parts += ["mid_block.resnets.0", "up_blocks.3.resnets.0"]
+    with apply_subnet(sd.pipe, mixed(sd)), counted(sd, parts) as counts:
+        images(sd)
+    assert list(counts.values()) == [4, 4, 3, 2, 4]
+
+
+def test_executed_blocks_are_what_macs_charge(model: LoadedModel) -> None:
+    graph, subnet = block_graph(model), mixed(model)
+    inner = {"sd": "resnets.0", "dit": "attn1"}[model.family.name]
+    names = [f"{name}.{inner}" for name in graph.names[1:]]
+    with apply_subnet(model.pipe, subnet), counted(model, names) as counts:
+        images(model)
+    charged = graph.close(subnet.gates).keep.sum(axis=0)
+    assert list(counts.values()) == charged[1:].tolist()
+
+
+def test_only_what_is_read_later_is_cached(dit: LoadedModel) -> None:
+    graph = block_graph(dit)
+    rows = ["11111", "11110", "00000", "11111", "11111"]
+    calls = GatedCalls(graph, GateTable.from_strings(rows))
+    sample, output = torch.zeros(1, 4), torch.ones(1, 4)
+    cached = []
+    for call in range(len(rows)):
+        calls.start_call(call)
+        calls.denoiser(sample, lambda: run_blocks(calls, graph.num_blocks, output))
+        (caches,) = calls._caches.values()
+        cached.append((sorted(caches.blocks), caches.prediction is not None))
+    assert cached == [([4], False), ([4], True), ([4], True), ([], False), ([], False)]
+
+
+def run_blocks(calls: GatedCalls, num_blocks: int, output: Tensor) -> tuple[Tensor]:
+    for index in range(1, num_blocks):
+        calls.block(index, (output,), lambda: (output,))
+    return (output,)
+
+
+def test_cached_outputs_survive_in_place_changes(sd: LoadedModel) -> None:
+    """FreeU scales a block's output in place inside the next block."""
+    sd.pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    rows = ["1" * 10, *["1000000111"] * 5]
+    with apply_subnet(sd.pipe, subnet_for(sd, rows)):
+        one, two = images(sd), images(sd)
+    sd.pipe.disable_freeu()
+    assert torch.equal(one, two)
+    assert torch.isfinite(one).all()
+
+
+# pipelines with loops of their own ---------------------------------------------------------------
+
+
+def own_loop(model: LoadedModel, split: bool, wide_from: int = 99) -> Tensor:
+    """Guidance in one doubled or in two single forwards a step; another batch from `wide_from`."""
+    conditioning = encode(model, [Item("a red cat")], 4.0).arguments["encoder_hidden_states"]
+    latents = initial_latents(model, (1,))
+    scheduler = model.pipe.scheduler
+    scheduler.set_timesteps(DDIM.steps)
+    for call, t in enumerate(scheduler.timesteps):
+        if call == wide_from:
+            latents = torch.cat([latents, latents])
+        halves = [c.expand(len(latents), -1, -1) for c in conditioning.chunk(2)]
+        if split:
+            negative, positive = (model.denoiser(latents, t, half)[0] for half in halves)
+        else:
+            out = model.denoiser(torch.cat([latents] * 2), t, torch.cat(halves))[0]
+            negative, positive = out.chunk(2)
+        prediction = negative + 4.0 * (positive - negative)
+        latents = scheduler.step(prediction, t, latents).prev_sample
+    return latents
+
+
+def test_two_forwards_a_step_have_a_cache_each(sd: LoadedModel) -> None:
+    """Oracle: the same SubNet with both halves in one forward."""
+    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)):
+        assert torch.allclose(own_loop(sd, split=True), own_loop(sd, split=False), atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_change_of_shape_recomputes_the_step_whole(sd: LoadedModel, split: bool) -> None:
+    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)), counted(sd, ["conv_in"]) as counts:
+        latents = own_loop(sd, split, wide_from=2)  # call 2 would be skipped
+    assert counts["conv_in"] == 5 * (2 if split else 1)
+    assert torch.allclose(latents[0], latents[1], atol=1e-5)
+
+
+def test_more_calls_than_rows_are_refused(sd: LoadedModel) -> None:
+    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)):
+        latents = own_loop(sd, split=False)
+        with pytest.raises(SubNetMismatchError, match="6 calls"):
+            sd.denoiser(latents, 1, torch.zeros(1, 8, 16))
+
+
+# the way back ------------------------------------------------------------------------------------
+
+
+def state(model: LoadedModel) -> list[dict[str, Any]]:
+    owners = [*model.denoiser.modules(), model.pipe.scheduler]
+    return [{k: v for k, v in vars(o).items() if callable(v)} for o in owners]
+
+
+def test_remove_restores_methods_and_images(model: LoadedModel) -> None:
+    subnet = mixed(model)
+    before, plain = state(model), images(model)
+    handle = apply_subnet(model.pipe, subnet)
+    assert state(model) != before
+    handle.remove()
+    handle.remove()
+    assert state(model) == before
+    assert torch.equal(images(model), plain)
+
+
+def test_context_manager_removes_after_an_error(sd: LoadedModel) -> None:
+    subnet, before = mixed(sd), state(sd)
+    with pytest.raises(RuntimeError, match="mine"), apply_subnet(sd.pipe, subnet):
+        raise RuntimeError("mine")
+    assert state(sd) == before
+
+
+def test_remove_keeps_a_wrapper_of_the_scheduler(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    original = sd.pipe.scheduler.step
+    theirs = functools.wraps(original)(lambda *args, **kwargs: original(*args, **kwargs))
+    sd.pipe.scheduler.step = theirs
+    apply_subnet(sd.pipe, subnet).remove()
+    assert sd.pipe.scheduler.step is theirs
+
+
+def test_signatures_of_the_scheduler_stay_visible(sd: LoadedModel) -> None:
+    subnet, scheduler = mixed(sd), sd.pipe.scheduler
+    before = [inspect.signature(m) for m in (scheduler.step, scheduler.set_timesteps)]
+    with apply_subnet(sd.pipe, subnet):
+        after = [inspect.signature(m) for m in (scheduler.step, scheduler.set_timesteps)]
+    assert after == before
+
+
+def test_applying_logs_the_number_of_blocks(
+    dit: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    subnet = mixed(dit)
+    with caplog.at_level(logging.INFO, "dipgo_core.runtime"), apply_subnet(dit.pipe, subnet) as h:
+        assert h.num_blocks == 4
+    assert "hooked 4 blocks of DiTTransformer2DModel for 6 calls" in caplog.text
+
+
+# refusals ----------------------------------------------------------------------------------------
+
+
+def test_another_number_of_steps_is_refused_with_the_line_that_works(model: LoadedModel) -> None:
+    subnet = mixed(model)
+    with apply_subnet(model.pipe, subnet), pytest.raises(SubNetMismatchError) as caught:
+        images(model, num_inference_steps=7)
+    message = str(caught.value)
+    assert "6 calls" in message
+    assert "has 7" in message
+    assert "pipe(..., **subnet.call_kwargs())" in message
+    assert "num_inference_steps=6" in message
+
+
+def test_another_scheduler_is_refused_with_the_line_that_works(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    set_sampler(sd, replace(DDIM, scheduler="dpm++2m"))
+    with pytest.raises(SubNetMismatchError, match=r"DDIMScheduler.*DPMSolver.*from_config"):
+        apply_subnet(sd.pipe, subnet)
+    sd.pipe.scheduler = diffusers.DDIMScheduler.from_config(subnet.sampler["config"])
+    apply_subnet(sd.pipe, subnet).remove()
+
+
+def test_another_scheduler_config_is_refused_naming_the_fields(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    sd.pipe.scheduler = tiny_scheduler(timestep_spacing="trailing", beta_end=0.02)
+    with pytest.raises(SubNetMismatchError, match=r"beta_end: 0.012 / 0.02, timestep_spacing"):
+        apply_subnet(sd.pipe, subnet)
+
+
+def test_a_replaced_scheduler_is_noticed_at_the_next_call(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    with apply_subnet(sd.pipe, subnet):
+        sd.pipe.scheduler = tiny_scheduler()
+        with pytest.raises(SubNetMismatchError, match="replaced after apply_subnet"):
+            images(sd)
+
+
+def test_another_denoiser_config_is_refused_naming_the_fields(sd: LoadedModel) -> None:
+    other = tiny_sd(attention_head_dim=4, scheduler=sd.pipe.scheduler)
+    with pytest.raises(SubNetMismatchError, match=r"attention_head_dim: 2 / 4"):
+        apply_subnet(other, mixed(sd))
+
+
+def test_another_kind_of_pipeline_is_refused(sd: LoadedModel, dit: LoadedModel) -> None:
+    with pytest.raises(SubNetMismatchError, match="UNet2DConditionModel of tiny.*DiTPipeline"):
+        apply_subnet(dit.pipe, mixed(sd))
+
+
+def test_other_block_names_are_refused(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    names = ("", "down_blocks.9", *subnet.block_names[2:])
+    set_sampler(sd, DDIM)
+    with pytest.raises(SubNetMismatchError, match=r"down_blocks\.9.*down_blocks\.0"):
+        apply_subnet(sd.pipe, replace(subnet, block_names=names))
+
+
+def test_applying_twice_is_refused(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    with apply_subnet(sd.pipe, subnet), pytest.raises(SubNetError, match="applied already"):
+        apply_subnet(sd.pipe, subnet)
+
+
+def test_a_saved_subnet_applies_to_a_fresh_pipeline(sd: LoadedModel, tmp_path: Any) -> None:
+    subnet = mixed(sd)
+    subnet.save(tmp_path / "subnet.json")
+    with apply_subnet(sd.pipe, subnet):
+        expected = images(sd)
+    fresh, loaded = tiny_model(tiny_sd()), SubNet.load(tmp_path / "subnet.json")
+    with apply_subnet(fresh.pipe, loaded):
+        assert torch.equal(images(fresh, **loaded.call_kwargs()), expected)
