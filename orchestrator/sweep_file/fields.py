@@ -30,7 +30,7 @@ def shown(node: Node) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, tuple):
-        return "a list"
+        return f"a list of {len(value)}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
