@@ -147,11 +147,13 @@ def _item_set(model: SweepModel, split: EvaluateSettings | Calibration, offline:
 
 
 def _read(model: SweepModel, source: PromptSource, images: int) -> tuple[Item, ...]:
-    """Read prompts; of labels only as many as there are images, spread over all classes."""
+    """Read prompts; where bundled ones or classes outnumber the images, spread over all of them."""
     labelled = find_family(model.family).conditioning == "label"
     if source.kind == "labels":
         return label_items(class_labels(model), source.rows or images)
     items = read_items(source.source)[: source.rows]
+    if source.kind == "bundled" and images < len(items):
+        items = tuple(items[i * len(items) // images] for i in range(images))
     return with_labels(items, class_labels(model)) if labelled else items
 
 

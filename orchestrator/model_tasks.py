@@ -12,7 +12,7 @@ from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
 from orchestrator.facts import ModelFacts
-from orchestrator.methods import search_label
+from orchestrator.methods import PointSpec, point_specs, search_label
 from orchestrator.records import Task
 from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
 
@@ -60,6 +60,18 @@ class ModelTasks:
         """How trivial baselines are measured on calibration prompts: PSNR to dense."""
         return replace(self._images_protocol("calibration"), metrics=("psnr",))
 
+    @cached_property
+    def protocol_json(self) -> dict[str, Any]:
+        return self.protocol.to_json()
+
+    @cached_property
+    def calibration_protocol_json(self) -> dict[str, Any]:
+        return self.calibration_protocol.to_json()
+
+    @cached_property
+    def protocol_hash(self) -> str:
+        return self.protocol.hash
+
     def _images_protocol(self, split: Split) -> Protocol:
         """Return what decides the images alone: no scorers, no metrics."""
         test = split == "test"
@@ -86,8 +98,21 @@ class ModelTasks:
     def granularity(self) -> str:
         return self.model.searches()[0].granularity
 
+    @cached_property
+    def specs(self) -> tuple[PointSpec, ...]:
+        """Every point of the model."""
+        return tuple(point_specs(self.model))
+
     def reference(self, split: Split) -> Task:
         """The dense model: block graph, images, and final latents on the calibration split."""
+        return self._references[split]
+
+    @cached_property
+    def _references(self) -> dict[Split, Task]:
+        splits: tuple[Split, Split] = ("calibration", "test")
+        return {split: self._reference(split) for split in splits}
+
+    def _reference(self, split: Split) -> Task:
         protocol = self._images_protocol(split)
         return self._task(
             "reference",
@@ -99,6 +124,17 @@ class ModelTasks:
 
     def search(self, settings: SearchSettings) -> Task:
         """One search; it serves every target."""
+        return next(task for known, task in self._searches if known == settings)
+
+    @cached_property
+    def _searches(self) -> list[tuple[SearchSettings, Task]]:
+        found: list[tuple[SearchSettings, Task]] = []
+        for spec in self.specs:
+            if spec.search is not None and all(known != spec.search for known, _ in found):
+                found.append((spec.search, self._search(spec.search)))
+        return found
+
+    def _search(self, settings: SearchSettings) -> Task:
         calibration = self._images_protocol("calibration").to_json()
         return self._task(
             "search",
@@ -113,14 +149,14 @@ class ModelTasks:
     ) -> Task:
         """Images and figures of one gate table; the same table is never evaluated twice."""
         test = split == "test"
-        protocol = self.protocol if test else self.calibration_protocol
+        protocol = self.protocol_json if test else self.calibration_protocol_json
         scorers = self.model.evaluate.scorers
         return self._task(
             "evaluate",
             sampler,
             {
                 "keep": list(keep),
-                "protocol": protocol.to_json(),
+                "protocol": protocol,
                 "granularity": self.granularity,
                 "macs_convention": self.sweep.macs_convention,
             },

@@ -16,7 +16,6 @@ from orchestrator.methods import (
     Method,
     PointSpec,
     gates_of,
-    point_specs,
     searches,
     step_mask_search,
 )
@@ -178,18 +177,17 @@ class _Builder:
         self.protocols: dict[str, Mapping[str, Any]] = {}
 
     def add_model(self, tasks: ModelTasks) -> None:
-        specs = tuple(point_specs(tasks.model))
         for protocol in (tasks.protocol, tasks.calibration_protocol):
             self.protocols[protocol.hash] = protocol.to_json()
         self._add(tasks, tasks.reference("test"))
-        if any(spec.search is not None or spec.method in TRIVIAL for spec in specs):
+        if any(spec.search is not None or spec.method in TRIVIAL for spec in tasks.specs):
             self._add(tasks, tasks.reference("calibration"))
         for settings in searches(tasks.model):
             self.searches.append(self._add(tasks, tasks.search(settings)))
         step_masks = step_mask_search(tasks.model)
         if step_masks is not None:
             self._add(tasks, tasks.search(step_masks))
-        for spec in specs:
+        for spec in tasks.specs:
             self._add_point(tasks, spec)
 
     def _add_point(self, tasks: ModelTasks, spec: PointSpec) -> None:
@@ -270,7 +268,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
     identity = {
         "model": model.name,
         "reference": reference_key,
-        "protocol": tasks.protocol.hash,
+        "protocol": tasks.protocol_hash,
         "method": spec.method,
         "sampler": spec.sampler.to_json(),
         "search": search_key,
@@ -293,7 +291,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         target=spec.target,
         seed=spec.seed,
         variant=spec.variant,
-        protocol_hash=tasks.protocol.hash,
+        protocol_hash=tasks.protocol_hash,
         reference_key=reference_key,
         search_key=search_key,
         needs=(reference_key,) if search_key is None else (reference_key, search_key),

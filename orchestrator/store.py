@@ -133,7 +133,7 @@ class FolderStore:
 
     def put_artifact(self, key: str, name: str, data: bytes) -> str:
         """Write one file of a task and return its SHA-256, which belongs into the record."""
-        _replace(self._file("artifacts", key, name), data)
+        _replace(self._file("artifacts", key, name), data, durable=True)
         return hashlib.sha256(data).hexdigest()
 
     def get_artifact(self, record: Record, name: str) -> bytes:
@@ -339,26 +339,27 @@ def _holder(folder: Path) -> str:
         return "another process"
 
 
-def _temporary(path: Path, data: bytes) -> Path:
-    """Write `data` beside `path`, on disk before this returns."""
+def _temporary(path: Path, data: bytes, *, durable: bool) -> Path:
+    """Write `data` beside `path`; durable: on disk, not only in memory, before this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     with temporary.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     return temporary
 
 
-def _replace(path: Path, data: bytes) -> None:
-    _temporary(path, data).replace(path)
+def _replace(path: Path, data: bytes, *, durable: bool = False) -> None:
+    _temporary(path, data, durable=durable).replace(path)
 
 
 def _link_new(path: Path, data: bytes) -> bool:
     """Write `path` only if it does not exist; return whether it was written."""
     if path.exists():
         return False
-    temporary = _temporary(path, data)
+    temporary = _temporary(path, data, durable=True)
     try:
         path.hardlink_to(temporary)
     except FileExistsError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.families import Scorers
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.items import Item
+from orchestrator.driver import Event, RunResult, run_sweep
+from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.facts import ItemSet, ModelFacts
+from orchestrator.plan import Plan
 from orchestrator.records import Record, Task
+from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import (
     Baseline,
     Calibration,
@@ -146,3 +151,51 @@ def _outcome(search: Mapping[str, Any]) -> dict[str, Any]:
     seed = round(100 * search["loss"]["alpha"])
     scores = np.random.default_rng(seed).random((10, GRAPH.num_blocks))
     return {"scores": scores.tolist(), "step_masks": None, "forwards": 3}
+
+
+class Listener:
+    """An audience and an event log."""
+
+    def __init__(self) -> None:
+        self.landed_keys: list[str] = []
+        self.results: list[RunResult] = []
+        self.events: list[Event] = []
+        self.started = 0
+
+    def start(self, sweep: SweepFile, plan: Plan) -> None:
+        self.started += 1
+
+    def landed(self, record: Record, task: Task) -> None:
+        self.landed_keys.append(record.key)
+
+    def finish(self, result: RunResult) -> None:
+        self.results.append(result)
+
+
+def run(
+    sweep: SweepFile, store: FolderStore, task_function: Any = run_tiny_task
+) -> tuple[RunResult, Listener]:
+    listener = Listener()
+    result = run_sweep(
+        sweep,
+        store,
+        InProcessExecutor(),
+        listener,
+        listener.events.append,
+        run_task=task_function,
+        facts=tiny_facts(sweep),
+    )
+    return result, listener
+
+
+def logging_task(log: Path, seconds: float) -> Any:
+    """Run tiny tasks, writing down which were finished."""
+
+    def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        time.sleep(seconds)
+        record = run_tiny_task(task, store)
+        with log.open("a") as file:
+            file.write(f"{task.key}\n")
+        return record
+
+    return run_task

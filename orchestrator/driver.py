@@ -1,0 +1,257 @@
+"""run_sweep: lease, plan, hand out tasks, plan again as records land, show the results."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from dipgo_core.evaluation.device import device_name
+from orchestrator.executors.base import Executor, RunTask
+from orchestrator.facts import ModelFacts, gather_facts
+from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
+from orchestrator.records import Record, Task, TaskKind
+from orchestrator.store import Store
+from orchestrator.sweep_settings import SweepFile
+from orchestrator.task import run_task
+
+logger = logging.getLogger(__name__)
+
+EventKind = Literal["planned", "started", "progress", "done", "failed"]
+
+#: References unlock everything, searches take longest; latencies want the machine for themselves.
+_ORDER: Mapping[TaskKind, int] = {"reference": 0, "search": 1, "evaluate": 2, "latency": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something a user who watches wants to know.
+
+    task: None for `planned`. report: figures of a task in progress. error: of a failed one.
+    """
+
+    kind: EventKind
+    plan: Plan
+    task: Task | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    record: Record | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended: keys of tasks, by what became of them in this run.
+
+    failed: key to error. skipped: not run because of a failure, the budget or an interruption;
+    tasks whose inputs never became known count under the plan's placeholder key.
+    """
+
+    plan: Plan
+    done: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    interrupted: bool = False
+    budget_reached: bool = False
+
+
+class Audience(Protocol):
+    """Who is shown a sweep: tracking server, report. `orchestrator.publish` has the real one."""
+
+    def start(self, sweep: SweepFile, plan: Plan) -> None: ...
+
+    def landed(self, record: Record, task: Task) -> None: ...
+
+    def finish(self, result: RunResult) -> None: ...
+
+
+def latency_device(sweep: SweepFile) -> str:
+    """Return the name of the device that latencies of this sweep are keyed on."""
+    return device_name("cuda" if sweep.resources.latency.gpus else "cpu")
+
+
+def plan_sweep(sweep: SweepFile, store: Store, *, offline: bool = True) -> Plan:
+    """Plan a sweep against its store, without torch; `offline`: also without network."""
+    facts = gather_facts(sweep, offline=offline)
+    return build_plan(sweep, store.records(), facts=facts, device=latency_device(sweep))
+
+
+def run_sweep(
+    sweep: SweepFile,
+    store: Store,
+    executor: Executor,
+    audience: Audience,
+    on_event: OnEvent = lambda event: None,
+    *,
+    run_task: RunTask = run_task,
+    facts: Mapping[str, ModelFacts] | None = None,
+) -> RunResult:
+    """Run whatever of the sweep is not in the store yet; to go on after any stop, run it again.
+
+    facts: as `gather_facts` gives them, looked up if None.
+
+    Raises:
+        StoreError: another driver runs this sweep, or the store is damaged.
+    """
+    with store.lease(sweep.name):
+        facts = gather_facts(sweep) if facts is None else facts
+        _write_inputs(sweep, store, facts)
+        source = SweepTasks(sweep, store, facts, audience, on_event)
+        audience.start(sweep, source.plan)
+        on_event(Event(kind="planned", plan=source.plan))
+        interrupted = _execute(executor, source, run_task, store)
+        result = source.result(interrupted)
+        audience.finish(result)
+        return result
+
+
+def _execute(executor: Executor, source: SweepTasks, run_task: RunTask, store: Store) -> bool:
+    """Run until the source is finished; return whether the user interrupted."""
+    if source.finished:
+        return False
+    try:
+        executor.run(source, run_task, store)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _write_inputs(sweep: SweepFile, store: Store, facts: Mapping[str, ModelFacts]) -> None:
+    """Keep prompts for the workers, and the resolved sweep beside its results."""
+    for each in facts.values():
+        for items in (each.test, each.calibration):
+            store.put_blob(items.blob())
+    resolved = json.dumps({**sweep.to_json(), "digest": sweep.digest}, indent=1, sort_keys=True)
+    path = store.sweep_folder(sweep.name) / "sweep.json"
+    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(resolved, encoding="utf-8")
+        temporary.replace(path)
+
+
+class SweepTasks:
+    """Hands out the tasks of a sweep as they become ready (a TaskSource), longest first."""
+
+    def __init__(
+        self,
+        sweep: SweepFile,
+        store: Store,
+        facts: Mapping[str, ModelFacts],
+        audience: Audience,
+        on_event: OnEvent,
+    ) -> None:
+        self._sweep = sweep
+        self._store = store
+        self._facts = facts
+        self._device = latency_device(sweep)
+        self._audience = audience
+        self._on_event = on_event
+        self._records = store.records()
+        self._memo: Memo = {}
+        self._running: dict[str, Task] = {}
+        self._done: dict[str, Record] = {}
+        self._failed: dict[str, str] = {}
+        self.plan = self._planned()
+        cached = [task for task in self.plan.tasks if task.state == "cached"]
+        self._cached = {task.key: self._records[task.key] for task in cached}
+        self._gpu_seconds = sum(_gpu_seconds(t.task, self._cached[t.key]) for t in cached)
+
+    def next_ready(self) -> Task | None:
+        task = self._next()
+        if task is not None:
+            self._store.put_task(task)
+            self._running[task.key] = task
+            self._on_event(Event(kind="started", plan=self.plan, task=task))
+        return task
+
+    @property
+    def finished(self) -> bool:
+        return not self._running and self._next() is None
+
+    @property
+    def budget_reached(self) -> bool:
+        limit = self._sweep.budget.gpu_hours
+        return limit is not None and self._gpu_seconds >= limit * 3600
+
+    def progress(self, key: str, report: Mapping[str, Any]) -> None:
+        task = self._running.get(key)
+        if task is not None:
+            self._on_event(Event(kind="progress", plan=self.plan, task=task, report=report))
+
+    def done(self, record: Record) -> None:
+        task = self._running.pop(record.key)
+        self._done[record.key] = record
+        if record.kind in ("reference", "search"):
+            self.plan = self._planned()  # gates may be known now
+        self._gpu_seconds += _gpu_seconds(task, record)
+        self._audience.landed(record, task)
+        self._on_event(Event(kind="done", plan=self.plan, task=task, record=record))
+
+    def failed(self, key: str, error: str) -> None:
+        task = self._running.pop(key)
+        self._failed[key] = error
+        logger.warning("%s failed: %s", task.label, error)
+        self._on_event(Event(kind="failed", plan=self.plan, task=task, error=error))
+
+    def result(self, interrupted: bool) -> RunResult:
+        """Return what became of every task."""
+        plan = self._planned()
+        over = {*self._done, *self._cached, *self._failed}
+        return RunResult(
+            plan=plan,
+            done=tuple(self._done),
+            cached=tuple(self._cached),
+            failed=self._failed,
+            skipped=tuple(
+                task.key for task in plan.tasks if task.key not in over and task.state != "cached"
+            ),
+            interrupted=interrupted,
+            budget_reached=self.budget_reached,
+        )
+
+    def _planned(self) -> Plan:
+        plan = build_plan(
+            self._sweep, self._records, facts=self._facts, device=self._device, memo=self._memo
+        )
+        open_tasks = (task for task in plan.tasks if task.task and task.state != "cached")
+        self._queue = sorted(open_tasks, key=_longest_first)
+        return plan
+
+    def _next(self) -> Task | None:
+        """Return the ready task to start next; latencies only when nothing else is there to do."""
+        if self.budget_reached:
+            return None
+        self._queue = [task for task in self._queue if not self._taken(task.key)]
+        ready = (task.task for task in self._queue if self._is_ready(task))
+        task = next(ready, None)
+        busy = any(running.kind != "latency" for running in self._running.values())
+        return None if task is not None and task.kind == "latency" and busy else task
+
+    def _taken(self, key: str) -> bool:
+        return key in self._running or key in self._failed or key in self._done
+
+    def _is_ready(self, task: PlannedTask) -> bool:
+        return all(need in self._done or need in self._cached for need in task.needs)
+
+
+def _gpu_seconds(task: Task | None, record: Record) -> float:
+    return record.timings.get("seconds", 0.0) * (task.gpus if task else 0.0)
+
+
+def _longest_first(planned: PlannedTask) -> tuple[int, float]:
+    """Order by kind, then by expected work."""
+    assert planned.task is not None
+    inputs = planned.task.inputs
+    kept = sum(row.count("1") for row in inputs.get("keep", ()))
+    work = {
+        "reference": lambda: inputs["protocol"]["split"] == "calibration",  # searches wait for it
+        "search": lambda: inputs["search"]["steps"],
+        "evaluate": lambda: kept * inputs["protocol"]["images"],
+        "latency": lambda: kept,
+    }
+    return _ORDER[planned.kind], -float(work[planned.kind]())

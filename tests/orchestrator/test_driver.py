@@ -1,0 +1,175 @@
+"""Driver: everything once, whatever fails or dies. Oracle: the records and a log of runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dipgo_core.errors import StoreError
+from orchestrator.records import Record, Task
+from orchestrator.store import FolderStore
+from orchestrator.sweep_settings import Budget, Resources, TaskResources
+from tests.orchestrator.tiny_sweep import (
+    ALL_BASELINES,
+    logging_task,
+    run,
+    run_tiny_task,
+    tiny_facts,
+    tiny_sweep,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "store")
+
+
+def failing(kind: str) -> Any:
+    def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        if task.kind == kind:
+            raise RuntimeError("out of luck")
+        return run_tiny_task(task, store)
+
+    return run_task
+
+
+def test_run_sweep_computes_everything_once(store: FolderStore) -> None:
+    result, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
+    assert result.plan.complete
+    assert sorted(result.done) == sorted(store.records())
+    assert not result.failed
+    assert not result.skipped
+    assert listener.landed_keys == list(result.done)
+    assert listener.results == [result]
+
+
+def test_run_sweep_again_does_nothing(store: FolderStore) -> None:
+    sweep = tiny_sweep(baselines=ALL_BASELINES)
+    first, _ = run(sweep, store)
+    before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*") if path.is_file()}
+    again, listener = run(sweep, store, failing("search"))
+    after = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*") if path.is_file()}
+    assert again.done == ()
+    assert sorted(again.cached) == sorted(first.done)
+    assert listener.landed_keys == []
+    assert before == after
+
+
+def test_run_sweep_starts_references_first_and_latencies_last(store: FolderStore) -> None:
+    _, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
+    kinds = [e.task.kind for e in listener.events if e.kind == "started" and e.task]
+    assert kinds[0] == "reference"
+    assert kinds[kinds.index("latency") :] == ["latency"] * kinds.count("latency")
+
+
+def test_run_sweep_reports_each_task_in_order(store: FolderStore) -> None:
+    _, listener = run(tiny_sweep(), store)
+    assert listener.events[0].kind == "planned"
+    assert [event.kind for event in listener.events[1:3]] == ["started", "done"]
+    counts = Counter(event.kind for event in listener.events)
+    assert counts["started"] == counts["done"] == len(store.records())
+
+
+def test_run_sweep_goes_on_beside_a_failure(store: FolderStore) -> None:
+    sweep = tiny_sweep(targets=(0.5,), baselines=ALL_BASELINES)
+    result, listener = run(sweep, store, failing("search"))
+    assert set(result.failed.values()) == {"RuntimeError: out of luck"}
+    assert len(result.failed) == 2  # the grid's search and the step masks
+    # their points wait for ever: searched (evaluate, latency), masks (and calibration)
+    assert len(result.skipped) == 5
+    assert Counter(record.kind for record in store.records().values())["evaluate"] >= 4
+    assert [e.error for e in listener.events if e.kind == "failed"] == list(result.failed.values())
+
+
+def test_run_sweep_tries_failed_tasks_again(store: FolderStore) -> None:
+    sweep = tiny_sweep(targets=(0.5,))
+    first, _ = run(sweep, store, failing("search"))
+    again, _ = run(sweep, store)
+    assert again.plan.complete
+    assert set(first.failed) <= set(again.done)
+    assert store.get_failure(next(iter(first.failed))) is None
+
+
+def test_run_sweep_keeps_the_inputs_of_workers(store: FolderStore) -> None:
+    sweep = tiny_sweep()
+    result, _ = run(sweep, store)
+    facts = tiny_facts(sweep)["tiny"]
+    assert store.get_blob(facts.test.sha256) == facts.test.blob()
+    assert store.get_task(result.done[0]).key == result.done[0]
+    assert (store.sweep_folder("tiny") / "sweep.json").exists()
+
+
+def test_run_sweep_stops_starting_tasks_at_the_budget(store: FolderStore) -> None:
+    gpu = TaskResources(cpus=1, gpus=1)
+    sweep = replace(
+        tiny_sweep(),
+        resources=Resources(reference=gpu, search=gpu, evaluate=gpu, latency=gpu),
+        budget=Budget(gpu_hours=0.25 / 3600),  # each task takes 0.1 GPU seconds
+    )
+    result, _ = run(sweep, store)
+    assert result.budget_reached
+    assert len(result.done) == 3
+    assert result.skipped
+    assert not run(sweep, store)[0].done
+
+
+def test_run_sweep_keeps_what_is_done_when_interrupted(store: FolderStore) -> None:
+    def interrupting(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        if task.kind == "evaluate":
+            raise KeyboardInterrupt
+        return run_tiny_task(task, store)
+
+    result, listener = run(tiny_sweep(), store, interrupting)
+    assert result.interrupted
+    assert len(result.done) == len(store.records()) == 3
+    assert result.skipped
+    assert listener.results == [result]
+
+
+def test_run_sweep_refuses_a_second_driver(store: FolderStore) -> None:
+    with store.lease("tiny"), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
+        run(tiny_sweep(), store)
+
+
+SLOW_DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tiny_sweep import ALL_BASELINES, logging_task, run, tiny_sweep
+from orchestrator.store import FolderStore
+store = FolderStore(sys.argv[1])
+run(tiny_sweep(baselines=ALL_BASELINES), store, logging_task(Path(sys.argv[1]) / "log", 0.1))
+"""
+
+
+def test_run_sweep_after_a_kill_computes_no_finished_task_again(
+    store: FolderStore, repository: Path
+) -> None:
+    log = store.folder / "log"
+    command = [sys.executable, "-c", SLOW_DRIVER, store.url, str(Path(__file__).parent)]
+    with subprocess.Popen(command, cwd=repository) as driver:
+        while not log.exists() or log.read_text().count("\n") < 5:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+    before = set(store.records())
+    result, _ = run(tiny_sweep(baselines=ALL_BASELINES), store, logging_task(log, 0))
+    runs = Counter(log.read_text().split())
+    assert result.plan.complete
+    assert len(before) >= 5
+    assert set(result.cached) == before
+    assert max(runs.values()) == 1
+
+
+def test_importing_driver_imports_no_torch() -> None:
+    code = "import sys, orchestrator.driver; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
