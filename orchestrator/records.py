@@ -83,7 +83,7 @@ class Record:
     inputs: Mapping[str, Any]
     outputs: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256
-    timings: Mapping[str, float] = field(default_factory=dict)  # seconds
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds; finished: epoch
     host: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None

@@ -57,7 +57,7 @@ def run_evaluate(work: Work) -> Outcome:
         "n_images": protocol.images,
         **_macs(work, subnet),
     }
-    artifacts = work.put("samples.safetensors", safetensors.numpy.save({"samples": whole.samples}))
+    artifacts = work.put("samples.safetensors", safetensors.numpy.save({"images": whole.samples}))
     if whole.scores:
         artifacts |= work.put("per_image.safetensors", safetensors.numpy.save(dict(whole.scores)))
     if whole.features.size:

@@ -47,7 +47,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             inputs=task.inputs,
             outputs=outcome.outputs,
             artifacts=outcome.artifacts,
-            timings={"seconds": time.perf_counter() - began},
+            timings={"seconds": time.perf_counter() - began, "finished": time.time()},
             host=_host(work.device),
             versions=_versions(),
         )

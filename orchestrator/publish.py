@@ -1,0 +1,182 @@
+"""Publisher: shows a sweep to the tracker and writes its report; everything follows from records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from orchestrator.driver import RunResult
+from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
+from orchestrator.plan import Plan
+from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.records import Record, Task
+from orchestrator.store import Store
+from orchestrator.sweep_settings import SweepFile
+from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
+
+FIGURES = (
+    *("fid", "kid", "clip", "psnr", "ssim", "latency_ms", "speedup"),
+    *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "calibration_psnr"),
+)
+PARAMS = ("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device")
+CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
+
+
+class Publisher:
+    """The driver's audience: searches are logged as they land, points and the report at the end."""
+
+    def __init__(self, sweep: SweepFile, store: Store, tracker: Tracker) -> None:
+        self.sweep = sweep
+        self.store = store
+        self.tracker = tracker
+
+    def start(self, sweep: SweepFile, plan: Plan) -> None:
+        summary = {name: str(value) for name, value in plan.to_json().items() if name != "tasks"}
+        del summary["cached"]  # differs from run to run
+        models = ", ".join(model.name for model in sweep.models)
+        params = {**summary, "models": models, "storage": self.store.url}
+        self.tracker.start(SweepRun(name=sweep.name, digest=sweep.digest, params=params))
+
+    def landed(self, record: Record, task: Task) -> None:
+        if record.kind == "search":
+            self.tracker.log([search_entry(record, task.label)])
+
+    def finish(self, result: RunResult) -> None:
+        """Write the report, log what is not logged yet, and close the runs."""
+        objective = self.sweep.objective
+        records = self.store.records()
+        points = resolve_points(result.plan.points, records, self.store, quality=objective.quality)
+        fronts = pareto_fronts(points, speed=SPEED_OF[objective.speed])
+        self._write_report(result, points, fronts)
+        self.tracker.log(self._entries(result.plan, points, records))
+        hours = task_hours(result.plan, points, records)
+        series = {
+            f"hypervolume/{front.model}/{front.objectives[1]}": [
+                (round(3600 * spent), value)
+                for spent, value in hypervolume_series(points, front, hours)
+            ]
+            for front in fronts
+        }
+        folder = self.store.sweep_folder(self.sweep.name) / "report"
+        self.tracker.finish(run_state(result), folder=folder, series=series)
+
+    def _write_report(
+        self, result: RunResult, points: tuple[ResolvedPoint, ...], fronts: tuple[Front, ...]
+    ) -> None:
+        """Write the report, unless an earlier run of the same sweep wrote it and nothing is new."""
+        folder = self.store.sweep_folder(self.sweep.name) / "report"
+        stamp = folder / "sweep.sha256"
+        written = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
+        if not result.done and not result.failed and written == self.sweep.digest:
+            return
+        from orchestrator.report import write_report  # matplotlib takes a second to import
+
+        write_report(self.sweep, points, fronts, self.store, folder)
+        stamp.write_text(self.sweep.digest, encoding="utf-8")
+
+    def _entries(
+        self, plan: Plan, points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
+    ) -> Iterator[Entry]:
+        for planned in plan.tasks:
+            if planned.kind == "search" and planned.state == "cached":
+                yield search_entry(records[planned.key], planned.label)
+        for point in points:
+            if point.state != "pending":
+                yield point_entry(point, records, self.store)
+
+
+def run_state(result: RunResult) -> RunState:
+    """Return how the run ended, as the tracker calls it."""
+    if result.interrupted:
+        return "interrupted"
+    return "failed" if result.failed else "done"
+
+
+def search_entry(record: Record, label: str) -> Entry:
+    """Return a search as the tracker shows it: its settings, its cost and its curves."""
+    curve = record.outputs["curve"]
+    spent = {name: float(record.outputs[name]) for name in ("forwards", "seconds")}
+    return Entry(
+        key=record.key,
+        kind="search",
+        name=label,
+        params=_flat({"model": record.inputs["model"]["id"], "search": record.inputs["search"]}),
+        metrics=spent,
+        curves={
+            name: [(int(row["search_step"]), float(row[name])) for row in curve if name in row]
+            for name in CURVES
+        },
+    )
+
+
+def point_entry(point: ResolvedPoint, records: Mapping[str, Record], store: Store) -> Entry:
+    """Return a point as the tracker shows it: figures with bounds, gains, SubNet, gates, samples."""
+    settings = {name: getattr(point, name) for name in PARAMS}
+    figures = {
+        f"{name}{end}": getattr(point, f"{name}{end}", None)
+        for name in FIGURES
+        for end in ("", "_low", "_high")
+    }
+    gains = {f"gain_{metric}": gain.value for metric, gain in point.gain.items()}
+    known = {name: float(v) for name, v in {**figures, **gains}.items() if v is not None}
+    where = f" at {point.target:g}" if point.target is not None else ""
+    tags = {"dipgo.verdict": point.verdict or "", "dipgo.error": point.error or ""}
+    return Entry(
+        key=point.key,
+        kind="point",
+        name=f"{point.model}: {point.name}{where}",
+        state="failed" if point.state == "failed" else "done",
+        params=_flat({**settings, "loss": point.loss or {}, "sampler": point.sampler}),
+        metrics=known,
+        tags={name: value for name, value in tags.items() if value},
+        files=partial(point_files, point, records, store),
+    )
+
+
+def point_files(
+    point: ResolvedPoint, records: Mapping[str, Record], store: Store
+) -> dict[str, bytes]:
+    """Return the files of an evaluated point: the SubNet, its gate heatmap, its first images."""
+    record = records.get(point.evaluate_key or "")
+    if record is None:
+        return {}
+    from orchestrator.figures import gates_figure, image_grid, to_png
+    from orchestrator.report.sections import samples
+
+    subnet = record.outputs["subnet"]
+    files = {
+        "subnet.json": json.dumps(subnet, indent=1).encode(),
+        "gates.png": to_png(gates_figure(subnet), dpi=100),
+    }
+    images = samples(point, records, store)
+    return files if images is None else {**files, "samples.png": image_grid([images])}
+
+
+def task_hours(
+    plan: Plan, points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
+) -> dict[str, float]:
+    """Return the task-hours the sweep had spent when each finished point was complete."""
+    finished = [records[task.key] for task in plan.tasks if task.state == "cached"]
+    finished.sort(key=lambda record: record.timings.get("finished", 0.0))
+    spent, total = dict[str, float](), 0.0
+    for record in finished:
+        total += record.timings.get("seconds", 0.0) / 3600
+        spent[record.key] = total
+    return {
+        point.key: max(spent.get(key, 0.0) for key in point.task_keys)
+        for point in points
+        if point.state == "done" and point.task_keys
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested settings as ``a.b`` to text, without what is None."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[prefix + name] = str(value)
+    return flat
