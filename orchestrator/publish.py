@@ -1,4 +1,4 @@
-"""Publisher: shows a sweep to the tracker and writes its report; everything follows from records."""
+"""Publisher: shows a sweep to the tracker and writes its report, from the records alone."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def search_entry(record: Record, label: str) -> Entry:
 
 
 def point_entry(point: ResolvedPoint, records: Mapping[str, Record], store: Store) -> Entry:
-    """Return a point as the tracker shows it: figures with bounds, gains, SubNet, gates, samples."""
+    """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
     settings = {name: getattr(point, name) for name in PARAMS}
     figures = {
         f"{name}{end}": getattr(point, f"{name}{end}", None)
