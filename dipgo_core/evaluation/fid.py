@@ -6,7 +6,6 @@ the distance to other images.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity import (
     FeatureExtractorBase,
@@ -31,7 +28,7 @@ from torch_fidelity.metric_fid import (
 )
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError
 from dipgo_core.evaluation.intervals import Figure, fid_jackknife, kid_interval
 from dipgo_core.evaluation.reference import Reference, folder_id, image_files, reference_of
 from dipgo_core.evaluation.scorers import (
@@ -118,7 +115,9 @@ def load_extractor(name: str, *, device: str | torch.device = "cpu") -> FeatureE
             module: Any = TinyFeaturesExtractor(TINY_FEATURES, [str(FEATURE_DIM)])
         else:
             module = _inception(inception_file(name), published=name == INCEPTION)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except DipgoError:
+        raise
+    except Exception as error:  # each format has its own kinds
         raise ModelFilesError(f"the weights of {name} cannot be read: {error}") from error
     module.eval().requires_grad_(False).to(device)
     return FeatureExtractor(scorer, module, torch.device(device))
@@ -234,17 +233,14 @@ def _read_images(files: Iterable[Path]) -> Iterable[Tensor]:
 
 
 def _inception(path: Path, *, published: bool) -> FeatureExtractorBase:
-    """Build torch-fidelity's Inception from weights that were read without unpickling code."""
+    """Build torch-fidelity's Inception from a weights file that was found to hold only tensors."""
     if published and not file_sha256(path).startswith(INCEPTION_SHA256):
         raise ModelFilesError(
             f"{path} is not the published file (its SHA-256 must begin with {INCEPTION_SHA256}): "
             "it may be truncated, fetch it again"
         )
-    if path.suffix == ".safetensors":
-        weights = load_file(path)
-    else:  # the published format; weights_only reads tensors and nothing else
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    buffer = io.BytesIO()  # the library only takes a file, and unpickles it: give it our own
-    torch.save(weights, buffer)
-    buffer.seek(0)
-    return FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=buffer)
+    # The library unpickles whatever the file holds; this refuses anything but tensors first.
+    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return FeatureExtractorInceptionV3(
+        INCEPTION, ["2048"], feature_extractor_weights_path=str(path)
+    )

@@ -311,8 +311,8 @@ def _quadratic(weights: Floats, matrix: Floats) -> Floats:
 
 def _kernel(x: Floats, y: Floats) -> Floats:
     """KID's polynomial kernel (Binkowski et al. 2018).  # (n, m)"""
-    result: Floats = (x @ y.T / x.shape[1] + 1.0) ** 3
-    return result
+    base: Floats = x @ y.T / x.shape[1] + 1.0
+    return base * base * base  # several times faster than a power
 
 
 def _kernel_means(x: Floats, y: Floats, rows: int = 512) -> Floats:

@@ -1,0 +1,208 @@
+"""A whole evaluation: shards of any size give the same figures; what does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import DDIM, tiny_model, tiny_sd
+
+from dipgo_core.errors import EvaluationError
+from dipgo_core.evaluation import evaluate
+from dipgo_core.evaluation.evaluate import (
+    Scorers,
+    ShardResult,
+    evaluate_shards,
+    merge_shards,
+    shards_of,
+    summarise,
+)
+from dipgo_core.evaluation.fid import load_extractor
+from dipgo_core.evaluation.prompts import items_sha256
+from dipgo_core.evaluation.protocol import Protocol
+from dipgo_core.evaluation.reference import reference_of
+from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.gates import GateTable
+from dipgo_core.items import Item
+from dipgo_core.pipelines import LoadedModel, block_graph
+
+ITEMS = tuple(Item(text) for text in ("a red cat", "the moon", "a dog", "blue", "on"))
+CLIP = Scorer("fake-clip", "0", "none")
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return tiny_model(tiny_sd())
+
+
+@pytest.fixture(scope="module")
+def scorers() -> Scorers:
+    return Scorers(load_extractor("tiny-features"), SimpleNamespace(scorer=CLIP))
+
+
+@pytest.fixture(scope="module")
+def protocol(scorers: Scorers) -> Protocol:
+    return Protocol(
+        split="test",
+        items_sha256=items_sha256(ITEMS),
+        num_items=5,
+        images=10,
+        seed=0,
+        height=16,
+        width=16,
+        sampler=DDIM.to_json(),
+        dtype="float32",
+        features=scorers.features.scorer,
+        clip=CLIP,
+        kid_subset_size=5,
+    )
+
+
+@pytest.fixture(autouse=True)
+def brightness_as_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in CLIP: mean brightness plus the length of the prompt."""
+
+    def scores(clip: object, images: torch.Tensor, prompts: list[str]) -> np.ndarray:
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=float)
+        return images.float().mean(dim=(1, 2, 3)).numpy() + lengths
+
+    monkeypatch.setattr(evaluate, "clip_scores", scores)
+
+
+@pytest.fixture(scope="module")
+def dense(model, protocol, scorers) -> torch.Tensor:
+    bare = replace(protocol, metrics=("fid",))
+    shards = evaluate_shards(model, bare, ITEMS, scorers, sampler=DDIM, keep_images=True)
+    return torch.from_numpy(np.concatenate([shard.images for shard in shards]))
+
+
+@pytest.fixture(scope="module")
+def gated(model) -> dict[str, object]:
+    graph = block_graph(model)
+    return {"gates": GateTable.from_calls([0, 2, 4], 6, graph.num_blocks), "graph": graph}
+
+
+def shards(model, protocol, scorers, dense, gated, **arguments) -> list[ShardResult]:
+    return list(
+        evaluate_shards(
+            model,
+            protocol,
+            ITEMS,
+            scorers,
+            sampler=DDIM,
+            dense=lambda start, stop: dense[start:stop],
+            **gated,
+            **arguments,
+        )
+    )
+
+
+def test_figures_do_not_depend_on_shards(model, protocol, scorers, dense, gated) -> None:
+    reference = reference_of(scorers.features(dense), scorers.features.scorer)
+
+    small, large = (
+        summarise(
+            shards(model, protocol, scorers, dense, gated, shard_size=size), protocol, reference
+        )
+        for size in (4, 10)
+    )
+
+    assert list(small) == ["fid", "kid", "clip", "psnr", "ssim"]
+    for name, figure in small.items():
+        assert figure.value == pytest.approx(large[name].value, rel=1e-3, abs=1e-3), name
+        assert figure.n == 10
+    assert small["clip"].scorer == "fake-clip"
+    assert small["psnr"].low <= small["psnr"].value <= small["psnr"].high
+
+
+def test_shard_holds_scores_of_its_own_prompts(model, protocol, scorers, dense, gated) -> None:
+    second = shards(model, protocol, scorers, dense, gated, shard_size=4, keep_images=True)[1]
+
+    lengths = [len(ITEMS[i % 5].prompt) for i in range(4, 8)]
+    assert (second.start, second.stop, second.forwards) == (4, 8, 3)
+    brightness = second.images.mean(axis=(1, 2, 3))
+    assert second.scores["clip"] - brightness == pytest.approx(lengths, abs=1e-3)
+    assert second.features.shape == (4, 64)
+    assert second.samples.shape == (4, 3, 16, 16)
+
+
+def test_done_shards_are_not_computed_again(model, protocol, scorers, dense, gated) -> None:
+    rest = shards(model, protocol, scorers, dense, gated, shard_size=4, done={0, 8})
+
+    assert [shard.start for shard in rest] == [4]
+
+
+def test_stored_shards_come_back_whole(model, protocol, scorers, dense, gated) -> None:
+    shard = shards(model, protocol, scorers, dense, gated, shard_size=10)[0]
+
+    again = ShardResult.from_tensors(shard.to_tensors())
+
+    assert (again.start, again.stop, again.forwards) == (0, 10, shard.forwards)
+    assert again.scores.keys() == {"clip", "psnr", "ssim"}
+    assert np.array_equal(again.features, shard.features)
+    assert len(again.samples) == 8
+
+
+def test_dense_run_needs_no_dense_images(model, protocol, scorers) -> None:
+    result = list(evaluate_shards(model, protocol, ITEMS, scorers, sampler=DDIM))
+
+    assert result[0].scores.keys() == {"clip"}
+
+
+def test_merging_finds_missing_and_double_images(protocol) -> None:
+    def shard(start: int, stop: int) -> ShardResult:
+        rows = np.zeros((stop - start, 0), dtype=np.float32)
+        return ShardResult(start, stop, {}, rows, np.zeros((0, 3, 1, 1), np.uint8), 0)
+
+    merge_shards([shard(4, 10), shard(0, 4)], protocol)
+    for parts, rule in (
+        ([shard(0, 4), shard(5, 10)], "images 4 to 4 are missing"),
+        ([shard(0, 4), shard(3, 10)], "images 3 to 3 are there twice"),
+        ([shard(0, 4)], "4 images are there, the protocol has 10"),
+    ):
+        with pytest.raises(EvaluationError, match=rule):
+            merge_shards(parts, protocol)
+
+
+def test_shards_cover_all_images_once(protocol) -> None:
+    covered = [i for shard in shards_of(replace(protocol, images=11), 4) for i in shard]
+
+    assert covered == list(range(11))
+
+
+def test_what_is_not_the_protocols_is_refused_before_generating(
+    model, protocol, scorers, gated
+) -> None:
+    other_clip = Scorers(scorers.features, SimpleNamespace(scorer=replace(CLIP, digest="1")))
+    for items, loaded, gates, rule in (
+        (ITEMS[:4], scorers, {}, "the prompt set changed"),
+        (ITEMS, Scorers(None, scorers.clip), {}, "measures features with"),
+        (ITEMS, other_clip, {}, "the protocol scores with"),
+        (ITEMS, scorers, gated, "psnr and ssim need the dense images"),
+    ):
+        with pytest.raises(EvaluationError, match=rule):
+            next(evaluate_shards(model, protocol, items, loaded, sampler=DDIM, **gates))
+
+
+def test_image_size_of_another_protocol_is_refused(model, protocol, scorers) -> None:
+    larger = replace(protocol, height=32)
+
+    with pytest.raises(EvaluationError, match=r"makes images of \(16, 16\)"):
+        next(evaluate_shards(model, larger, ITEMS, scorers, sampler=DDIM))
+
+
+def test_another_reference_is_refused(model, protocol, scorers, dense, gated) -> None:
+    parts = shards(model, protocol, scorers, dense, gated)
+    features = scorers.features(dense)
+
+    with pytest.raises(EvaluationError, match="fid and kid need a reference"):
+        summarise(parts, protocol, None)
+    for reference in (
+        reference_of(features, scorers.features.scorer, id="folder:x"),
+        reference_of(features, CLIP),
+    ):
+        with pytest.raises(EvaluationError, match="the protocol compares with dense"):
+            summarise(parts, protocol, reference)

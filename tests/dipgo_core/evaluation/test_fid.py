@@ -1,0 +1,207 @@
+"""FID and KID, against torch-fidelity's own command on the same images as PNG folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch import Tensor
+
+from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.evaluation.fid import (
+    FeatureExtractor,
+    fid_figure,
+    folder_reference,
+    kid_figure,
+    load_extractor,
+)
+from dipgo_core.evaluation.reference import Reference, reference_of
+
+GROUPS = np.arange(96) % 48
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return load_extractor("tiny-features")
+
+
+def blobs(seed: int, count: int, tint: float) -> Tensor:
+    """Smooth coloured noise, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = (
+        torch.rand(count, 3, 4, 4, generator=generator)
+        * torch.tensor([1.0, tint, tint])[:, None, None]
+    )
+    images = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * 255
+    return images.to(torch.uint8)
+
+
+def save(images: Tensor, folder: Path) -> Path:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_torch_fidelity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    root = tmp_path_factory.mktemp("images")
+    ours, real = save(blobs(0, 96, 0.8), root / "ours"), save(blobs(1, 120, 0.6), root / "real")
+    metrics = torch_fidelity.calculate_metrics(
+        input1=str(ours),
+        input2=str(real),
+        feature_extractor="tiny-features",
+        fid=True,
+        kid=True,
+        kid_subset_size=48,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return real, metrics
+
+
+def test_fid_and_kid_equal_torch_fidelity(extractor, by_torch_fidelity) -> None:
+    real, expected = by_torch_fidelity
+    features, reference = extractor(blobs(0, 96, 0.8)), folder_reference(real, extractor)
+
+    fid = fid_figure(features, reference, GROUPS)
+    kid = kid_figure(features, reference, GROUPS, subset_size=48)
+
+    assert fid.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert kid.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
+    assert (fid.n, kid.n, fid.scorer) == (96, 96, "tiny-features")
+
+
+def test_fid_from_moments_alone_is_the_same(extractor, by_torch_fidelity) -> None:
+    real, expected = by_torch_fidelity
+    whole = folder_reference(real, extractor)
+    moments = Reference("statistics:x", whole.scorer, whole.n, whole.mean, whole.covariance)
+
+    fid = fid_figure(extractor(blobs(0, 96, 0.8)), moments, GROUPS)
+
+    assert fid.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    with pytest.raises(EvaluationError, match="hold only moments"):
+        kid_figure(extractor(blobs(0, 96, 0.8)), moments, GROUPS, subset_size=48)
+
+
+def test_fid_has_an_interval_only_where_it_can_be_trusted(extractor) -> None:
+    rng = np.random.default_rng(0)
+    reference = reference_of(rng.normal(size=(500, 8)), extractor.scorer, paired=False)
+    features = rng.normal(size=(64, 8)).astype(np.float32)
+
+    enough = fid_figure(features, reference, np.arange(64))
+    too_few = fid_figure(features[:31], reference, np.arange(31))
+
+    assert enough.low <= enough.value <= enough.high
+    assert (too_few.low, too_few.high) == (None, None)
+
+
+def test_kid_interval_contains_its_value(extractor) -> None:
+    reference = reference_of(extractor(blobs(1, 96, 0.6)), extractor.scorer)
+
+    kid = kid_figure(extractor(blobs(0, 96, 0.8)), reference, GROUPS, subset_size=48)
+
+    assert kid.low < kid.value < kid.high
+
+
+def test_equal_images_are_at_distance_zero(extractor) -> None:
+    features = extractor(blobs(0, 96, 0.8))
+    reference = reference_of(features, extractor.scorer)
+
+    assert fid_figure(features, reference, GROUPS).value == pytest.approx(0, abs=1e-3)
+
+
+def test_features_do_not_depend_on_the_batch(extractor) -> None:
+    images = blobs(0, 5, 0.8)
+
+    assert extractor(images[3:]) == pytest.approx(extractor(images)[3:], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "rule"),
+    [(3, 96, "do not fit a reference"), (64, 95, "96 images, there are 95"), (64, 1, "at least 2")],
+)
+def test_features_that_do_not_fit_are_refused(extractor, columns, rows, rule) -> None:
+    reference = reference_of(extractor(blobs(1, 96, 0.6)), extractor.scorer)
+    features = np.ones((rows, columns), dtype=np.float32)
+
+    with pytest.raises(EvaluationError, match=rule):
+        fid_figure(features, reference, np.arange(rows))
+
+
+def test_subsets_larger_than_either_side_are_refused(extractor) -> None:
+    rng = np.random.default_rng(0)
+    reference = reference_of(rng.normal(size=(20, 4)), extractor.scorer, paired=False)
+
+    for size, rule in ((21, "reference has 20"), (15, "there are 10 images")):
+        with pytest.raises(EvaluationError, match=rule):
+            kid_figure(rng.normal(size=(10, 4)), reference, np.arange(10), subset_size=size)
+
+
+def test_images_of_another_type_are_refused(extractor) -> None:
+    with pytest.raises(EvaluationError, match="need uint8 images"):
+        extractor(torch.zeros(1, 3, 32, 32))
+
+
+def test_unreadable_reference_image_is_named(extractor, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"no image")
+
+    with pytest.raises(EvaluationError, match=r"torn.png"):
+        folder_reference(tmp_path, extractor)
+
+
+def test_corrupt_bundled_weights_are_one_clear_error(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    for module in ("fid", "scorers"):
+        monkeypatch.setattr(f"dipgo_core.evaluation.{module}.zoo_path", lambda name: tmp_path)
+
+    with pytest.raises(ModelFilesError, match="weights of tiny-features cannot be read"):
+        load_extractor("tiny-features")
+
+
+def test_inception_refuses_other_bytes_under_the_published_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half of it")
+
+    with pytest.raises(ModelFilesError, match="is not the published file"):
+        load_extractor("inception-v3-compat")
+
+
+class Trap:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_inception_file_with_code_in_it_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"weight": Trap()}, tmp_path / "own.pth")
+
+    with pytest.raises(ModelFilesError, match="cannot be read"):
+        load_extractor(f"inception-v3-compat:{tmp_path / 'own.pth'}")
+
+
+@pytest.mark.slow
+def test_inception_from_a_local_file_gives_2048_features(tmp_path: Path, monkeypatch) -> None:
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:  # an untrained network, to have weights of the right shape
+        patch.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(f"{module}.FeatureExtractorInceptionV3.load_state_dict", lambda *_: None)
+        untrained = torch_fidelity.FeatureExtractorInceptionV3("x", ["2048"])
+    torch.save(untrained.state_dict(), tmp_path / "own.pth")
+
+    extractor = load_extractor(f"inception-v3-compat:{tmp_path / 'own.pth'}")
+
+    expected = untrained(blobs(0, 2, 0.8))[0].numpy()
+    assert extractor(blobs(0, 2, 0.8)) == pytest.approx(expected, rel=1e-5)
+    assert expected.shape == (2, 2048)

@@ -1,0 +1,148 @@
+"""Prompt sets: every format gives the same items, and bad ones one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dipgo_core.errors import EvaluationError
+from dipgo_core.evaluation.prompts import (
+    check_disjoint,
+    check_enough,
+    item_of_image,
+    items_sha256,
+    label_items,
+    read_items,
+    with_labels,
+)
+from dipgo_core.items import Item
+
+PROMPTS = ("a red cat", 'a "blue", moon')
+COCO = {
+    "annotations": [
+        {"image_id": 2, "caption": PROMPTS[1]},
+        {"image_id": 1, "caption": PROMPTS[0]},
+        {"image_id": 1, "caption": "another caption of the first image"},
+    ]
+}
+FILES = {
+    "p.txt": 'a red cat\n\na "blue", moon\n',
+    "p.jsonl": '{"prompt": "a red cat"}\n"a \\"blue\\", moon"\n',
+    "p.csv": 'id,prompt\n1,a red cat\n2,"a ""blue"", moon"\n',
+    "p.tsv": 'Prompt\tCategory\na red cat\tx\n"a ""blue"", moon"\ty\n',
+    "p.json": json.dumps(COCO),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_formats_give_the_same_items(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FILES[name], encoding="utf-8")
+
+    items = read_items(name, folder=tmp_path)
+
+    assert items == tuple(Item(prompt) for prompt in PROMPTS)
+
+
+def test_parquet_gives_the_same_items(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"prompt": list(PROMPTS)}), tmp_path / "p.parquet")
+
+    assert [item.prompt for item in read_items(tmp_path / "p.parquet")] == list(PROMPTS)
+
+
+def test_column_rows_and_labels_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("text,label\none,4\ntwo,\nthree,6\n")
+
+    items = read_items({"file": tmp_path / "p.csv", "column": "text", "rows": 2})
+
+    assert items == (Item("one", 4), Item("two", None))
+
+
+def test_bundled_splits_are_disjoint_and_of_the_promised_size() -> None:
+    calibration, test = read_items("bundled:calibration"), read_items("bundled:test")
+
+    check_disjoint(calibration, test)
+    assert (len(calibration), len(test)) == (180, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("p.txt", "\n \n", "is empty"),
+        ("p.jsonl", '{"prompt": "x"}\nnonsense\n', "p.jsonl:2 is not JSON"),
+        ("p.jsonl", '{"caption": "x"}\n', "no column 'prompt'; it has caption"),
+        ("p.jsonl", '{"prompt": " "}\n', "item 0 .* has no text"),
+        ("p.jsonl", '{"prompt": "x", "label": "red"}\n', "label must be an integer"),
+        ("p.csv", "a,b\n1,2\n", "no column 'prompt'; it has a, b"),
+        ("p.json", "{}", "not a COCO captions file"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, name: str, content: str, rule: str) -> None:
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(EvaluationError, match=rule):
+        read_items(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("nowhere.txt", "no prompt file at"),
+        ("bundled:train", "bundled:calibration, bundled:test"),
+        ({"hub": "owner/name", "colum": "x"}, "a prompt source is"),
+        ({}, "a prompt source is"),
+        ({"labels": 0}, "number of classes"),
+    ],
+)
+def test_bad_sources_are_refused(tmp_path: Path, source: object, rule: str) -> None:
+    with pytest.raises(EvaluationError, match=rule):
+        read_items(source, folder=tmp_path)
+
+
+def test_hub_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+
+    with pytest.raises(EvaluationError, match="needs the package 'datasets'"):
+        read_items({"hub": "owner/name"})
+
+
+def test_disjointness_names_the_first_overlap() -> None:
+    with pytest.raises(EvaluationError, match="'b ' is calibration item 1 and test item 2"):
+        check_disjoint([Item("a"), Item("b")], [Item("x"), Item("y"), Item("b "), Item("a")])
+
+
+def test_digest_follows_text_label_and_order() -> None:
+    variants = [[Item("a"), Item("b")], [Item("b"), Item("a")], [Item("a", 1), Item("b")]]
+
+    assert len({items_sha256(items) for items in variants}) == 3
+
+
+def test_labels_are_balanced_over_images() -> None:
+    items = label_items({"two": 2, "zero": 0, "nought": 0, "one": 1})
+
+    shown = [items[item_of_image(i, len(items))].label for i in range(9)]
+
+    assert [shown.count(label) for label in (0, 1, 2)] == [3, 3, 3]
+
+
+def test_fewer_images_than_classes_are_spread_evenly() -> None:
+    items = label_items({str(i): i for i in range(1000)}, count=4)
+
+    assert [item.label for item in items] == [0, 250, 500, 750]
+
+
+def test_labels_are_found_by_text_and_missing_ones_named() -> None:
+    assert with_labels([Item("cat"), Item("x", 9)], {"cat": 3}) == (Item("cat", 3), Item("x", 9))
+    with pytest.raises(EvaluationError, match="'kat'. Did you mean 'cat'"):
+        with_labels([Item("kat")], {"cat": 3})
+
+
+def test_too_few_prompts_are_refused_unless_they_may_repeat() -> None:
+    check_enough([Item("a")], 5, repeat=True)
+    with pytest.raises(EvaluationError, match="5 images need 5 prompts, got 1"):
+        check_enough([Item("a")], 5, repeat=False)
+    with pytest.raises(EvaluationError, match="empty"):
+        check_enough([], 5, repeat=True)

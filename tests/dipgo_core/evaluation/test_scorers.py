@@ -1,0 +1,87 @@
+"""Scorers: ids and digests that change with the weights, and files that are missing."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from dipgo_core.errors import ModelFilesError, UnknownModelError
+from dipgo_core.evaluation.scorers import (
+    clip_folder,
+    clip_scorer,
+    features_scorer,
+    file_sha256,
+    folder_sha256,
+    inception_file,
+)
+from dipgo_core.zoo import zoo_path
+
+
+def test_tiny_features_is_known_by_its_weights() -> None:
+    weights = zoo_path("tiny-features") / "model.safetensors"
+
+    scorer = features_scorer("tiny-features")
+
+    assert scorer.digest == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_published_inception_is_known_without_its_file(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    assert features_scorer("inception-v3-compat").digest == "6726825d"
+    with pytest.raises(ModelFilesError, match=r"weights-inception-2015-12-05-6726825d.pth: fetch"):
+        inception_file()
+
+
+def test_own_inception_is_known_by_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "own.pth"
+    file.write_bytes(b"weights")
+
+    scorer = features_scorer(f"inception-v3-compat:{file}")
+
+    assert scorer.id == "inception-v3-compat"
+    assert scorer.digest == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_inception_is_looked_for_where_torch_hub_keeps_it(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+
+    assert inception_file() == file
+
+
+def test_unknown_feature_scorer_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownModelError, match="Did you mean 'tiny-features'"):
+        features_scorer("tiny-feature")
+
+
+def test_hub_clip_is_known_by_id_and_revision() -> None:
+    assert clip_scorer("owner/clip", "abc").digest == "hub:owner/clip@abc"
+    assert clip_scorer("owner/clip").digest == "hub:owner/clip@main"
+    assert clip_folder("owner/clip") is None
+
+
+def test_clip_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match=r"config.json is missing"):
+        clip_scorer(str(tmp_path))
+
+
+def test_folder_digest_follows_names_and_bytes_but_not_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_text("1")
+    first = folder_sha256(tmp_path)
+    (tmp_path / ".cache").write_text("x")
+    assert folder_sha256(tmp_path) == first
+
+    (tmp_path / "sub" / "a").rename(tmp_path / "sub" / "b")
+
+    assert folder_sha256(tmp_path) != first
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match="cannot read .*nothing"):
+        file_sha256(tmp_path / "nothing")
