@@ -98,9 +98,9 @@ def run(
     ] = None,
 ) -> None:
     """Run a sweep, or go on with it: whatever the store holds already is not computed again."""
-    from orchestrator.cli.running import run_and_show
+    from orchestrator.cli.running import Command, run_and_show
 
-    raise typer.Exit(run_and_show(file, override or [], executor, address, workers))
+    raise typer.Exit(run_and_show(Command(file, override or [], executor, address, workers)))
 
 
 @app.command()
@@ -164,11 +164,19 @@ def pareto(
 
 
 @app.command()
-def report(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+def report(
+    file: SweepPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="[default: the sweep's folder in the store]"),
+    ] = None,
+) -> None:
     """Write report.html, pareto.png, CSV, JSON and Markdown of what is finished so far."""
-    from orchestrator.cli.sweeps import open_results, write_files
+    from orchestrator.cli.sweeps import open_results, write_report_files
 
-    paths = write_files(open_results(file, override or []))
+    paths = write_report_files(open_results(file, override or []), output)
     if as_json:
         print_json({"files": [str(path) for path in paths]})
     else:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dipgo_core.evaluation.device import device_name
-from orchestrator.facts import gather_facts
+from orchestrator.driver import plan_sweep
 from orchestrator.headlines import Headline, headlines
 from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.store import FolderStore, open_store
 from orchestrator.sweep_file import SweepFile, load_sweep
@@ -53,6 +52,13 @@ def open_results(file: Path, overrides: Sequence[str]) -> Results:
     """
     sweep = load_sweep(file, overrides)
     store = open_store(sweep.storage)
-    facts = gather_facts(sweep, offline=True)
-    device = device_name("cuda" if sweep.resources.latency.gpus else "cpu")
-    return Results(sweep, store, build_plan(sweep, store.records(), facts=facts, device=device))
+    return Results(sweep, store, plan_sweep(sweep, store, offline=True))
+
+
+def write_report_files(results: Results, folder: Path | None) -> tuple[Path, ...]:
+    """Write the report of what is finished and return its files; default: in the store."""
+    from orchestrator.report import FILES, write_report
+
+    target = folder or results.store.sweep_folder(results.sweep.name) / "report"
+    write_report(results.sweep, results.points, results.fronts, results.store, target)
+    return tuple(target / name for name in FILES)

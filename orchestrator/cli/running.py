@@ -1,0 +1,172 @@
+"""`run`: the executor asked for, progress while it works, then results and what to do next."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dipgo_core.families import find_family
+from orchestrator.cli.options import ExitCode
+from orchestrator.cli.progress import Display, open_display
+from orchestrator.cli.show import say
+from orchestrator.cli.sweeps import Results
+from orchestrator.cli.tables import print_fronts, print_verdicts
+from orchestrator.driver import Event, RunResult, run_sweep
+from orchestrator.executors.base import Executor
+from orchestrator.publish import Publisher
+from orchestrator.records import Task
+from orchestrator.store import open_store
+from orchestrator.sweep_file import load_sweep
+from orchestrator.tracking import MlflowTracker, tracking_uri
+
+#: Failures told at the end; `status` lists all.
+SHOWN_FAILURES = 5
+REPORT_SUFFIXES = (".html", ".png", ".csv", ".json", ".md")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user typed, to be told again with another verb."""
+
+    file: Path
+    overrides: Sequence[str]
+    executor: str = "ray"
+    address: str | None = None
+    workers: int | None = None
+
+    def again(self) -> str:
+        """Return the command that goes on with this run."""
+        options = ["--executor", self.executor] if self.executor != "ray" else []
+        options += ["--address", self.address] if self.address else []
+        options += ["--workers", str(self.workers)] if self.workers else []
+        return self.line("run", *options)
+
+    def line(self, verb: str, *options: str) -> str:
+        """Return another command about the same sweep, quoted for a shell."""
+        overrides = [word for override in self.overrides for word in ("-o", override)]
+        return shlex.join(["dipgo-sweep", verb, str(self.file), *overrides, *options])
+
+
+def run_and_show(command: Command) -> ExitCode:
+    """Run a sweep with progress on stderr, print its results, and return the exit code.
+
+    Raises:
+        DipgoError: the sweep file has errors, or the store or cluster cannot be used.
+    """
+    sweep = load_sweep(command.file, command.overrides)
+    store = open_store(sweep.storage)
+    tracker = MlflowTracker(sweep.tracking.experiment, sweep.tracking.uri)
+    publisher = Publisher(sweep, store, tracker)
+    executor = make_executor(command)
+    logging.getLogger("orchestrator.driver").setLevel(logging.ERROR)  # the display tells failures
+    try:
+        with open_display() as display:
+            result = run_sweep(sweep, store, executor, publisher, Watcher(display))
+    except KeyboardInterrupt:
+        say(f"interrupted before anything ran; to go on: {command.again()}", stderr=True)
+        return ExitCode.INTERRUPTED
+    _print_results(command, Results(sweep, store, result.plan), result)
+    return exit_code(result)
+
+
+def make_executor(command: Command) -> Executor:
+    """Return the executor asked for; ray is imported only if it is Ray Tune."""
+    if command.executor == "local":
+        from orchestrator.executors.in_process import InProcessExecutor
+
+        return InProcessExecutor()
+    from orchestrator.executors.ray_tune import RayTuneExecutor
+
+    return RayTuneExecutor(command.address, command.workers)
+
+
+class Watcher:
+    """Passes the driver's events on to a display, with the count of tasks that are done."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._done: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        keys = {task.key for task in event.plan.tasks}
+        self._done |= {task.key for task in event.plan.tasks if task.state == "cached"}
+        if event.kind == "done" and event.task is not None:
+            self._done.add(event.task.key)
+        self._display.totals(len(self._done & keys), len(keys))
+        if event.task is not None:
+            self._pass_on(event, event.task)
+
+    def _pass_on(self, event: Event, task: Task) -> None:
+        if event.kind == "started":
+            self._display.started(task.key, task.label)
+        elif event.kind == "progress":
+            self._display.progress(task.key, event.report)
+        else:
+            self._display.ended(task.key, task.label, event.error)
+
+
+def exit_code(result: RunResult) -> ExitCode:
+    """Return what the contract says about how a run ended."""
+    if result.interrupted:
+        return ExitCode.INTERRUPTED
+    if result.failed:
+        succeeded = result.done or result.cached
+        return ExitCode.SOME_FAILED if succeeded else ExitCode.ALL_FAILED
+    if result.budget_reached and result.skipped:
+        return ExitCode.BUDGET
+    return ExitCode.DONE
+
+
+def _print_results(command: Command, results: Results, result: RunResult) -> None:
+    """Print fronts, verdicts, where things lie and what to do next; how it ended goes to stderr."""
+    print_fronts(results.points, results.headline_fronts)
+    print_verdicts(results.points, results.headlines)
+    _print_files(results)
+    _print_next(command, results)
+    _print_ending(command, result)
+
+
+def _print_files(results: Results) -> None:
+    folder = results.store.sweep_folder(results.sweep.name) / "report"
+    written = sorted(path for path in folder.glob("*") if path.suffix in REPORT_SUFFIXES)
+    if written:
+        say("report:")
+        say("\n".join(f"  {path}" for path in written))
+    say(f"tracking: {tracking_uri(results.sweep.tracking.uri)}")
+
+
+def _print_next(command: Command, results: Results) -> None:
+    """Print commands to try, with a model and a target that have a finished SubNet."""
+    lines = [command.line("pareto", "--all")]
+    if results.headlines:
+        last = results.headlines[-1]
+        options = ["--model", last.model, "--target", f"{last.target:g}"]
+        lines.append(command.line("export", *options, "--output", "subnet.json"))
+        prompt = shlex.join(["--prompt", example_prompt(results, last.model)])
+        lines.append(f"dipgo-sweep generate subnet.json {prompt} --compare --output image.png")
+    lines.append(command.line("ui"))
+    say("next:")
+    say("\n".join(f"  {line}" for line in lines))
+
+
+def example_prompt(results: Results, model: str) -> str:
+    """Return a prompt, or the number of a class for a class-conditional model."""
+    family = next(each.family for each in results.sweep.models if each.name == model)
+    by_text = find_family(family).conditioning == "prompt"
+    return "a red sneaker on a navy background" if by_text else "0"
+
+
+def _print_ending(command: Command, result: RunResult) -> None:
+    counts = f"{len(result.done)} tasks done, {len(result.cached)} were in the store"
+    say(f"{counts}, {len(result.failed)} failed, {len(result.skipped)} not run", stderr=True)
+    for error in list(result.failed.values())[:SHOWN_FAILURES]:
+        say(f"failed: {error}", stderr=True)
+    if result.failed:
+        say(f"all failures: {command.line('status')}", stderr=True)
+    if result.budget_reached and result.skipped:
+        say(f"the budget is reached; raise it and go on: {command.again()}", stderr=True)
+    elif result.interrupted:
+        say(f"interrupted, finished tasks are kept; to go on: {command.again()}", stderr=True)
