@@ -110,7 +110,7 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             source,
             revision=revision,
-            torch_dtype=getattr(torch, settings.dtype),
+            dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             **_NO_SAFETY_CHECKER.get(family.name, {}),
         )

@@ -34,15 +34,15 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 def tiny_scheduler(**settings: Any) -> diffusers.DDIMScheduler:
     """SD-1.5's noise schedule."""
-    return diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **settings,
-    )
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return diffusers.DDIMScheduler(**{**config, **settings})
 
 
 def tiny_unet(**settings: Any) -> diffusers.UNet2DConditionModel:
@@ -86,7 +86,8 @@ def tiny_vae(**settings: Any) -> diffusers.AutoencoderKL:
     )
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """One layer of width 16."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -108,7 +109,7 @@ def tiny_sd(scheduler: Any = None, **unet: Any) -> diffusers.StableDiffusionPipe
     torch.manual_seed(2)
     pipe = diffusers.StableDiffusionPipeline(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         tokenizer=tokenizer,
         unet=denoiser,
         scheduler=scheduler or tiny_scheduler(),
