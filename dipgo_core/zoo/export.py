@@ -38,10 +38,19 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     yield fresh
+    for config_file in fresh.rglob("config.json"):
+        forget_origin(config_file)
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def forget_origin(config_file: Path) -> None:
+    """Drops the path that a part was once loaded from, which diffusers keeps in its config."""
+    config = json.loads(config_file.read_text("utf-8"))
+    config.pop("_name_or_path", None)
+    config_file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def half(model: M) -> M:

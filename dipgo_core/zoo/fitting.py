@@ -46,7 +46,7 @@ def fit(
 ) -> Iterator[Progress[M]]:
     """Minimises ``draw_loss`` over the parameters of ``model``, one step a turn."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
+        model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_cosine(i, plan))
     averaged = AveragedModel(model, multi_avg_fn=_moving_average(plan.ema_decay))

@@ -48,9 +48,9 @@ ENCODE_BATCH: Final = 500
 PLANS: Final = {
     "vae": TrainingPlan(steps=1400, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
     "features": TrainingPlan(steps=1400, batch_size=128, ema_decay=0.99, learning_rate=2e-3),
-    "clip": TrainingPlan(steps=4000, batch_size=128, ema_decay=0.995),
-    "unet": TrainingPlan(steps=6000, batch_size=64),
-    "dit": TrainingPlan(steps=8000, batch_size=64),
+    "clip": TrainingPlan(steps=3500, batch_size=128, ema_decay=0.995),
+    "unet": TrainingPlan(steps=4000, batch_size=64),
+    "dit": TrainingPlan(steps=6000, batch_size=64),
 }
 
 
