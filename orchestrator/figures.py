@@ -1,12 +1,11 @@
-"""Figures: fronts, gate heatmaps, rows of images, as PNG or SVG. matplotlib without pyplot."""
+"""Figures: fronts, gate heatmaps, rows of images, as PNG. matplotlib without pyplot."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,9 +15,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-from orchestrator.metrics import FIGURES
+from orchestrator.metrics import FIGURES, wants_log
 from orchestrator.pareto import Front
 from orchestrator.points import ResolvedPoint
 
@@ -26,7 +25,6 @@ from orchestrator.points import ResolvedPoint
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C",
 )  # fmt: skip
-#: Ink that stays readable on white and on a dark page; the report replaces it by its text colour.
 INK = "#3b4048"
 FAINT = "#c9ced6"
 
@@ -46,11 +44,7 @@ _STYLE: Any = {
     "grid.color": FAINT,
     "grid.linewidth": 0.5,
     "grid.alpha": 0.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dipgo-sweep",
 }
-
-ImageFormat = Literal["png", "svg"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +83,14 @@ def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> F
     """Draw every front: a row for each model, protocol and device, a column for each metric."""
     rows = list(dict.fromkeys((f.model, f.protocol, f.device) for f in fronts))
     columns = list(dict.fromkeys(f.objectives[1] for f in fronts))
+    width, height = 3.7 * max(1, len(columns)), 3.1 * max(1, len(rows)) + 0.6
     with mpl.rc_context(_STYLE):
-        size = (0.4 + 3.9 * max(1, len(columns)), 0.8 + 3.2 * max(1, len(rows)))
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(width, height))
         axes = figure.subplots(max(1, len(rows)), max(1, len(columns)), squeeze=False)
+        figure.subplots_adjust(
+            left=0.75 / width, right=1 - 0.1 / width, top=1 - 0.35 / height, bottom=1.15 / height,
+            wspace=0.28, hspace=0.38,
+        )  # fmt: skip
         for cell in axes.flat:
             cell.set_axis_off()
         for front in fronts:
@@ -101,10 +99,7 @@ def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> F
             cell.set_axis_on()
             draw_front(cell, points, front)
         handles = legend_handles(points)
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(5, max(1, len(handles))),
-            frameon=False,
-        )  # fmt: skip
+        figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
@@ -119,8 +114,12 @@ def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> Non
         [getattr(p, speed) for p in line], [getattr(p, quality) for p in line],
         color=FAINT, linewidth=1.4, zorder=1,
     )  # fmt: skip
-    for point in sorted(compared, key=lambda p: (p.is_searched, p.key)):
-        _draw_point(axes, point, front, mark_of(point, strategies))
+    groups: dict[tuple[Mark, bool], list[ResolvedPoint]] = {}
+    for point in compared:
+        hollow = point.is_searched and point.verdicts.get(quality) != "beats"
+        groups.setdefault((mark_of(point, strategies), hollow), []).append(point)
+    for (mark, hollow), group in groups.items():
+        _draw_group(axes, group, front, mark, hollow)
     if front.knee is not None:
         knee = by_key[front.knee]
         axes.plot(
@@ -130,23 +129,24 @@ def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> Non
     _dress(axes, compared, front)
 
 
-def _draw_point(axes: Axes, point: ResolvedPoint, front: Front, mark: Mark) -> None:
-    """Draw a point and its intervals; hollow if it does not beat the best trivial baseline."""
-    speed, quality = front.objectives
-    x, y = getattr(point, speed), getattr(point, quality)
-    hollow = point.is_searched and point.verdicts.get(quality) != "beats"
-    x_low, x_high = point.interval(speed)
-    y_low, y_high = point.interval(quality)
-    drawn = axes.errorbar(
-        x, y,
-        xerr=[[max(0.0, x - x_low)], [max(0.0, x_high - x)]],
-        yerr=[[max(0.0, y - y_low)], [max(0.0, y_high - y)]],
+def _draw_group(
+    axes: Axes, group: Sequence[ResolvedPoint], front: Front, mark: Mark, hollow: bool
+) -> None:
+    """Draw points of one kind and their intervals; hollow: not better than the trivial baseline."""
+    values = [np.array([getattr(p, name) for p in group]) for name in front.objectives]
+    ends = [np.array([p.interval(name) for p in group]).T for name in front.objectives]
+    reach = [
+        np.abs(np.clip([value - low, high - value], 0, None))
+        for value, (low, high) in zip(values, ends, strict=True)
+    ]
+    searched = group[0].is_searched
+    axes.errorbar(
+        values[0], values[1], xerr=reach[0], yerr=reach[1],
         fmt=mark.marker, color=mark.colour, markersize=mark.size,
         markerfacecolor="none" if hollow or mark.marker == "x" else mark.colour,
-        markeredgewidth=1.3, elinewidth=0.8, alpha=0.55 if point.method == "random" else 1.0,
-        zorder=4 if point.is_searched else 3,
+        markeredgewidth=1.3, elinewidth=0.8,
+        alpha=0.55 if group[0].method == "random" else 1.0, zorder=4 if searched else 3,
     )  # fmt: skip
-    drawn.lines[0].set_gid(f"point-{point.key}")
 
 
 def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
@@ -157,11 +157,12 @@ def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
     label = FIGURES[quality].label
     axes.set_ylabel(f"{label}, axis turned" if FIGURES[quality].lower_is_better else label)
     values = [getattr(point, quality) for point in compared]
+    if wants_log(quality, values):
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.25, max(values) * 1.25)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if FIGURES[quality].lower_is_better:
-        if min(values) > 0 and max(values) > 12 * min(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
@@ -207,9 +208,13 @@ def gates_figure(subnet: Mapping[str, Any]) -> Figure:
     names = [block["name"] or "denoiser" for block in subnet["blocks"]]
     rows, calls = states.shape
     with mpl.rc_context(_STYLE):
-        width = min(11.0, 1.6 + 0.27 * calls)
-        figure = Figure(figsize=(width, 0.75 + 0.185 * rows), layout="constrained")
+        left = 0.15 + 0.062 * max(len(name) for name in names)
+        width, height = min(11.0, left + 0.1 + 0.27 * calls), 0.72 + 0.185 * rows
+        figure = Figure(figsize=(width, height))
         axes = figure.subplots()
+        figure.subplots_adjust(
+            left=left / width, right=1 - 0.1 / width, top=1 - 0.05 / height, bottom=0.67 / height
+        )
         axes.grid(visible=False)
         axes.pcolormesh(
             states, cmap=ListedColormap(["#eef0f3", "#b9d4ea", BLUE]), vmin=0, vmax=2,
@@ -242,20 +247,16 @@ def gate_states(keep: Sequence[str]) -> npt.NDArray[np.int64]:
 # --- images ------------------------------------------------------------------------------------
 
 
-def image_row(images: npt.NDArray[np.uint8], *, side: int = 128, gap: int = 4) -> bytes:
-    """Return images (B, 3, H, W) side by side as PNG; small ones are enlarged whole, none cut."""
-    factor = max(1, images.shape[-1] // side)
-    scaled = _shrink(images, factor)
-    enlarge = max(1, side // scaled.shape[-1])
-    scaled = scaled.repeat(enlarge, axis=-1).repeat(enlarge, axis=-2)
-    blank = np.zeros((3, scaled.shape[-2], gap), dtype=np.uint8)
-    alpha = np.zeros((1, scaled.shape[-2], gap), dtype=np.uint8)
-    opaque = np.full((1, *scaled.shape[-2:]), 255, dtype=np.uint8)
+def image_row(images: npt.NDArray[np.uint8], *, side: int = 128) -> bytes:
+    """Return images (B, 3, H, W) side by side as PNG; those larger than `side` are shrunk."""
+    shrunk = _shrink(images, max(1, images.shape[-1] // side))
+    height, gap = shrunk.shape[-2], max(1, shrunk.shape[-1] // 32)
+    opaque = np.full((1, *shrunk.shape[-2:]), 255, dtype=np.uint8)
+    space = np.zeros((4, height, gap), dtype=np.uint8)
     parts: list[npt.NDArray[np.uint8]] = []
-    for image in scaled:
-        parts += [np.concatenate([image, opaque]), np.concatenate([blank, alpha])]
-    row = np.concatenate(parts[:-1], axis=-1).transpose(1, 2, 0)  # (H, W, 4)
-    return _png(row)
+    for image in shrunk:
+        parts += [np.concatenate([image, opaque]), space]
+    return _png(np.concatenate(parts[:-1], axis=-1).transpose(1, 2, 0))  # (H, W, 4)
 
 
 def image_grid(rows: Sequence[npt.NDArray[np.uint8]], gap: int = 2) -> bytes:
@@ -275,7 +276,8 @@ def _shrink(images: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]
     batch, channels, height, width = images.shape
     cut = images[..., : height - height % factor, : width - width % factor]
     blocks = cut.reshape(batch, channels, height // factor, factor, width // factor, factor)
-    return blocks.mean(axis=(3, 5)).round().astype(np.uint8)
+    shrunk: npt.NDArray[np.uint8] = blocks.mean(axis=(3, 5)).round().astype(np.uint8)
+    return shrunk
 
 
 def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -292,20 +294,3 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """Return the figure as inline SVG whose ink follows the page.
-
-    name: sets its ids apart from those of other figures. Points become ``<g class="point"
-    data-key="...">``, which the report's tooltips and filters look for.
-    """
-    buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"dipgo-sweep {name}"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="point-([^"]+)"', r'<g class="point" data-key="\1"', text)
-    text = re.sub(r'<g id="[a-z]+_\d+"', "<g", text)
-    return text.replace(INK, "currentColor")

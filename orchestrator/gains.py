@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +24,7 @@ from dipgo_core.evaluation.intervals import (
 )
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.evaluation.reference import Reference, load_statistics, reference_of
+from orchestrator.facts import reference_path
 from orchestrator.metrics import FIGURES, PER_IMAGE, QUALITIES, number
 from orchestrator.records import Record
 from orchestrator.store import Store
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 Verdict = Literal["beats", "ties", "loses", "unknown"]
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+PER_IMAGE_FILE = "per_image.safetensors"
+FEATURES_FILE = "features.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +106,11 @@ class Comparisons:
         if len(known) < len(values):
             return None
         sign = -1.0 if FIGURES[metric].lower_is_better else 1.0
-        value = sign * (known[0] - sum(known[1:]) / len(others))
+        value = sign * (known[0] - sum(known[1:]) / len(others)) + 0.0  # never -0.0
         interval = self._difference(metric, record, others, dense)
         if interval is None:
             return Gain(value=value, low=None, high=None, baseline_key=name)
-        ends = sorted(sign * (end - interval.value) for end in (interval.low, interval.high))
+        ends = sorted(sign * (end - interval.value) + 0.0 for end in (interval.low, interval.high))
         return Gain(value=value, low=value + ends[0], high=value + ends[1], baseline_key=name)
 
     def _difference(
@@ -117,9 +120,12 @@ class Comparisons:
         if all(other.key == record.key for other in others):
             return Interval(0.0, 0.0, 0.0)
         if metric in PER_IMAGE:
-            ours = self._read(record, "per_image.safetensors")[metric]
-            theirs = [self._read(other, "per_image.safetensors")[metric] for other in others]
-            return bootstrap_difference(ours, np.mean(theirs, axis=0), prompt_of_image(record))
+            found = [self._read(side, PER_IMAGE_FILE).get(metric) for side in (record, *others)]
+            scores = [array for array in found if array is not None]
+            if len(scores) < len(found):
+                return None
+            theirs = np.mean(np.stack(scores[1:]), axis=0)
+            return bootstrap_difference(scores[0], theirs, prompt_of_image(record))
         sides = [self._resampled(metric, side, dense) for side in (record, *others)]
         known = [side for side in sides if side is not None]
         if len(known) < len(sides):
@@ -137,7 +143,9 @@ class Comparisons:
         reference = self._reference(record, dense)
         if reference is None:
             return None
-        features = self._read(record, "features.safetensors")["features"]
+        features = self._read(record, FEATURES_FILE).get("features")
+        if features is None:
+            return None
         groups = prompt_of_image(record)
         if metric == "kid":
             known = reference.features
@@ -153,15 +161,16 @@ class Comparisons:
         if protocol.features is None:
             return None
         if protocol.reference == "dense":
-            if dense is None:
-                return None
-            rows = self._read(dense, "features.safetensors")["features"]
-            return reference_of(rows, protocol.features)
+            rows = None if dense is None else self._read(dense, FEATURES_FILE).get("features")
+            return None if rows is None else reference_of(rows, protocol.features)
         if protocol.reference not in self._references:
             self._references[protocol.reference] = _statistics(record, protocol, self._store)
         return self._references[protocol.reference]
 
     def _read(self, record: Record, name: str) -> Arrays:
+        """Return the arrays of an artifact; none where the record has no such file."""
+        if name not in record.artifacts:
+            return {}
         where = (record.key, name)
         if where not in self._arrays:
             self._arrays[where] = load(self._store.get_artifact(record, name))
@@ -178,7 +187,7 @@ def _statistics(record: Record, protocol: Protocol, store: Store) -> Reference |
     """Read the statistics the evaluation was compared with; None where they are not at hand."""
     assert protocol.features is not None
     try:
-        path = Path(store.get_task(record.key).options["reference"])
+        path = reference_path(store.get_task(record.key).options["reference"])
         found = load_statistics(path, protocol.features)
     except (DipgoError, OSError, KeyError) as error:
         logger.debug("gains in FID and KID get no interval: %s", error)

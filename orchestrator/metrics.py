@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -38,6 +38,12 @@ PER_IMAGE = ("clip", "psnr", "ssim")
 def larger_is_better(figure: str, value: float) -> float:
     """Return `value`, negated where lower is better."""
     return -value if FIGURES[figure].lower_is_better else value
+
+
+def wants_log(figure: str, values: Sequence[float]) -> bool:
+    """Whether an axis of these values is better read in logarithms: some three decades of FIDs."""
+    least, most = min(values), max(values)
+    return FIGURES[figure].lower_is_better and most / 1000 < least < most / 12
 
 
 def number(figure: str, value: float | None, *, signed: bool = False) -> str:

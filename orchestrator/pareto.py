@@ -196,7 +196,7 @@ def _groups(points: Iterable[ResolvedPoint], speed: Speed) -> dict[Group, list[R
     for point in (point for point in points if point.state == "done"):
         device = point.device if speed == "speedup" else None
         groups.setdefault((point.model, point.protocol, device), []).append(point)
-    return {key: groups[key] for key in sorted(groups, key=lambda k: (k[0], k[1], k[2] or ""))}
+    return groups
 
 
 def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:

@@ -88,6 +88,11 @@ class ResolvedPoint:
     def is_searched(self) -> bool:
         return self.method == "search"
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether its images were scored; latency may be missing."""
+        return self.n_images is not None
+
     def interval(self, figure: str) -> tuple[float, float]:
         """Return the 95 % interval of a figure; its value twice where it has none."""
         value = getattr(self, figure)
@@ -134,9 +139,11 @@ def best_baseline(point: ResolvedPoint, points: Iterable[ResolvedPoint]) -> Reso
     rivals = [
         rival
         for rival in points
-        if rival.method in TRIVIAL and rival.state != "failed" and _same_budget(rival, point)
+        if rival.method in TRIVIAL
+        and _same_budget(rival, point)
+        and (rival.is_evaluated or rival.state == "pending")
     ]
-    scores = [rival.calibration_psnr for rival in rivals if rival.state == "done"]
+    scores = [rival.calibration_psnr for rival in rivals if rival.is_evaluated]
     known = [score for score in scores if score is not None]
     if not rivals or len(known) < len(rivals):
         return None
@@ -214,8 +221,9 @@ def _quality(record: Record) -> dict[str, Any]:
         **figures,
         "scorers": scorers,
         "n_images": max(images, default=None),
-        "macs": int(outputs["subnet"]["macs"]["kept"]),
-        "all_or_nothing_share": outputs["all_or_nothing_share"],
+        "macs": outputs.get("subnet", {}).get("macs", {}).get("kept"),
+        "pruned_ratio": outputs.get("pruned_ratio"),
+        "all_or_nothing_share": outputs.get("all_or_nothing_share"),
     }
 
 
@@ -272,10 +280,10 @@ def _with_gains(
     comparisons: Comparisons,
     quality: str,
 ) -> ResolvedPoint:
-    if point.state != "done" or point.target is None:
+    if not point.is_evaluated or point.target is None:
         return point
     peers = [p for p in points if (p.model, p.protocol) == (point.model, point.protocol)]
-    dense = next((p for p in peers if p.method == "dense" and p.state == "done"), None)
+    dense = next((p for p in peers if p.method == "dense" and p.is_evaluated), None)
 
     def over(rivals: Sequence[ResolvedPoint]) -> Mapping[str, Gain]:
         return comparisons.gains(
@@ -286,7 +294,8 @@ def _with_gains(
 
     baseline = best_baseline(point, peers)
     draws = [p for p in peers if p.method == "random" and p.target == point.target]
-    drawn = point.is_searched and draws and all(p.state == "done" for p in draws)
+    drawn = [p for p in draws if p.is_evaluated] if point.is_searched else []
+    pending = any(p.state == "pending" for p in draws)
     gain = over([baseline]) if baseline is not None else {}
     verdicts = {metric: value.verdict for metric, value in gain.items()}
     return replace(
@@ -294,7 +303,7 @@ def _with_gains(
         gain=gain,
         verdicts=verdicts,
         verdict=verdicts.get(quality),
-        gain_random=over(draws) if drawn else {},
+        gain_random=over(drawn) if drawn and not pending else {},
     )
 
 

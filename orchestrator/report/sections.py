@@ -1,0 +1,227 @@
+"""What a report says, as plain values: headlines, images, gates, costs, failures, protocols."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load
+
+from orchestrator.figures import image_row
+from orchestrator.headlines import Headline, headlines
+from orchestrator.metrics import FIGURES, QUALITIES
+from orchestrator.points import ResolvedPoint
+from orchestrator.records import Record
+from orchestrator.store import Store
+
+Records = Mapping[str, Record]
+SAMPLES_FILE = "samples.safetensors"
+ROW_IMAGES = 8
+
+CHOICES = {
+    "only": "",
+    "calibration": "best of {n}, chosen on calibration prompts",
+    "test": "best of {n}, chosen on the test prompts",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One gain as the report words it."""
+
+    metric: str
+    verdict: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadlineRow:
+    """One model and target: the searched SubNet against its bars."""
+
+    model: str
+    target: str
+    searched: ResolvedPoint
+    note: str
+    baseline: ResolvedPoint | None
+    against_baseline: Claim | None
+    against_random: Claim | None
+    others: tuple[Claim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """Same-seed images of one model and target: (role, name, PNG), dense first."""
+
+    model: str
+    target: str
+    rows: tuple[tuple[str, str, bytes], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateCard:
+    """One distinct SubNet, and the points that are it."""
+
+    model: str
+    names: tuple[str, ...]
+    points: tuple[ResolvedPoint, ...]
+    subnet: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What tasks of one kind took."""
+
+    kind: str
+    tasks: int
+    seconds: float
+    forwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A task that failed, and the points it leaves open."""
+
+    cause: str
+    points: tuple[str, ...]
+
+
+def headline_rows(points: Sequence[ResolvedPoint], quality: str) -> tuple[HeadlineRow, ...]:
+    by_key = {point.key: point for point in points}
+    return tuple(_headline_row(line, by_key) for line in headlines(points, quality))
+
+
+def _headline_row(line: Headline, by_key: Mapping[str, ResolvedPoint]) -> HeadlineRow:
+    searched = by_key[line.searched]
+    others = [metric for metric in QUALITIES if metric != line.quality and metric in searched.gain]
+    return HeadlineRow(
+        model=line.model,
+        target=f"{line.target:g}",
+        searched=searched,
+        note=CHOICES[line.chosen_by].format(n=line.candidates),
+        baseline=None if line.baseline is None else by_key[line.baseline],
+        against_baseline=_claim(searched.gain, line.quality),
+        against_random=_claim(searched.gain_random, line.quality),
+        others=tuple(
+            claim for metric in others if (claim := _claim(searched.gain, metric)) is not None
+        ),
+    )
+
+
+def _claim(gains: Mapping[str, Any], metric: str) -> Claim | None:
+    gain = gains.get(metric)
+    if gain is None:
+        return None
+    return Claim(metric=FIGURES[metric].label, verdict=gain.verdict, text=gain.text(metric))
+
+
+def image_rows(
+    rows: Iterable[HeadlineRow], points: Sequence[ResolvedPoint], records: Records, store: Store
+) -> tuple[ImageRows, ...]:
+    """Return dense, searched and best-trivial images of the same seeds, where they were kept."""
+    made = []
+    for row in rows:
+        dense = [p for p in points if p.method == "dense" and p.model == row.model]
+        shown = [("dense", point) for point in dense[:1]] + [("searched", row.searched)]
+        shown += [("best trivial baseline", row.baseline)] if row.baseline else []
+        images = [(role, p.name, samples(p, records, store)) for role, p in shown]
+        kept = tuple((role, name, image_row(i)) for role, name, i in images if i is not None)
+        if kept:
+            made.append(ImageRows(model=row.model, target=row.target, rows=kept))
+    return tuple(made)
+
+
+def samples(point: ResolvedPoint, records: Records, store: Store) -> npt.NDArray[np.uint8] | None:
+    """Return the first images of a point, (B, 3, H, W), B <= 8; None where none were kept."""
+    record = records.get(point.evaluate_key or "")
+    if record is None or SAMPLES_FILE not in record.artifacts:
+        return None
+    images: npt.NDArray[np.uint8] = load(store.get_artifact(record, SAMPLES_FILE))["images"]
+    return images[:ROW_IMAGES]
+
+
+def gate_cards(points: Iterable[ResolvedPoint], records: Records) -> tuple[GateCard, ...]:
+    """Return every distinct SubNet that leaves something out, searched ones first."""
+    groups: dict[tuple[str, str], list[ResolvedPoint]] = {}
+    for point in sorted(points, key=lambda p: (p.model, not p.is_searched, p.target or 0)):
+        if point.subnet is not None and point.keep is not None and "0" in "".join(point.keep):
+            groups.setdefault((point.model, point.subnet), []).append(point)
+    cards = []
+    for (model, _), group in groups.items():
+        record = records.get(group[0].evaluate_key or "")
+        subnet = {} if record is None else record.outputs.get("subnet", {})
+        if subnet:
+            names = tuple(f"{p.name} at {p.target:g}" for p in group)
+            cards.append(GateCard(model=model, names=names, points=tuple(group), subnet=subnet))
+    return tuple(cards)
+
+
+def rested_on(points: Iterable[ResolvedPoint], records: Records) -> dict[str, Record]:
+    """Return the records of all tasks the points rest on, by key."""
+    keys = dict.fromkeys(key for point in points for key in point.task_keys)
+    found = {key: records.get(key) for key in keys}
+    return {key: record for key, record in found.items() if record is not None}
+
+
+def costs(records: Iterable[Record]) -> tuple[Cost, ...]:
+    """Return time and denoiser forwards by kind of task; each task counts once."""
+    tasks: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    forwards: Counter[str] = Counter()
+    for record in records:
+        tasks[record.kind] += 1
+        seconds[record.kind] += round(task_seconds(record) * 1000)
+        forwards[record.kind] += int(record.outputs.get("forwards") or 0)
+    return tuple(
+        Cost(kind=kind, tasks=tasks[kind], seconds=seconds[kind] / 1000, forwards=forwards[kind])
+        for kind in ("reference", "search", "evaluate", "latency")
+        if tasks[kind]
+    )
+
+
+def task_seconds(record: Record) -> float:
+    """Return the wall time of a task."""
+    return float(record.timings.get("seconds", 0.0))
+
+
+def failures(points: Iterable[ResolvedPoint]) -> tuple[Failure, ...]:
+    """Return every cause of failure once, with the points it leaves open."""
+    causes: dict[str, list[str]] = {}
+    for point in points:
+        if point.state == "failed":
+            causes.setdefault(str(point.error), []).append(title(point))
+    return tuple(Failure(cause=cause, points=tuple(names)) for cause, names in causes.items())
+
+
+def protocols(points: Iterable[ResolvedPoint], records: Records) -> dict[str, dict[str, str]]:
+    """Return every protocol's fields as text, by hash, with the models measured under it."""
+    found: dict[str, dict[str, str]] = {}
+    models: dict[str, list[str]] = {}
+    for point in points:
+        record = records.get(point.evaluate_key or "")
+        if record is None:
+            continue
+        names = models.setdefault(point.protocol, [])
+        names += [point.model] if point.model not in names else []
+        fields = {k: _plain(v) for k, v in record.inputs["protocol"].items()}
+        versions = _plain(record.inputs.get("versions", {}))
+        found[point.protocol] = {"models": "", **fields, "versions": versions}
+    return {key: {**fields, "models": ", ".join(models[key])} for key, fields in found.items()}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def title(point: ResolvedPoint) -> str:
+    """Name a point with its model and target."""
+    target = "" if point.target is None else f" at {point.target:g}"
+    return f"{point.model}: {point.name}{target}"

@@ -1,0 +1,253 @@
+"""Points of a made-up finished sweep. Oracles: the records' own arrays, numpy, scipy."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load
+from scipy.linalg import sqrtm
+
+from dipgo_core.errors import StoreError
+from dipgo_core.evaluation.intervals import (
+    fid_difference,
+    fid_replicates,
+    kid_difference,
+    kid_replicates,
+)
+from orchestrator.export import export_subnet
+from orchestrator.gains import Gain
+from orchestrator.headlines import headlines
+from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.store import FolderStore
+from orchestrator.sweep_settings import SweepFile
+from tests.orchestrator.finished_sweep import Finished, finish, sweep_facts
+from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
+
+Floats = npt.NDArray[np.float64]
+TARGETS = (0.5, 0.7)
+
+
+def a_sweep(images: int = 64) -> SweepFile:
+    sweep = tiny_sweep(
+        targets=TARGETS,
+        alphas=(0.5, 1.0),
+        baselines=ALL_BASELINES,
+        metrics=("fid", "kid", "clip", "psnr", "ssim", "latency"),
+    )
+    evaluate = replace(sweep.models[0].evaluate, images=images)
+    return replace(sweep, models=(replace(sweep.models[0], evaluate=evaluate),))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finish(a_sweep(), FolderStore(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def points(finished: Finished) -> tuple[ResolvedPoint, ...]:
+    return resolve_points(finished.plan.points, finished.store.records(), finished.store)
+
+
+def pick(points: tuple[ResolvedPoint, ...], method: str, target: float) -> list[ResolvedPoint]:
+    return [p for p in points if p.method == method and p.target == target]
+
+
+def scores(finished: Finished, point: ResolvedPoint, metric: str) -> Floats:
+    record = finished.store.records()[point.evaluate_key or ""]
+    values: Floats = load(finished.store.get_artifact(record, "per_image.safetensors"))[metric]
+    return values
+
+
+def test_points_are_done_and_serialise(points: tuple[ResolvedPoint, ...]) -> None:
+    assert {point.state for point in points} == {"done"}
+    assert len(json.dumps([point.to_json() for point in points], allow_nan=False)) > 1000
+
+
+def test_few_steps_are_counted_against_the_dense_run(points: tuple[ResolvedPoint, ...]) -> None:
+    for point in pick(points, "few_steps", 0.7):
+        assert point.macs_speedup == pytest.approx(10 / 3)
+        assert point.pruned_ratio == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_baseline_is_the_best_on_calibration_prompts(
+    points: tuple[ResolvedPoint, ...], target: float
+) -> None:
+    rivals = [
+        p for m in ("few_steps", "uniform", "best_step_mask") for p in pick(points, m, target)
+    ]
+    best = max(rival.calibration_psnr or 0.0 for rival in rivals)
+    chosen = {p.gain["clip"].baseline_key for p in points if p.target == target}
+    assert len(chosen) == 1
+    assert {p.calibration_psnr for p in rivals if p.key in chosen} == {best}
+
+
+@pytest.mark.parametrize("metric", ["clip", "psnr", "ssim"])
+def test_gain_is_the_mean_paired_difference(
+    finished: Finished, points: tuple[ResolvedPoint, ...], metric: str
+) -> None:
+    point = pick(points, "search", 0.7)[0]
+    gain = point.gain[metric]
+    baseline = next(p for p in points if p.key == gain.baseline_key)
+    difference = scores(finished, point, metric) - scores(finished, baseline, metric)
+    assert gain.value == pytest.approx(difference.mean())
+    assert gain.low is not None and gain.high is not None
+    assert gain.low < gain.value < gain.high
+    assert gain.high - gain.low < 8 * difference.std() / np.sqrt(len(difference))
+
+
+def test_gain_in_fid_is_positive_where_fid_is_lower(points: tuple[ResolvedPoint, ...]) -> None:
+    for point in points:
+        if "fid" not in point.gain:
+            continue
+        baseline = next(p for p in points if p.key == point.gain["fid"].baseline_key)
+        assert point.fid is not None and baseline.fid is not None
+        assert point.gain["fid"].value == pytest.approx(baseline.fid - point.fid)
+
+
+def test_same_subnet_gains_exactly_nothing(points: tuple[ResolvedPoint, ...]) -> None:
+    baseline_key = pick(points, "search", 0.5)[0].gain["clip"].baseline_key
+    baseline = next(p for p in points if p.key == baseline_key)
+    assert baseline.gain["psnr"] == Gain(value=0.0, low=0.0, high=0.0, baseline_key=baseline_key)
+    assert baseline.verdicts["psnr"] == "ties"
+
+
+def test_gain_over_random_is_over_the_mean_of_draws(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    point, draws = pick(points, "search", 0.7)[0], pick(points, "random", 0.7)
+    mean = np.mean([scores(finished, draw, "clip") for draw in draws], axis=0)
+    expected = (scores(finished, point, "clip") - mean).mean()
+    assert point.gain_random["clip"].value == pytest.approx(expected)
+    assert point.gain_random["clip"].baseline_key == ",".join(sorted(d.key for d in draws))
+
+
+def test_no_gain_in_fid_has_an_interval_with_few_images(tmp_path: Path) -> None:
+    sweep = a_sweep(images=24)  # fewer than 4 x 8 features, fewer prompts than blocks
+    store = FolderStore(tmp_path)
+    plan = finish(sweep, store).plan
+    found = resolve_points(plan.points, store.records(), store)
+    assert {p.gain["fid"].verdict for p in pick(found, "search", 0.7)} == {"unknown"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.1, 0.3, "beats"), (-0.1, 0.3, "ties"), (-0.3, -0.1, "loses"), (None, None, "unknown")],
+)
+def test_verdict_is_what_the_interval_excludes(
+    low: float | None, high: float | None, expected: str
+) -> None:
+    assert Gain(value=0.1, low=low, high=high, baseline_key="b").verdict == expected
+
+
+def test_unfinished_baseline_leaves_the_gain_open(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    uniform = pick(points, "uniform", 0.7)[0]
+    records = {k: r for k, r in finished.store.records().items() if k != uniform.evaluate_key}
+    found = resolve_points(finished.plan.points, records, finished.store)
+    assert pick(found, "uniform", 0.7)[0].state == "pending"
+    shares = [p for p in pick(found, "search", 0.7) if p.evaluate_key in records]
+    assert shares and all(not point.gain for point in shares)
+    assert all(point.gain for point in pick(found, "search", 0.5))
+
+
+def test_failed_task_fails_its_points_with_the_cause(tmp_path: Path) -> None:
+    done = finish(
+        a_sweep(), FolderStore(tmp_path), fails=lambda task: "uniform at 0.7" in task.label
+    )
+    found = resolve_points(done.plan.points, done.store.records(), done.store)
+    uniform = pick(found, "uniform", 0.7)[0]
+    assert (uniform.state, "out of memory" in str(uniform.error)) == ("failed", True)
+    assert all(point.gain for point in pick(found, "search", 0.7))
+
+
+def test_headline_chosen_on_test_prompts_says_so(points: tuple[ResolvedPoint, ...]) -> None:
+    lines = headlines(points, "clip")
+    assert [(line.target, line.candidates, line.chosen_by) for line in lines] == [
+        (0.5, 2, "test"),
+        (0.7, 2, "test"),
+    ]
+    best = max(point.clip or 0.0 for point in pick(points, "search", 0.5))
+    assert next(p.clip for p in points if p.key == lines[0].searched) == best
+
+
+def test_headline_prefers_calibration(points: tuple[ResolvedPoint, ...]) -> None:
+    worst = min(pick(points, "search", 0.5), key=lambda p: p.clip or 0.0)
+    known = [
+        replace(p, calibration_psnr=40.0 if p.key == worst.key else 30.0)
+        for p in pick(points, "search", 0.5)
+    ]
+    line = headlines(known, "clip")[0]
+    assert (line.searched, line.chosen_by) == (worst.key, "calibration")
+
+
+def test_export_carries_origin_and_figures(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    point = pick(points, "search", 0.5)[0]
+    subnet = export_subnet(point, finished.store.records(), finished.sweep)
+    assert tuple(subnet.gates.to_strings()) == point.keep
+    assert subnet.provenance["sweep_digest"] == finished.sweep.digest
+    assert subnet.provenance["search"]["loss"]["alpha"] in (0.5, 1.0)
+    assert subnet.metrics["clip"] == point.clip
+    assert subnet.from_json(subnet.to_json()) == subnet
+
+
+def test_export_of_an_unfinished_point_is_refused(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    with pytest.raises(StoreError, match="is not evaluated yet"):
+        export_subnet(replace(points[0], evaluate_key=None), {}, finished.sweep)
+
+
+def test_facts_have_enough_prompts() -> None:
+    assert sweep_facts(a_sweep())["tiny"].test.count == 64
+
+
+def features(seed: int, shift: float = 0.0, count: int = 96) -> Floats:
+    return np.random.default_rng(seed).normal(shift, 1.0, (count, 4))
+
+
+def frechet(a: Floats, b: Floats) -> float:
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = np.real(np.trace(sqrtm(cov_a @ cov_b)))
+    gap = a.mean(axis=0) - b.mean(axis=0)
+    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def test_fid_difference_equals_recomputing_without_each_block() -> None:
+    a, b, reference, prompts = features(1, 0.3), features(2), features(3), np.arange(96)
+    sides = [fid_replicates(x, reference, prompts) for x in (a, b)]
+    assert sides[0] is not None and sides[1] is not None
+    blocks = (np.random.default_rng(0).permutation(96) % 32)[np.arange(96)]
+    left = [
+        frechet(a[blocks != k], reference) - frechet(b[blocks != k], reference) for k in range(32)
+    ]
+    whole = frechet(a, reference) - frechet(b, reference)
+    found = fid_difference(sides[0], sides[1])
+    assert found.value == pytest.approx(32 * whole - 31 * np.mean(left), abs=1e-6)
+    spread = np.sqrt(31 / 32 * ((left - np.mean(left)) ** 2).sum())
+    assert found.high - found.value == pytest.approx(2.0395 * spread, rel=1e-3)
+
+
+def test_kid_difference_equals_the_unbiased_estimators() -> None:
+    a, b, reference, prompts = features(1, 0.3), features(2), features(3), np.arange(96)
+
+    def kernel(x: Floats, y: Floats) -> Floats:
+        result: Floats = (x @ y.T / 4 + 1) ** 3
+        return result
+
+    def kid(x: Floats) -> float:
+        own = kernel(x, x)
+        within = (own.sum() - np.trace(own)) / (96 * 95)
+        return float(within - 2 * kernel(x, reference).mean())
+
+    sides = [kid_replicates(x, reference, prompts) for x in (a, b)]
+    assert sides[0] is not None and sides[1] is not None
+    found = kid_difference(sides[0], sides[1])
+    assert found.value == pytest.approx(kid(a) - kid(b))
+    assert found.low <= found.value <= found.high

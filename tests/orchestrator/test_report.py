@@ -1,0 +1,203 @@
+"""The report of a made-up finished sweep: what it must say, and that it stands alone."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from orchestrator.figures import gate_states, gates_figure, image_row, to_png
+from orchestrator.pareto import Front, pareto_fronts
+from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.report import FILES, write_report
+from orchestrator.report.front_svg import Scale, front_svg, ticks
+from orchestrator.report.gates_svg import gates_svg
+from orchestrator.report.sections import costs, gate_cards, headline_rows, rested_on
+from orchestrator.store import FolderStore
+from tests.orchestrator.finished_sweep import Finished, finish
+from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report and what it was made of."""
+
+    finished: Finished
+    points: tuple[ResolvedPoint, ...]
+    fronts: tuple[Front, ...]
+    folder: Path
+
+    @property
+    def html(self) -> str:
+        return (self.folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    sweep = tiny_sweep(
+        targets=(0.5, 0.7), baselines=ALL_BASELINES, models=("first", "second"),
+        metrics=("fid", "clip", "psnr", "latency"),
+    )  # fmt: skip
+    models = [replace(m, evaluate=replace(m.evaluate, images=64)) for m in sweep.models]
+    store = FolderStore(tmp_path_factory.mktemp("store"))
+    finished = finish(
+        replace(sweep, models=tuple(models)),
+        store,
+        fails=lambda task: "second: uniform at 0.7" in task.label and task.kind == "evaluate",
+    )
+    points = resolve_points(finished.plan.points, store.records(), store)
+    fronts = pareto_fronts(points)
+    folder = tmp_path_factory.mktemp("report")
+    write_report(finished.sweep, points, fronts, store, folder)
+    return Written(finished, points, fronts, folder)
+
+
+def test_report_writes_all_files(written: Written) -> None:
+    assert {path.name for path in written.folder.iterdir()} == set(FILES)
+
+
+def test_report_needs_no_network(written: Written) -> None:
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', written.html)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", written.html)
+
+
+def test_report_states_a_verdict_for_each_model_and_target(written: Written) -> None:
+    rows = headline_rows(written.points, "clip")
+    assert [(row.model, row.target) for row in rows] == [
+        ("first", "0.5"), ("first", "0.7"), ("second", "0.5"), ("second", "0.7"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.against_baseline is not None and row.against_random is not None
+        assert row.against_baseline.text in written.html
+        assert row.against_random.text in written.html
+
+
+def test_report_lists_every_point(written: Written) -> None:
+    table = written.html[written.html.index('table class="points"') :]
+    assert all(f'data-key="{point.key}"' in table for point in written.points)
+
+
+def test_report_names_failures_with_their_cause(written: Written) -> None:
+    section = written.html[written.html.index('section id="failed"') :]
+    assert "out of memory" in section
+    assert "second: uniform at 0.7" in section
+
+
+def test_report_shows_dense_searched_and_baseline_images(written: Written) -> None:
+    section = written.html[written.html.index('id="images"') : written.html.index('id="gates"')]
+    assert section.count("data:image/png") == 4 * 3
+    assert section.count("best trivial baseline") >= 4
+
+
+def test_report_draws_every_distinct_subnet_once(written: Written) -> None:
+    cards = gate_cards(written.points, written.finished.store.records())
+    drawn = {
+        (p.model, p.subnet) for p in written.points if p.keep and "0" in "".join(p.keep) and p.clip
+    }
+    assert len(cards) == len(drawn) == written.html.count('<svg class="gates"')
+
+
+def test_report_escapes_what_it_shows(written: Written, tmp_path: Path) -> None:
+    nasty = replace(written.points[-1], name="<script>alert(1)</script>", state="failed")
+    points = (*written.points[:-1], nasty)
+    write_report(written.finished.sweep, points, (), written.finished.store, tmp_path)
+    assert "<script>alert" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_is_not_written_again_unless_it_changes(written: Written) -> None:
+    args = (written.finished.sweep, written.points, written.fronts, written.finished.store)
+    before = (written.folder / "report.html").stat().st_mtime_ns
+    write_report(*args, written.folder)
+    assert (written.folder / "report.html").stat().st_mtime_ns == before
+
+
+def test_report_of_nothing_finished_is_written(written: Written, tmp_path: Path) -> None:
+    path = write_report(written.finished.sweep, (), (), written.finished.store, tmp_path)
+    assert "No searched point is done yet" in path.read_text(encoding="utf-8")
+
+
+def test_points_csv_has_a_line_a_point(written: Written) -> None:
+    rows = list(csv.DictReader(io.StringIO((written.folder / "points.csv").read_text("utf-8"))))
+    assert [row["key"] for row in rows] == [point.key for point in written.points]
+    gains = [float(row["gain_clip_value"]) for row in rows if row["gain_clip_value"]]
+    assert gains == [p.gain["clip"].value for p in written.points if "clip" in p.gain]
+
+
+def test_points_json_has_points_and_fronts(written: Written) -> None:
+    document = json.loads((written.folder / "points.json").read_text("utf-8"))
+    assert len(document["points"]) == len(written.points)
+    assert len(document["fronts"]) == len(written.fronts) == 6
+
+
+def test_markdown_tables_are_whole(written: Written) -> None:
+    lines = (written.folder / "report.md").read_text("utf-8").splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    assert len([line for line in tables if set(line) <= set("| -")]) == 5
+    assert sum("first" in line or "second" in line for line in tables) >= len(written.points)
+
+
+def test_costs_count_each_task_once(written: Written) -> None:
+    records = rested_on(written.points, written.finished.store.records())
+    spent = {cost.kind: cost for cost in costs(records.values())}
+    stored = list(written.finished.store.records().values())
+    assert {k: c.tasks for k, c in spent.items()} == {
+        kind: sum(record.kind == kind for record in stored) for kind in spent
+    }
+    assert spent["search"].seconds == 110.0 * spent["search"].tasks
+
+
+def test_front_svg_draws_each_compared_point_and_its_bar(written: Written) -> None:
+    front = written.fronts[0]
+    drawing = front_svg(written.points, front)
+    assert drawing.count('class="mark ') == drawing.count('class="bar ') == len(front.standing)
+    assert drawing.count('class="knee"') == 1
+
+
+def test_front_svg_puts_better_up_for_both_directions(written: Written) -> None:
+    for front in written.fronts:
+        drawing = front_svg(written.points, front)
+        marks = dict(
+            (key, float(y))
+            for key, y in re.findall(r'data-key="(\w+)" transform="translate\(\S+ (\S+)\)', drawing)
+        )
+        first, last = front.points[0], front.points[-1]
+        assert marks[first] <= marks[last]  # the slowest of a front has the best quality
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(Scale(0.9, 3.1, 0, 1)) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+    assert ticks(Scale(0.8, 60.0, 0, 1, log=True)) == [1, 2, 5, 10, 20, 50]
+
+
+def test_gate_states_tell_skipped_from_reused() -> None:
+    states = gate_states(["111", "101", "000"])
+    assert states.tolist() == [[2, 2, 0], [2, 1, 0], [2, 2, 0]]
+
+
+def test_gate_drawings_label_blocks_and_timesteps(written: Written) -> None:
+    card = gate_cards(written.points, written.finished.store.records())[0]
+    drawing = gates_svg(card.subnet)
+    assert all(f">{block['name'] or 'denoiser'}<" in drawing for block in card.subnet["blocks"])
+    assert all(f">{step:.0f}<" in drawing for step in card.subnet["sampler"]["timesteps"])
+    assert to_png(gates_figure(card.subnet), dpi=50).startswith(b"\x89PNG")
+
+
+def test_image_row_keeps_the_pixels() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
+    row = imread(io.BytesIO(image_row(images)))  # (8, 3 * 8 + 2, 4), floats
+    assert row.shape == (8, 26, 4)
+    second = (row[:, 9:17, :3] * 255).round().astype(np.uint8)
+    assert np.array_equal(second.transpose(2, 0, 1), images[1])
+
+
+def test_image_row_averages_large_images() -> None:
+    images = np.zeros((1, 3, 256, 256), dtype=np.uint8)
+    images[..., ::2] = 200
+    row = imread(io.BytesIO(image_row(images, side=64)))
+    assert row.shape == (64, 64, 4)
+    assert np.allclose(row[..., :3], 100 / 255, atol=1e-3)
