@@ -68,7 +68,7 @@ class KnownModel:
 
 _UNET_BLOCKS: Final = ("down_blocks.*", "mid_block", "up_blocks.*")
 _INCEPTION: Final = "inception-v3-compat"
-_CLIP_G: Final = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # the paper's scorer (section 5)
+_CLIP_G: Final = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # the paper's scorer (section 5)
 _TEXT_TO_IMAGE: Final = Scorers(features=_INCEPTION, clip=_CLIP_G)
 _BY_CLASS: Final = Scorers(features=_INCEPTION, clip=None)
 _TINY: Final = Scorers(features="tiny-features", clip="tiny-clip")

@@ -204,7 +204,7 @@ def test_intervals_are_repeatable_and_contain_their_value() -> None:
 def test_equal_values_have_a_closed_interval() -> None:
     interval = bootstrap_mean(np.full(20, 0.1), np.arange(20))
 
-    assert interval.low == interval.value == interval.high == pytest.approx(0.1)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_one_prompt_has_no_interval() -> None:
