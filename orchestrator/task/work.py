@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import diffusers
 import safetensors.numpy
+import transformers
 from safetensors import SafetensorError
 
 from dipgo_core.config import ModelSettings, SamplerSettings
@@ -118,6 +120,8 @@ class Work:
 @lru_cache(maxsize=2)
 def loaded(settings_json: str, device: str) -> LoadedModel:
     """Load a pipeline once a worker; the two last used ones stay in memory."""
+    diffusers.utils.logging.disable_progress_bar()  # the run has a display of its own
+    transformers.utils.logging.disable_progress_bar()
     return load_model(ModelSettings(**json.loads(settings_json)), device=device)
 
 
