@@ -100,7 +100,7 @@ def _content(
     sweep: SweepFile, points: Sequence[ResolvedPoint], fronts: Sequence[Front], store: Store
 ) -> dict[str, Any]:
     """Gather everything the template shows."""
-    records = rested_on(points, store.records())
+    records = rested_on(points, store.records(), store)
     rows = headline_rows(points, sweep.objective.quality)
     return {
         "name": sweep.name,

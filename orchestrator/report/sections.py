@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
+from dipgo_core.errors import StoreError
 from orchestrator.figures import image_row
 from orchestrator.headlines import Headline, headlines
 from orchestrator.metrics import FIGURES, QUALITIES
@@ -160,11 +161,24 @@ def gate_cards(points: Iterable[ResolvedPoint], records: Records) -> tuple[GateC
     return tuple(cards)
 
 
-def rested_on(points: Iterable[ResolvedPoint], records: Records) -> dict[str, Record]:
-    """Return the records of all tasks the points rest on, by key."""
-    keys = dict.fromkeys(key for point in points for key in point.task_keys)
-    found = {key: records.get(key) for key in keys}
-    return {key: record for key, record in found.items() if record is not None}
+def rested_on(points: Iterable[ResolvedPoint], records: Records, store: Store) -> dict[str, Record]:
+    """Return the records of all tasks the points rest on, those that tasks need included."""
+    found: dict[str, Record] = {}
+    wanted = [key for point in points for key in point.task_keys]
+    while wanted:
+        key = wanted.pop()
+        record = None if key in found else records.get(key)
+        if record is not None:
+            found[key] = record
+            wanted += _needs(key, store)
+    return found
+
+
+def _needs(key: str, store: Store) -> tuple[str, ...]:
+    try:
+        return store.get_task(key).needs
+    except StoreError:  # the record is enough to report on; its specification may be gone
+        return ()
 
 
 def costs(records: Iterable[Record]) -> tuple[Cost, ...]:

@@ -142,9 +142,10 @@ def test_markdown_tables_are_whole(written: Written) -> None:
 
 
 def test_costs_count_each_task_once(written: Written) -> None:
-    records = rested_on(written.points, written.finished.store.records())
+    store = written.finished.store
+    records = rested_on(written.points, store.records(), store)
     spent = {cost.kind: cost for cost in costs(records.values())}
-    stored = list(written.finished.store.records().values())
+    stored = list(store.records().values())
     assert {k: c.tasks for k, c in spent.items()} == {
         kind: sum(record.kind == kind for record in stored) for kind in spent
     }
