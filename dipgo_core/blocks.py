@@ -137,19 +137,26 @@ def _meta(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
+#: What hooks (ours, accelerate's, diffusers') leave on modules; a copy would call the original.
+_ATTACHED = ("forward", "_dipgo_hooks", "_hf_hook", "_old_forward", "_diffusers_hook")
+
+
 def meta_copy(denoiser: nn.Module) -> nn.Module:
-    """Return a frozen float32 copy without storage and without anybody's wrapped forwards."""
+    """Return a frozen float32 copy without storage and without anything hooked onto modules."""
     storage = [*denoiser.parameters(), *denoiser.buffers()]
     memo = {id(tensor): _without_storage(tensor) for tensor in storage}
-    hooks = denoiser.__dict__.pop("_dipgo_hooks", None)
-    wrapped = {m: m.__dict__.pop("forward") for m in denoiser.modules() if "forward" in m.__dict__}
+    attached = {
+        module: {name: vars(module).pop(name) for name in _ATTACHED if name in vars(module)}
+        for module in denoiser.modules()
+    }
     try:
         twin = copy.deepcopy(denoiser, cast(dict[int, Any], memo))
     finally:
-        for module, forward in wrapped.items():
-            module.__dict__["forward"] = forward
-        if hooks is not None:
-            denoiser.__dict__["_dipgo_hooks"] = hooks
+        for module, attributes in attached.items():
+            vars(module).update(attributes)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     return twin.eval()
 
 

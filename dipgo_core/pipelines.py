@@ -24,6 +24,7 @@ from dipgo_core.families import (
     family_of_pipeline,
     find_known,
     find_noise_scheduler,
+    num_calls,
 )
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
@@ -155,7 +156,11 @@ def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> 
 
 
 def noise_scheduler(model: LoadedModel, sampler: SamplerSettings) -> Any:
-    """Return a fresh diffusers scheduler with its timesteps set on the model's device."""
+    """Return a fresh diffusers scheduler with its timesteps set on the model's device.
+
+    Raises:
+        ConfigError: an unknown scheduler, or steps it cannot do.
+    """
     known = find_noise_scheduler(sampler.scheduler)
     cls = getattr(diffusers, known.cls)
     spacing = {} if sampler.spacing is None else {"timestep_spacing": sampler.spacing}
@@ -167,6 +172,12 @@ def noise_scheduler(model: LoadedModel, sampler: SamplerSettings) -> Any:
         raise ConfigError(
             f"sampler.steps {sampler.steps} is impossible with {sampler.scheduler}: {error}"
         ) from error
+    if len(scheduler.timesteps) != num_calls(sampler.scheduler, sampler.steps):
+        raise ConfigError(
+            f"sampler.steps {sampler.steps} is impossible with {sampler.scheduler} and "
+            f"{sampler.spacing or 'its own'} spacing: diffusers rounds them to "
+            f"{len(scheduler.timesteps)} timesteps; take one step more or less"
+        )
     return scheduler
 
 

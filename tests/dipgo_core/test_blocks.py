@@ -105,14 +105,19 @@ def test_find_blocks_needs_neither_dtype_nor_gradients(dtype: torch.dtype, froze
     assert all(p.requires_grad is not frozen for p in unet.parameters())
 
 
-def test_meta_copy_shares_nothing_and_leaves_wrapped_forwards_alone() -> None:
+def test_meta_copy_shares_nothing_and_leaves_attachments_alone() -> None:
     dit = tiny_transformer()
     block = dit.transformer_blocks[0]
-    theirs = block.__dict__["forward"] = lambda *args, **kwargs: 1 / 0
+    forward = block.__dict__["forward"] = lambda *args, **kwargs: 1 / 0
+    hook = block.__dict__["_hf_hook"] = object()
+    block.register_forward_hook(lambda *args: 1 / 0)
     twin = meta_copy(dit)
     assert {p.device.type for p in (*twin.parameters(), *twin.buffers())} == {"meta"}
-    assert block.__dict__["forward"] is theirs
-    assert "forward" not in twin.get_submodule("transformer_blocks.0").__dict__
+    assert block.__dict__["forward"] is forward
+    assert block.__dict__["_hf_hook"] is hook
+    copied = twin.get_submodule("transformer_blocks.0")
+    assert not {"forward", "_hf_hook"} & set(vars(copied))
+    assert not copied._forward_hooks
 
 
 # toy denoisers ------------------------------------------------------------------------------------

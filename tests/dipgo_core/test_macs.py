@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dipgo_core.blocks import find_blocks, known_graph
 from dipgo_core.config import Convention
-from dipgo_core.families import KNOWN_MODELS, KnownModel, find_known
+from dipgo_core.families import FAMILIES, KNOWN_MODELS, KnownModel, find_known
 from dipgo_core.macs import MacsCounter
 
 
@@ -56,6 +56,7 @@ def test_facts_of_known_models_are_what_tracing_counts(known: KnownModel) -> Non
     assert graph.call_macs("all") == known.macs == known.macs_of("all")
     assert graph.call_macs("paper") == known.macs_paper == known.macs_of("paper")
     assert graph.num_blocks == known.num_blocks
+    assert {block.reuse for block in graph.blocks[1:]} == {FAMILIES[known.family].reuse}
 
 
 @pytest.mark.parametrize(

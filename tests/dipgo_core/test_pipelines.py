@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from dipgo_core.blocks import example_inputs
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import ConfigError, ModelFilesError, UnknownModelError
-from dipgo_core.families import FAMILIES, NOISE_SCHEDULERS
+from dipgo_core.families import FAMILIES, NOISE_SCHEDULERS, find_known
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
 from dipgo_core.pipelines import (
@@ -175,6 +175,8 @@ def test_set_sampler_forgets_the_spacing_of_the_sampler_before(sd: LoadedModel) 
 def test_set_sampler_refuses_impossible_settings(sd: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="steps 1001 is impossible with ddim"):
         set_sampler(sd, replace(DDIM, steps=1001))
+    with pytest.raises(ConfigError, match="61 is impossible with ddim and trailing spacing"):
+        set_sampler(sd, replace(DDIM, steps=61, spacing="trailing"))
     with pytest.raises(ConfigError, match="sampler.scheduler knows ddim"):
         set_sampler(sd, replace(DDIM, scheduler="plms"))
 
@@ -354,3 +356,13 @@ def test_load_model_refuses_an_unknown_pipeline(folder: Path) -> None:
     index.write_text(index.read_text("utf-8").replace("DiTPipeline", "FluxPipeline"), "utf-8")
     with pytest.raises(UnknownModelError, match="FluxPipeline"):
         load_model(ModelSettings(id=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-dit"])
+def test_bundled_models_load_and_cost_what_planning_says(name: str) -> None:
+    model, known = load_model(ModelSettings(id=name)), find_known(name)
+    assert known is not None
+    graph = block_graph(model)
+    assert (graph.call_macs("all"), graph.call_macs("paper")) == (known.macs, known.macs_paper)
+    assert model.family.name == known.family
+    assert len(set_sampler(model, known.sampler)) == known.sampler.steps
