@@ -262,7 +262,7 @@ class _StoredRecords(Mapping[str, Record]):
 
     def __getitem__(self, key: str) -> Record:
         if key not in self._read:
-            record = self._store.get_record(key)
+            record = self._store.get_record(key) if _KEY.fullmatch(key) else None
             if record is None:
                 raise KeyError(key)
             self._read[key] = record

@@ -197,13 +197,16 @@ def export(
     ] = None,
 ) -> None:
     """Write the SubNet of a point: one by its key, the best of a target, or the front's knee."""
-    from orchestrator.cli.exporting import choose_point, subnet_of_point
+    from orchestrator.cli.exporting import choose_point
     from orchestrator.cli.sweeps import open_results
+    from orchestrator.export import export_subnet
 
     results = open_results(file, override or [])
     chosen = choose_point(results, point=point, model=model, target=target)
-    subnet_of_point(results, chosen).save(output)
-    say(f"{chosen.model}: {chosen.name}, target {chosen.target}, key {chosen.key}", stderr=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_subnet(chosen, results.store.records(), results.sweep).save(output)
+    where = "" if chosen.target is None else f" at {chosen.target:g}"
+    say(f"{chosen.model}: {chosen.name}{where}, key {chosen.key}", stderr=True)
     say(str(output))
 
 

@@ -1,12 +1,11 @@
-"""`export`: which point is meant, and its SubNet as a file carries it."""
+"""`export`: which point of a sweep is meant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dipgo_core.errors import ConfigError, StoreError, TargetError, nearest
-from dipgo_core.subnet import SubNet
+from dipgo_core.errors import ConfigError, TargetError, nearest
 
 if TYPE_CHECKING:
     from orchestrator.cli.sweeps import Results
@@ -70,39 +69,3 @@ def _headline(results: Results, model: str, target: float) -> ResolvedPoint:
             f"--target {target:g}: no finished searched point of {model} there; there are: {listed}"
         )
     return by_key[found[target].searched]
-
-
-def subnet_of_point(results: Results, point: ResolvedPoint) -> SubNet:
-    """Return the SubNet that was evaluated, with the point's figures as its metrics.
-
-    Raises:
-        StoreError: the point is not evaluated yet.
-    """
-    record = results.store.get_record(point.evaluate_key) if point.evaluate_key else None
-    if record is None:
-        raise StoreError(
-            f"point {point.key[:12]} is not evaluated yet ({point.error or point.state})"
-        )
-    document = dict(record.outputs["subnet"])
-    document["metrics"] = _metrics(point)
-    document["provenance"] = {
-        **document.get("provenance", {}),
-        "sweep": results.sweep.name,
-        "point": point.key,
-        "method": point.method,
-        "strategy": point.strategy,
-        "loss": dict(point.loss) if point.loss else None,
-        "target": point.target,
-        "seed": point.seed,
-    }
-    return SubNet.from_json(document, source=f"record {record.key[:12]}")
-
-
-def _metrics(point: ResolvedPoint) -> dict[str, float | int | None]:
-    names = ("fid", "kid", "clip", "psnr", "ssim", "speedup", "latency_ms")
-    values = {
-        f"{name}{end}": getattr(point, f"{name}{end}")
-        for name in names
-        for end in ("", "_low", "_high")
-    }
-    return {"n_images": point.n_images, **{k: v for k, v in values.items() if v is not None}}

@@ -36,7 +36,9 @@ def generate_images(
     """
     from dipgo_core.pipelines import load_model, set_sampler
     from dipgo_core.runtime import apply_subnet
+    from orchestrator.cli.quiet import silence_loading
 
+    silence_loading()
     settings = ModelSettings(
         id=subnet.model["id"], revision=subnet.model.get("revision"), dtype=dtype
     )

@@ -75,8 +75,10 @@ def run_and_show(command: Command) -> ExitCode:
 def make_executor(command: Command) -> Executor:
     """Return the executor asked for; ray is imported only if it is Ray Tune."""
     if command.executor == "local":
+        from orchestrator.cli.quiet import silence_loading
         from orchestrator.executors.in_process import InProcessExecutor
 
+        silence_loading()
         return InProcessExecutor()
     from orchestrator.executors.ray_tune import RayTuneExecutor
 
