@@ -72,6 +72,11 @@ def test_records_round_trip_and_the_first_is_kept(store: FolderStore) -> None:
     assert dict(store.records()) == {TASK.key: record(outputs={"x": 1.5})}
 
 
+@pytest.mark.parametrize("key", ["", "no key", "0" * 64])
+def test_records_answer_none_for_what_is_not_there(store: FolderStore, key: str) -> None:
+    assert store.records().get(key) is None
+
+
 def test_records_is_a_live_view(store: FolderStore) -> None:
     records = store.records()
     assert TASK.key not in records
