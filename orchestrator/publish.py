@@ -67,9 +67,10 @@ class Publisher:
     ) -> None:
         """Write the report, unless an earlier run of the same sweep wrote it and nothing is new."""
         folder = self.store.sweep_folder(self.sweep.name) / "report"
-        stamp = folder / "sweep.sha256"
-        written = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
-        if not result.done and not result.failed and written == self.sweep.digest:
+        stamp = folder.parent / "report.sha256"
+        there = stamp.exists() and (folder / "report.html").exists()
+        same = there and stamp.read_text(encoding="utf-8") == self.sweep.digest
+        if same and not result.done and not result.failed:
             return
         from orchestrator.report import write_report  # matplotlib takes a second to import
 
@@ -105,8 +106,9 @@ def search_entry(record: Record, label: str) -> Entry:
         params=_flat({"model": record.inputs["model"]["id"], "search": record.inputs["search"]}),
         metrics=spent,
         curves={
-            name: [(int(row["search_step"]), float(row[name])) for row in curve if name in row]
+            name: list(zip(curve["search_step"], map(float, curve[name]), strict=True))
             for name in CURVES
+            if name in curve
         },
     )
 

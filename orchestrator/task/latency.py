@@ -23,6 +23,9 @@ from dipgo_core.runtime import apply_subnet
 from dipgo_core.subnet import SubNet
 from orchestrator.task.work import Outcome, Work
 
+#: Pairs are repeated at least this long, so that very short runs are not measured by few ticks.
+MIN_SECONDS = 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class PipelineRun:
@@ -73,6 +76,7 @@ def run_latency(work: Work) -> Outcome:
         PipelineRun(work, work.sampler, subnet),
         warmup=int(inputs["warmup"]),
         min_runs=int(inputs["min_runs"]),
+        min_seconds=MIN_SECONDS,
         device=work.device,
         dtype=work.model.settings.dtype,
         timer=_timer(work.device),

@@ -51,13 +51,14 @@ def run_search(work: Work) -> Outcome:
             saved = time.monotonic()
     if last is None or last.outcome is None:
         raise TaskError(f"the search {work.task.label} ended without an outcome")
+    columns = {name: [row[name] for row in curve] for name in last.to_json()}
     outputs = {
         "outcome": last.outcome.to_json(),
-        "curve": curve,
+        "curve": columns,
         "forwards": last.forwards,
         "seconds": last.seconds,
     }
-    return Outcome(outputs, work.put(CURVE, json.dumps(curve).encode()))
+    return Outcome(outputs, work.put(CURVE, json.dumps(columns).encode()))
 
 
 def _figures(progress: SearchProgress) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_search_record_serves_every_target_and_has_its_curve(finished: Any) -> N
     record = records[tasks_of(plan, "search", "dipgo")[0].key]
     curve = json.loads(store.get_artifact(record, "curve.json"))
     assert np.shape(record.outputs["outcome"]["scores"]) == (4, 10)
-    assert [row["search_step"] for row in curve] == [1, 2, 3]
+    assert curve["search_step"] == [1, 2, 3]
     assert record.outputs["curve"] == curve
 
 
@@ -272,7 +272,7 @@ def test_interrupted_search_ends_as_the_uninterrupted_one(
     record = run_task(task, store, on_progress=reports.append)
     assert [report["search_step"] for report in reports] == [3]
     assert record.outputs["outcome"] == records[task.key].outputs["outcome"]
-    assert [row["search_step"] for row in record.outputs["curve"]] == [1, 2, 3]
+    assert record.outputs["curve"]["search_step"] == [1, 2, 3]
     assert store.get_progress(task.key, search_task.CHECKPOINT) is None
 
 

@@ -1,0 +1,130 @@
+"""Publisher: what tracker and report are given. Oracle: the points of the finished sweep itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.driver import RunResult
+from orchestrator.points import resolve_points
+from orchestrator.publish import Publisher, task_hours
+from orchestrator.store import FolderStore
+from orchestrator.tracking import Entry, SweepRun
+from tests.orchestrator.finished_sweep import Finished, finish
+from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
+
+
+class ListTracker:
+    """A tracker that only remembers."""
+
+    def __init__(self) -> None:
+        self.sweeps: list[SweepRun] = []
+        self.entries: dict[str, Entry] = {}
+        self.finished: list[dict[str, Any]] = []
+
+    def start(self, sweep: SweepRun) -> None:
+        self.sweeps.append(sweep)
+
+    def log(self, entries: Iterable[Entry]) -> None:
+        self.entries |= {entry.key: entry for entry in entries}
+
+    def finish(self, state: str, **details: Any) -> None:
+        self.finished.append({"state": state, **details})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    store = FolderStore(tmp_path_factory.mktemp("store"))
+    return finish(tiny_sweep(targets=(0.5,), baselines=ALL_BASELINES), store)
+
+
+@pytest.fixture(scope="module")
+def tracker(finished: Finished) -> ListTracker:
+    tracker = ListTracker()
+    publisher = Publisher(finished.sweep, finished.store, tracker)
+    publisher.start(finished.sweep, finished.plan)
+    done = tuple(finished.store.records())
+    publisher.finish(RunResult(plan=finished.plan, done=done))
+    return tracker
+
+
+def test_publisher_logs_every_search_and_point_once(
+    finished: Finished, tracker: ListTracker
+) -> None:
+    searches = {task.key for task in finished.plan.tasks if task.kind == "search"}
+    points = {point.key for point in finished.plan.points}
+    kinds = {key: entry.kind for key, entry in tracker.entries.items()}
+    assert kinds == {key: "search" for key in searches} | {key: "point" for key in points}
+
+
+def test_publisher_logs_the_figures_of_a_point(finished: Finished, tracker: ListTracker) -> None:
+    records = finished.store.records()
+    points = resolve_points(finished.plan.points, records, finished.store)
+    point = next(point for point in points if point.method == "search")
+    metrics = tracker.entries[point.key].metrics
+    assert metrics["psnr"] == point.psnr
+    assert metrics["speedup_low"] == point.speedup_low
+    assert metrics["gain_psnr"] == point.gain["psnr"].value
+    assert tracker.entries[point.key].params["loss.alpha"] == "1.0"
+
+
+def test_publisher_gives_each_point_its_files(finished: Finished, tracker: ListTracker) -> None:
+    point = next(point for point in finished.plan.points if point.method == "search")
+    files = tracker.entries[point.key].files()
+    assert {"subnet.json", "gates.png", "samples.png"} == set(files)
+    assert files["gates.png"].startswith(b"\x89PNG")
+
+
+def test_publisher_logs_the_curve_of_a_search(finished: Finished, tracker: ListTracker) -> None:
+    search = next(entry for entry in tracker.entries.values() if entry.kind == "search")
+    record = finished.store.records()[search.key]
+    curve = record.outputs["curve"]
+    steps = list(zip(curve["search_step"], curve["loss"], strict=True))
+    assert search.curves["loss"] == steps
+
+
+def test_publisher_closes_with_report_and_hypervolume(
+    finished: Finished, tracker: ListTracker
+) -> None:
+    (closing,) = tracker.finished
+    folder = finished.store.sweep_folder("tiny") / "report"
+    assert closing["state"] == "done"
+    assert closing["folder"] == folder
+    assert (folder / "report.html").exists()
+    series = closing["series"]["hypervolume/tiny/clip"]
+    values = [value for _, value in series]
+    assert values == sorted(values)  # a front never shrinks
+
+
+def test_publisher_leaves_a_finished_report_alone(finished: Finished, tracker: ListTracker) -> None:
+    report = finished.store.sweep_folder("tiny") / "report" / "report.html"
+    before = report.stat().st_mtime_ns
+    publisher = Publisher(finished.sweep, finished.store, ListTracker())
+    publisher.finish(RunResult(plan=finished.plan))
+    assert report.stat().st_mtime_ns == before
+    report.unlink()
+    publisher.finish(RunResult(plan=finished.plan))
+    assert report.exists()
+
+
+def test_task_hours_add_up_in_order_of_completion(finished: Finished) -> None:
+    records = finished.store.records()
+    points = resolve_points(finished.plan.points, records, finished.store)
+    hours = task_hours(finished.plan, points, records)
+    total = sum(record.timings["seconds"] for record in records.values()) / 3600
+    assert max(hours.values()) == pytest.approx(total)
+
+
+def test_publisher_tells_how_the_run_ended(finished: Finished, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    part = finish(finished.sweep, store, fails=lambda task: task.kind == "search")
+    tracker = ListTracker()
+    result = RunResult(plan=part.plan, done=("x",), failed={"a": "b"})
+    Publisher(part.sweep, store, tracker).finish(result)
+    assert tracker.finished[0]["state"] == "failed"
+    failed = [entry for entry in tracker.entries.values() if entry.state == "failed"]
+    assert all("out of memory" in entry.tags["dipgo.error"] for entry in failed)
+    assert failed
