@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 from dipgo_core.errors import EvaluationError, ModelFilesError
 from dipgo_core.evaluation.scorers import Scorer, clip_folder, clip_scorer
 
-_CHUNK = 256  # images or texts the model sees at once
+_CHUNK = 64  # images or texts the model sees at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ from dipgo_core.zoo.features import FEATURE_DIM, TinyFeatures
 Features = npt.NDArray[np.float32]
 
 KID_SUBSETS = 100
-_CHUNK = 256  # images an extractor sees at once
+_CHUNK = 64  # images an extractor sees at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +18,7 @@ from dipgo_core.errors import EvaluationError
 #: PSNR of identical images, whose true value is infinite: without a cap one of them would make a
 #: mean infinite. One grey level off in every hundredth value reads 68 dB; above 100 all is equal.
 MAX_PSNR = 100.0
+_CHUNK = 32  # images in floating point at once
 
 
 def psnr(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:
@@ -25,11 +28,7 @@ def psnr(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:
         EvaluationError: the two are not images of the same number and size.
     """
     _check(images, dense)
-    values = peak_signal_noise_ratio(
-        images.double(), dense.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
-    )
-    result: npt.NDArray[np.float64] = values.clamp(max=MAX_PSNR).cpu().numpy()
-    return result
+    return _in_chunks(_psnr, images, dense)
 
 
 def ssim(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:
@@ -41,10 +40,32 @@ def ssim(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:
     _check(images, dense)
     if min(images.shape[-2:]) < 6:
         raise EvaluationError(f"SSIM needs images of 6 x 6 or more, got {tuple(images.shape)}")
-    values = structural_similarity_index_measure(
+    return _in_chunks(_ssim, images, dense)
+
+
+def _psnr(images: Tensor, dense: Tensor) -> Tensor:
+    values: Tensor = peak_signal_noise_ratio(
+        images.double(), dense.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+    )
+    return values.clamp(max=MAX_PSNR)
+
+
+def _ssim(images: Tensor, dense: Tensor) -> Tensor:
+    values: Tensor = structural_similarity_index_measure(
         images.float() / 255, dense.float() / 255, data_range=1.0, reduction="none"
     )
-    result: npt.NDArray[np.float64] = values.reshape(-1).double().cpu().numpy()
+    return values.reshape(-1).double()
+
+
+def _in_chunks(
+    figure: Callable[[Tensor, Tensor], Tensor], images: Tensor, dense: Tensor
+) -> npt.NDArray[np.float64]:
+    """A shard of large images in floating point would be many times its bytes."""
+    parts = [
+        figure(images[start : start + _CHUNK], dense[start : start + _CHUNK])
+        for start in range(0, len(images), _CHUNK)
+    ]
+    result: npt.NDArray[np.float64] = torch.cat(parts).cpu().numpy()
     return result
 
 
