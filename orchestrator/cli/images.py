@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_core.config import DType, ModelSettings, SamplerSettings
 from dipgo_core.errors import ConfigError, UnknownModelError
-from dipgo_core.families import NOISE_SCHEDULERS, Family, find_family
+from dipgo_core.families import NOISE_SCHEDULERS, Family
 from dipgo_core.subnet import SubNet
 
 if TYPE_CHECKING:
@@ -101,11 +101,6 @@ def condition(family: Family, pipe: Any, prompt: str) -> dict[str, Any]:
             f"--prompt must be a class of this model, got {prompt!r}; it has {listed}"
         )
     return {"class_labels": [int(names[prompt])]}
-
-
-def conditioning_of(subnet: SubNet) -> str:
-    """Return "prompt" or "label": what the SubNet's model is conditioned on."""
-    return find_family(subnet.model["family"]).conditioning
 
 
 def save_image(image: Any, path: Path) -> None:

@@ -113,7 +113,7 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """One line when a task starts to show figures, now and then while it runs, and when it ends."""
+    """One line at the start, one now and then while a task runs, one when it ends."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -128,7 +128,10 @@ class LineDisplay:
         pass
 
     def totals(self, done: int, total: int) -> None:
+        first = self._counts == (0, 0)
         self._counts = (done, total)
+        if first:
+            self._line("tasks are in the store")
 
     def started(self, key: str, label: str) -> None:
         self._labels[key], self._last[key] = label, time.monotonic()

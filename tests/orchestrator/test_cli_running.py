@@ -136,6 +136,7 @@ def test_lines_go_to_stderr_with_the_first_line_of_an_error(
         display.ended("k", "tiny: search", "SearchError: loss is nan\nat step 3")
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert "[1/4] tasks are in the store" in captured.err
     assert captured.err.endswith("[1/4] failed tiny: search: SearchError: loss is nan\n")
 
 
