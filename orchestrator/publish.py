@@ -25,12 +25,17 @@ CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "fli
 
 
 class Publisher:
-    """The driver's audience: searches are logged as they land, points and the report at the end."""
+    """The driver's audience: searches are logged as they land, points and the report at the end.
+
+    points, fronts: as `finish` found and showed them.
+    """
 
     def __init__(self, sweep: SweepFile, store: Store, tracker: Tracker) -> None:
         self.sweep = sweep
         self.store = store
         self.tracker = tracker
+        self.points: tuple[ResolvedPoint, ...] = ()
+        self.fronts: tuple[Front, ...] = ()
 
     def start(self, sweep: SweepFile, plan: Plan) -> None:
         summary = {name: str(value) for name, value in plan.to_json().items() if name != "tasks"}
@@ -49,6 +54,7 @@ class Publisher:
         records = self.store.records()
         points = resolve_points(result.plan.points, records, self.store, quality=objective.quality)
         fronts = pareto_fronts(points, speed=SPEED_OF[objective.speed])
+        self.points, self.fronts = points, fronts
         self._write_report(result, points, fronts)
         self.tracker.log(self._entries(result.plan, points, records))
         hours = task_hours(result.plan, points, records)

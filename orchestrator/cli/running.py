@@ -12,14 +12,14 @@ from dipgo_core.families import find_family
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import Display, open_display
 from orchestrator.cli.show import say
-from orchestrator.cli.sweeps import Results
 from orchestrator.cli.tables import print_fronts, print_verdicts
 from orchestrator.driver import Event, RunResult, run_sweep
 from orchestrator.executors.base import Executor
+from orchestrator.headlines import Headline, headlines
 from orchestrator.publish import Publisher
 from orchestrator.records import Task
 from orchestrator.store import open_store
-from orchestrator.sweep_file import load_sweep
+from orchestrator.sweep_file import SweepFile, load_sweep
 from orchestrator.tracking import MlflowTracker, tracking_uri
 
 #: Failures told at the end; `status` lists all.
@@ -68,7 +68,7 @@ def run_and_show(command: Command) -> ExitCode:
     except KeyboardInterrupt:
         say(f"interrupted before anything ran; to go on: {command.again()}", stderr=True)
         return ExitCode.INTERRUPTED
-    _print_results(command, Results(sweep, store, result.plan), result)
+    _print_results(command, publisher, result)
     return exit_code(result)
 
 
@@ -122,41 +122,42 @@ def exit_code(result: RunResult) -> ExitCode:
     return ExitCode.DONE
 
 
-def _print_results(command: Command, results: Results, result: RunResult) -> None:
+def _print_results(command: Command, shown: Publisher, result: RunResult) -> None:
     """Print fronts, verdicts, where things lie and what to do next; how it ended goes to stderr."""
-    print_fronts(results.points, results.headline_fronts)
-    print_verdicts(results.points, results.headlines)
-    _print_files(results)
-    _print_next(command, results)
+    quality = shown.sweep.objective.quality
+    lines = headlines(shown.points, quality)
+    print_fronts(shown.points, [each for each in shown.fronts if each.objectives[1] == quality])
+    print_verdicts(shown.points, lines)
+    _print_files(shown)
+    _print_next(command, shown.sweep, lines[-1] if lines else None)
     _print_ending(command, result)
 
 
-def _print_files(results: Results) -> None:
-    folder = results.store.sweep_folder(results.sweep.name) / "report"
+def _print_files(shown: Publisher) -> None:
+    folder = shown.store.sweep_folder(shown.sweep.name) / "report"
     written = sorted(path for path in folder.glob("*") if path.suffix in REPORT_SUFFIXES)
     if written:
         say("report:")
         say("\n".join(f"  {path}" for path in written))
-    say(f"tracking: {tracking_uri(results.sweep.tracking.uri)}")
+    say(f"tracking: {tracking_uri(shown.sweep.tracking.uri)}")
 
 
-def _print_next(command: Command, results: Results) -> None:
-    """Print commands to try, with a model and a target that have a finished SubNet."""
+def _print_next(command: Command, sweep: SweepFile, example: Headline | None) -> None:
+    """Print commands to try; `example`: a model and a target that have a finished SubNet."""
     lines = [command.line("pareto", "--all")]
-    if results.headlines:
-        last = results.headlines[-1]
-        options = ["--model", last.model, "--target", f"{last.target:g}"]
+    if example is not None:
+        options = ["--model", example.model, "--target", f"{example.target:g}"]
         lines.append(command.line("export", *options, "--output", "subnet.json"))
-        prompt = shlex.join(["--prompt", example_prompt(results, last.model)])
-        lines.append(f"dipgo-sweep generate subnet.json {prompt} --compare --output image.png")
+        prompt = shlex.quote(example_prompt(sweep, example.model))
+        lines.append(f"dipgo-sweep generate subnet.json --prompt {prompt} --compare")
     lines.append(command.line("ui"))
     say("next:")
     say("\n".join(f"  {line}" for line in lines))
 
 
-def example_prompt(results: Results, model: str) -> str:
+def example_prompt(sweep: SweepFile, model: str) -> str:
     """Return a prompt, or the number of a class for a class-conditional model."""
-    family = next(each.family for each in results.sweep.models if each.name == model)
+    family = next(each.family for each in sweep.models if each.name == model)
     by_text = find_family(family).conditioning == "prompt"
     return "a red sneaker on a navy background" if by_text else "0"
 
