@@ -121,6 +121,10 @@ def _content(
         "points": points,
         "figures": FIGURES,
         "qualities": [q for q in QUALITIES if any(getattr(p, q) is not None for p in points)],
+        "scorers": {
+            q: ", ".join(dict.fromkeys(p.scorers[q] for p in points if q in p.scorers))
+            for q in QUALITIES
+        },
         "methods": list(dict.fromkeys(point.method for point in points)),
         "models": list(dict.fromkeys(point.model for point in points)),
         "costs": costs(records.values()),
