@@ -34,9 +34,12 @@ logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 2.0
 _STORE_MEMORY_BYTES = 128 * 2**20  # nothing but task keys travels through Ray
 _LOST_WORKER_RETRIES = 2
+_STARTS = 3
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even when silenced
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "60000",  # a busy machine starts Ray's agents slowly
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots of itself are never read
@@ -74,18 +77,55 @@ class RayTuneExecutor:
         if ray.is_initialized():
             yield
             return
-        local = {"num_cpus": self.num_cpus, "object_store_memory": _STORE_MEMORY_BYTES}
-        ray.init(
-            address=self.address or "local",
-            include_dashboard=False if self.address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if self.address else local),
-        )
+        if self.address is None:
+            _start_local(self.num_cpus)
+        else:
+            _connect(self.address)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _start_local(num_cpus: int | None) -> None:
+    """Start Ray on this machine; a busy one may need several attempts, as Ray waits only 30 s.
+
+    Raises:
+        TaskError: it does not start.
+    """
+    for attempt_number in range(1, _STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_STORE_MEMORY_BYTES,
+                **_QUIET,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            logger.warning("Ray did not start (attempt %d): %s", attempt_number, error)
+            cause = error
+    raise TaskError(
+        f"Ray does not start on this machine: {cause}\nIs it very busy, or /tmp full? "
+        "`--executor local` runs the sweep without Ray"
+    ) from cause
+
+
+def _connect(address: str) -> None:
+    """Connect to a running cluster.
+
+    Raises:
+        TaskError: nothing answers there.
+    """
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise TaskError(
+            f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, or "
+            "leave both out to run on this machine"
+        ) from error
 
 
 def _fit(source: TaskSource, run_task: RunTask, store: Store, folder: str) -> None:
