@@ -32,6 +32,8 @@ from dipgo_core.supernet import SuperNet
 
 #: Below this many MACs of one rollout, activations are kept instead of computed again.
 CHECKPOINT_ABOVE_MACS = 100_000_000_000
+#: In float16, gradients of an image loss fall below the smallest number; a power of two is exact.
+HALF_LOSS_SCALE = 4096.0
 #: A gate that was dead for this last share of the search has no score of its own.
 DEAD_SHARE = 0.5
 
@@ -76,6 +78,7 @@ class _Search:
         self.gamma = torch.ones(len(graph.searched), device=model.device) * torch.as_tensor(
             shares, dtype=torch.float32, device=model.device
         )
+        self.loss_scale = HALF_LOSS_SCALE if model.dtype is torch.float16 else 1.0
         rollout_macs = graph.call_macs() * self.num_calls * settings.batch_size
         self.supernet = SuperNet(model, graph, checkpointing=rollout_macs > CHECKPOINT_ABOVE_MACS)
         self.done, self.seconds = 0, 0.0
@@ -96,6 +99,9 @@ class _Search:
         batches = draw_items(settings, self.done, len(self.problem.items))
         losses = torch.tensor([self._backward(batch, ratio) for batch in batches]).mean(dim=0)
         total, consistency, sparsity = losses.tolist()
+        for parameter in self.net.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.loss_scale
         self._refuse_non_finite(total)
         self.optimizer.step()
         self.done += 1
@@ -136,7 +142,7 @@ class _Search:
             compute_ratio=ratio,
             settings=settings.loss,
         )
-        (loss.total / settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        (loss.total * (self.loss_scale / settings.accumulation)).backward()  # type: ignore[no-untyped-call]
         return loss.total.item(), loss.consistency.item(), loss.sparsity.item()
 
     def _keep(self) -> npt.NDArray[np.bool_]:

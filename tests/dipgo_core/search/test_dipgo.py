@@ -111,6 +111,25 @@ def test_search_refuses_seeds_that_do_not_match_the_items(problem):
         finish(replace(problem, seeds=(1, 2)))
 
 
+def test_search_in_half_precision_learns_what_float32_learns():
+    scores = []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model(tiny_dit().to(dtype))
+        settings = replace(SETTINGS, steps=3, loss=LossSettings(alpha=0.0))
+        problem = SearchProblem(
+            model=model,
+            graph=block_graph(model),
+            sampler=SAMPLER,
+            settings=settings,
+            items=ITEMS,
+            seeds=(5, 6, 7),
+            dense_latents=torch.zeros(3, 4, 8, 8, dtype=dtype),  # off the minimum: a real gradient
+        )
+        scores.append(finish(problem)[-1].outcome.scores)
+    moved = np.abs(scores[0][1:] - scores[0][1:].mean()).max()
+    assert moved > 0 and np.abs(scores[0] - scores[1]).max() < 0.2 * moved
+
+
 def test_tau_stops_the_pull_towards_sparsity(problem):
     loss = LossSettings(tau=0.5, consistency={"l2": 1e-9})
     steps = finish(replace(problem, settings=replace(SETTINGS, steps=25, loss=loss)))
