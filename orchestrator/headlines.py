@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.gains import Gain, Verdict
-from orchestrator.metrics import larger_is_better
 from orchestrator.points import ResolvedPoint
 
-Choice = Literal["only", "calibration", "test"]
+Choice = Literal["only", "calibration"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
     """The searched point shown for one model and target, and what it is worth.
 
-    chosen_by: only = there was one; calibration = highest PSNR to dense on calibration prompts;
-    test = best headline metric on the test prompts themselves, which flatters it.
+    chosen_by: only = there was one; calibration = highest PSNR to dense on calibration prompts,
+    never by a figure of the test set.
     gain, verdict: over the best trivial baseline. gain_random, verdict_random: over the mean of
     the random draws. None where there is nothing to compare with.
     """
@@ -53,7 +52,7 @@ def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, 
 def _headline(
     model: str, target: float, searched: Sequence[ResolvedPoint], quality: str
 ) -> Headline:
-    best, chosen_by = _choose(searched, quality)
+    best, chosen_by = _choose(searched)
     gain, gain_random = best.gain.get(quality), best.gain_random.get(quality)
     return Headline(
         model=model,
@@ -70,13 +69,8 @@ def _headline(
     )
 
 
-def _choose(searched: Sequence[ResolvedPoint], quality: str) -> tuple[ResolvedPoint, Choice]:
-    """Choose on calibration prompts where every candidate was scored there."""
+def _choose(searched: Sequence[ResolvedPoint]) -> tuple[ResolvedPoint, Choice]:
+    """Choose by the figure on calibration prompts, which every finished searched point has."""
     if len({point.subnet for point in searched}) == 1:
         return searched[0], "only"
-    scores = [point.calibration_psnr for point in searched]
-    known = [score for score in scores if score is not None]
-    if len(known) == len(searched):
-        return searched[known.index(max(known))], "calibration"
-    values = [larger_is_better(quality, getattr(point, quality)) for point in searched]
-    return searched[values.index(max(values))], "test"
+    return max(searched, key=lambda point: point.calibration_psnr or 0.0), "calibration"

@@ -22,6 +22,9 @@ Method = Literal["dense", "few_steps", "uniform", "best_step_mask", "random", "s
 #: Baselines of which the best one, chosen on calibration prompts, is what a search has to beat.
 TRIVIAL: tuple[Method, ...] = ("few_steps", "uniform", "best_step_mask")
 
+#: Points that are also measured on calibration prompts, so that nothing is chosen on the test set.
+CALIBRATED: tuple[Method, ...] = (*TRIVIAL, "search")
+
 STEP_MASKS = "best_step_mask"
 
 

@@ -188,7 +188,7 @@ class ModelTasks:
                 "items_sha256": self.facts.test.sha256,
             },
             needs=(self.reference("test").key,),
-            label=label,
+            label=f"{label}, latency",
         )
         return replace(task, exclusive=True)
 

@@ -12,7 +12,7 @@ from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
-    TRIVIAL,
+    CALIBRATED,
     Method,
     PointSpec,
     gates_of,
@@ -36,7 +36,7 @@ class Point:
     keep: rows of the gate table, None until the records it follows from are there.
     error: why there is no such point (an unreachable target).
     evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
-        calibration_key for trivial baselines only; latency_key only if latency is measured.
+        calibration_key for searched points and trivial baselines; latency_key where measured.
     needs: tasks whose records decide `keep`.
     """
 
@@ -180,7 +180,7 @@ class _Builder:
         for protocol in (tasks.protocol, tasks.calibration_protocol):
             self.protocols[protocol.hash] = protocol.to_json()
         self._add(tasks, tasks.reference("test"))
-        if any(spec.search is not None or spec.method in TRIVIAL for spec in tasks.specs):
+        if any(spec.search is not None or spec.method in CALIBRATED for spec in tasks.specs):
             self._add(tasks, tasks.reference("calibration"))
         for settings in searches(tasks.model):
             self.searches.append(self._add(tasks, tasks.search(settings)))
@@ -214,7 +214,7 @@ class _Builder:
     ) -> Point:
         evaluate = self._add(tasks, tasks.evaluate(spec.sampler, keep, "test", spec.label))
         calibration = latency = None
-        if spec.method in TRIVIAL:
+        if spec.method in CALIBRATED:
             task = tasks.evaluate(spec.sampler, keep, "calibration", spec.label)
             calibration = self._add(tasks, task)
         if tasks.measures_latency:
@@ -226,10 +226,10 @@ class _Builder:
     def _add_placeholders(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> None:
         """List the tasks a point will need, under keys of their own, until its gates are known."""
         kinds: list[tuple[TaskKind, str]] = [("evaluate", spec.label)]
-        if spec.method in TRIVIAL:
+        if spec.method in CALIBRATED:
             kinds.append(("evaluate", f"{spec.label}, calibration"))
         if tasks.measures_latency:
-            kinds.append(("latency", spec.label))
+            kinds.append(("latency", f"{spec.label}, latency"))
         for kind, label in kinds:
             key = content_key({"kind": kind, "label": label, "point": point.key})
             self.tasks[key] = PlannedTask(

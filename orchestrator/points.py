@@ -162,7 +162,7 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
     error = point.error or _failure(point, records, store)
     evaluated = _record(records, point.evaluate_key)
     timed = _record(records, point.latency_key)
-    complete = evaluated is not None and (timed is not None or point.latency_key is None)
+    complete = bool(point.task_keys) and all(key in records for key in point.task_keys)
     resolved = ResolvedPoint(
         key=point.key,
         model=point.model,

@@ -27,7 +27,6 @@ ROW_IMAGES = 8
 CHOICES = {
     "only": "",
     "calibration": "best of {n}, chosen on calibration prompts",
-    "test": "best of {n}, chosen on the test prompts",
 }
 
 

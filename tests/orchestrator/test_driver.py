@@ -84,8 +84,8 @@ def test_run_sweep_goes_on_beside_a_failure(store: FolderStore) -> None:
     result, listener = run(sweep, store, failing("search"))
     assert set(result.failed.values()) == {"RuntimeError: out of luck"}
     assert len(result.failed) == 2  # the grid's search and the step masks
-    # their points wait for ever: searched (evaluate, latency), masks (and calibration)
-    assert len(result.skipped) == 5
+    # their points wait for ever, each for two evaluations (test, calibration) and a latency
+    assert len(result.skipped) == 6
     assert Counter(record.kind for record in store.records().values())["evaluate"] >= 4
     assert [e.error for e in listener.events if e.kind == "failed"] == list(result.failed.values())
 

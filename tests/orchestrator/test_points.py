@@ -165,17 +165,17 @@ def test_failed_task_fails_its_points_with_the_cause(tmp_path: Path) -> None:
     assert all(point.gain for point in pick(found, "search", 0.7))
 
 
-def test_headline_chosen_on_test_prompts_says_so(points: tuple[ResolvedPoint, ...]) -> None:
+def test_headline_is_chosen_on_calibration_prompts(points: tuple[ResolvedPoint, ...]) -> None:
     lines = headlines(points, "clip")
     assert [(line.target, line.candidates, line.chosen_by) for line in lines] == [
-        (0.5, 2, "test"),
-        (0.7, 2, "test"),
+        (0.5, 2, "calibration"),
+        (0.7, 2, "calibration"),
     ]
-    best = max(point.clip or 0.0 for point in pick(points, "search", 0.5))
-    assert next(p.clip for p in points if p.key == lines[0].searched) == best
+    best = max(pick(points, "search", 0.5), key=lambda p: p.calibration_psnr or 0.0)
+    assert lines[0].searched == best.key
 
 
-def test_headline_prefers_calibration(points: tuple[ResolvedPoint, ...]) -> None:
+def test_headline_ignores_figures_of_the_test_set(points: tuple[ResolvedPoint, ...]) -> None:
     worst = min(pick(points, "search", 0.5), key=lambda p: p.clip or 0.0)
     known = [
         replace(p, calibration_psnr=40.0 if p.key == worst.key else 30.0)
