@@ -151,7 +151,7 @@ KNOWN_MODELS: Final[tuple[KnownModel, ...]] = (
         num_blocks=11,
         macs=33_734_656,
         macs_paper=33_079_296,
-        sampler=SamplerSettings(scheduler="ddim", steps=10, guidance_scale=2.0),
+        sampler=SamplerSettings(scheduler="ddim", steps=10, guidance_scale=3.0),
         scorers=_TINY,
     ),
     KnownModel(

@@ -122,7 +122,7 @@ def save_statistics(path: Path, reference: Reference, *, images: str) -> None:
     if reference.features is not None:
         tensors["features"] = reference.features
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
     facts = {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,

@@ -30,7 +30,7 @@ from dipgo_core.families import num_calls
 from dipgo_core.pipelines import subnet_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
-from orchestrator.task.work import Outcome, Work, put_shard, stored_shards
+from orchestrator.task.work import Outcome, Work, packed, put_shard, stored_shards
 
 
 def run_evaluate(work: Work) -> Outcome:
@@ -57,11 +57,11 @@ def run_evaluate(work: Work) -> Outcome:
         "n_images": protocol.images,
         **_macs(work, subnet),
     }
-    artifacts = work.put("samples.safetensors", safetensors.numpy.save({"images": whole.samples}))
+    artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
     if whole.scores:
-        artifacts |= work.put("per_image.safetensors", safetensors.numpy.save(dict(whole.scores)))
+        artifacts |= work.put("per_image.safetensors", packed(whole.scores))
     if whole.features.size:
-        features = safetensors.numpy.save({"features": whole.features})
+        features = packed({"features": whole.features})
         artifacts |= work.put("features.safetensors", features)
     return Outcome(outputs, artifacts)
 

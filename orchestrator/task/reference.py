@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from orchestrator.task.work import (
     Outcome,
     Work,
     items_and_seeds,
+    packed,
     put_shard,
     stored_shards,
 )
@@ -36,8 +36,7 @@ def run_reference(work: Work) -> Outcome:
     artifacts: dict[str, str] = {}
     forwards = 0
     for shard in _image_shards(work):
-        images = {"images": shard["images"]}
-        data = safetensors.numpy.save(images)
+        data = packed({"images": shard["images"]})
         artifacts |= work.put(f"images-{int(shard['facts'][0]):06d}.safetensors", data)
         forwards += int(shard["facts"][2])
     if protocol.split == "calibration":

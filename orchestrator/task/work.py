@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import diffusers
+import numpy as np
 import safetensors.numpy
 import transformers
 from safetensors import SafetensorError
@@ -136,7 +137,12 @@ def items_and_seeds(work: Work) -> tuple[tuple[Item, ...], tuple[int, ...]]:
 
 def put_shard(work: Work, start: int, arrays: Arrays) -> None:
     """Keep a finished shard, so that an interrupted task goes on after it."""
-    work.store.put_progress(work.task.key, _shard_name(start), safetensors.numpy.save(arrays))
+    work.store.put_progress(work.task.key, _shard_name(start), packed(arrays))
+
+
+def packed(arrays: Mapping[str, Any]) -> bytes:
+    """Return numpy arrays as safetensors, which writes memory as it lies: contiguous ones only."""
+    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
 
 
 def stored_shards(work: Work) -> dict[int, Arrays]:

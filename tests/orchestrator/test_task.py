@@ -42,7 +42,7 @@ from orchestrator.sweep_settings import (
 from orchestrator.task import evaluate as evaluate_task
 from orchestrator.task import run_task
 from orchestrator.task import search as search_task
-from orchestrator.task.work import loaded
+from orchestrator.task.work import loaded, packed
 from tests.orchestrator.tiny_sweep import Listener
 from tests.support.tiny import tiny_sd
 
@@ -344,3 +344,9 @@ def test_plan_of_real_records_has_nothing_to_do(finished: Any, folder: Path) -> 
         device=tasks_of(plan, "latency")[0].inputs["device"],
     )
     assert again.complete
+
+
+def test_packed_keeps_the_values_of_a_transposed_array() -> None:
+    transposed = np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(2, 0, 1)  # DiT's images
+    found = safetensors.numpy.load(packed({"images": transposed}))["images"]
+    np.testing.assert_array_equal(found, transposed)
