@@ -51,7 +51,7 @@ class ShardResult:
     """What images [start, stop) came to.
 
     scores: clip, psnr, ssim, those that the protocol measures, each (n,) float64.
-    features: (n, d) float32, (n, 0) where none are measured. samples: those of the first 8 images
+    features: (n, d) float32, (n, 0) where none are measured. samples: those of `sample_indices`
     that fall into this shard, uint8 (k, 3, H, W). forwards: denoiser forwards spent.
     """
 
@@ -153,6 +153,12 @@ def evaluate_shards(
             )
 
 
+def sample_indices(images: int) -> tuple[int, ...]:
+    """Return which images are kept to be looked at: a few, spread evenly over the prompts."""
+    count = min(NUM_SAMPLES, images)
+    return tuple(i * images // count for i in range(count))
+
+
 def score_images(
     images: Tensor,
     shard: range,
@@ -179,7 +185,7 @@ def score_images(
     if scorers.features is not None:
         features = scorers.features(images)
     pixels = images.cpu().numpy()
-    samples = pixels[: max(0, NUM_SAMPLES - shard.start)].copy()
+    samples = pixels[[i - shard.start for i in sample_indices(protocol.images) if i in shard]]
     kept = pixels if keep_images else None
     return ShardResult(shard.start, shard.stop, scores, features, samples, forwards, kept)
 
@@ -207,7 +213,7 @@ def merge_shards(shards: Sequence[ShardResult], protocol: Protocol) -> ShardResu
         stop=expected,
         scores={name: np.concatenate([s.scores[name] for s in ordered]) for name in names},
         features=np.concatenate([s.features for s in ordered]),
-        samples=np.concatenate([s.samples for s in ordered])[:NUM_SAMPLES],
+        samples=np.concatenate([s.samples for s in ordered]),
         forwards=sum(s.forwards for s in ordered),
     )
 

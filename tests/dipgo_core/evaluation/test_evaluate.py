@@ -126,7 +126,8 @@ def test_shard_holds_scores_of_its_own_prompts(model, protocol, scorers, dense, 
     brightness = second.images.mean(axis=(1, 2, 3))
     assert second.scores["clip"] - brightness == pytest.approx(lengths, abs=1e-3)
     assert second.features.shape == (4, 64)
-    assert second.samples.shape == (4, 3, 16, 16)
+    # 8 of 10 images, spread evenly, are 0 1 2 3 5 6 7 8
+    assert np.array_equal(second.samples, second.images[1:])
 
 
 def test_done_shards_are_not_computed_again(model, protocol, scorers, dense, gated) -> None:
