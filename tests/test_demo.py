@@ -20,6 +20,7 @@ QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
 SMALL = (
     "targets=[0.5]",
     "search.steps=2",
+    "models.1.overrides.search.steps=2",
     "search.loss.alpha=[1.0]",
     "search.calibration={images: 4, batch_size: 4}",
     "baselines=[few_steps, uniform, best_step_mask, {random: {draws: 1}}]",

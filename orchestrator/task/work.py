@@ -142,7 +142,8 @@ def put_shard(work: Work, start: int, arrays: Arrays) -> None:
 
 def packed(arrays: Mapping[str, Any]) -> bytes:
     """Return numpy arrays as safetensors, which writes memory as it lies: contiguous ones only."""
-    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+    data: bytes = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+    return data
 
 
 def stored_shards(work: Work) -> dict[int, Arrays]:
