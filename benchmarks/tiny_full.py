@@ -1,4 +1,4 @@
-"""Run sweeps/tiny_full.yaml and leave its report in benchmarks/tiny_full, with the machine it ran on.
+"""Run sweeps/tiny_full.yaml; leave its report and the machine it ran on in benchmarks/tiny_full.
 
 python benchmarks/tiny_full.py [folder for storage and tracking, default benchmarks/.tiny_full]
 """
@@ -18,6 +18,7 @@ from dipgo_core.evaluation.device import cpu_name
 HERE = Path(__file__).resolve().parent
 SWEEP = HERE.parent / "sweeps" / "tiny_full.yaml"
 REPORT = HERE / "tiny_full"
+PROGRAM = Path(sys.executable).with_name("dipgo-sweep")
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     place = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else HERE / ".tiny_full"
     place.mkdir(parents=True, exist_ok=True)
     for command in (["run", str(SWEEP)], ["report", str(SWEEP), "--output", str(REPORT)]):
-        subprocess.run([sys.executable, "-m", "orchestrator.cli", *command], cwd=place, check=True)
+        subprocess.run([PROGRAM, *command], cwd=place, check=True)
     machine = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
