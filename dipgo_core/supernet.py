@@ -32,7 +32,7 @@ class Mixture(torch.autograd.Function):
     """where(gate, current, cached) forward; d gate = sum(grad * (current - cached)) backward.
 
     The side that is not selected never enters the forward arithmetic, so a value that overflows
-    there costs nothing; where it makes the gate's gradient infinite or NaN, that element counts 0.
+    there costs nothing; where the two differ by infinity or NaN, that element counts 0.
     """
 
     @staticmethod
@@ -48,8 +48,9 @@ class Mixture(torch.autograd.Function):
         d_gate = None
         if ctx.needs_input_grad[2]:
             wide = torch.promote_types(grad.dtype, torch.float32)
-            moved = grad.to(wide) * (current.to(wide) - cached.to(wide))
-            d_gate = moved.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).sum().to(gate.dtype)
+            change = current.to(wide) - cached.to(wide)
+            change = change.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            d_gate = (grad.to(wide) * change).sum().to(gate.dtype)  # a broken grad stays visible
         return torch.where(keep, grad, zero), torch.where(keep, zero, grad), d_gate
 
 
@@ -87,10 +88,23 @@ class SoftGates:
         if cached is None or not self.decides_skip:
             output = compute()
         else:
-            output = mix(self._current(0, compute), cached, self._gates[0])
+            current = compute() if self._keep[0] else self._if_not_skipped(compute)
+            output = mix(current, cached, self._gates[0])
         if self.decides_skip:
             self.cache[0] = output
         return output
+
+    def _if_not_skipped(self, compute: Callable[[], Tensors]) -> Tensors:
+        """Return what the call's own block gates would give; as in a skip, no cache changes."""
+        keep, live, cache = self._keep, self._live, dict(self.cache)
+        self._keep = keep.copy()
+        self._keep[0] = True
+        self._live = self.graph.live(self._keep)
+        try:
+            with torch.no_grad():
+                return compute()
+        finally:
+            self._keep, self._live, self.cache = keep, live, cache
 
     def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         if self.graph.blocks[index].reuse is Reuse.RESIDUAL:

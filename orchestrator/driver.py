@@ -6,11 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
-from orchestrator.facts import ModelFacts, gather_facts
+from orchestrator.facts import ModelFacts, gather_facts, known_items
 from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
@@ -18,6 +19,9 @@ from orchestrator.sweep_settings import SweepFile
 from orchestrator.task import run_task
 
 logger = logging.getLogger(__name__)
+
+#: What reading commands on other machines need to know of the last run.
+LAST_RUN = "last_run.json"
 
 EventKind = Literal["planned", "started", "progress", "done", "failed"]
 
@@ -76,9 +80,15 @@ def latency_device(sweep: SweepFile) -> str:
 
 
 def plan_sweep(sweep: SweepFile, store: Store, *, offline: bool = True) -> Plan:
-    """Plan a sweep against its store, without torch; `offline`: also without network."""
-    facts = gather_facts(sweep, offline=offline)
-    return build_plan(sweep, store.records(), facts=facts, device=latency_device(sweep))
+    """Plan a sweep against its store, without torch; `offline`: also without network.
+
+    What only the machine that ran it can know, such as its device, is taken from that run.
+    """
+    path = store.sweep_folder(sweep.name) / LAST_RUN
+    last = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    facts = gather_facts(sweep, offline=offline, known=last.get("items"))
+    device = last.get("device") or latency_device(sweep)
+    return build_plan(sweep, store.records(), facts=facts, device=device)
 
 
 def run_sweep(
@@ -104,7 +114,11 @@ def run_sweep(
         source = SweepTasks(sweep, store, facts, audience, on_event)
         audience.start(sweep, source.plan)
         on_event(Event(kind="planned", plan=source.plan))
-        interrupted = _execute(executor, source, run_task, store)
+        try:
+            interrupted = _execute(executor, source, run_task, store)
+        except Exception:
+            audience.finish(source.result(interrupted=True))  # what is done is shown all the same
+            raise
         result = source.result(interrupted)
         audience.finish(result)
         return result
@@ -126,11 +140,17 @@ def _write_inputs(sweep: SweepFile, store: Store, facts: Mapping[str, ModelFacts
     for each in facts.values():
         for items in (each.test, each.calibration):
             store.put_blob(items.blob())
-    resolved = json.dumps({**sweep.to_json(), "digest": sweep.digest}, indent=1, sort_keys=True)
-    path = store.sweep_folder(sweep.name) / "sweep.json"
-    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+    folder = store.sweep_folder(sweep.name)
+    _keep(folder / "sweep.json", {**sweep.to_json(), "digest": sweep.digest})
+    _keep(folder / LAST_RUN, {"device": latency_device(sweep), "items": known_items(sweep, facts)})
+
+
+def _keep(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON through a temporary name, unless the file says the same."""
+    text = json.dumps(value, indent=1, sort_keys=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(resolved, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,21 +71,41 @@ class ModelFacts:
     reference_value: str = ""
 
 
-def gather_facts(sweep: SweepFile, *, offline: bool = False) -> dict[str, ModelFacts]:
+#: Digest and number of the prompts that a hub source gave, by `source_key`.
+KnownItems = Mapping[str, Sequence[Any]]
+
+
+def gather_facts(
+    sweep: SweepFile, *, offline: bool = False, known: KnownItems | None = None
+) -> dict[str, ModelFacts]:
     """Look up the facts of every model, by its name in the sweep.
 
-    offline: let prompts that need the network pass as unread.
+    offline: let prompts that need the network pass as unread; `known` ones keep the digest they had
+    when the sweep ran.
 
     Raises:
         DipgoError: prompts, weights, scorers or statistics are missing, or splits overlap.
     """
-    return {model.name: _facts(model, offline) for model in sweep.models}
+    unread = None if not offline else (known or {})
+    return {model.name: _facts(model, unread) for model in sweep.models}
 
 
-def _facts(model: SweepModel, offline: bool) -> ModelFacts:
+def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, list[Any]]:
+    """Return what `gather_facts` needs to plan this sweep again without network."""
+    sets = [(m.evaluate.prompts, facts[m.name].test) for m in sweep.models]
+    sets += [(m.calibration.prompts, facts[m.name].calibration) for m in sweep.models]
+    return {source_key(s): [items.sha256, items.count] for s, items in sets if s.kind == "hub"}
+
+
+def source_key(source: PromptSource) -> str:
+    """Return what tells one source of prompts from another."""
+    return content_key(asdict(source))
+
+
+def _facts(model: SweepModel, unread: KnownItems | None) -> ModelFacts:
     metrics = set(model.evaluate.metrics)
-    test = _item_set(model, model.evaluate, offline)
-    calibration = _item_set(model, model.calibration, offline)
+    test = _item_set(model, model.evaluate, unread)
+    calibration = _item_set(model, model.calibration, unread)
     if find_family(model.family).conditioning == "prompt":
         check_disjoint(calibration.items or (), test.items or ())
     size = image_size(model)
@@ -138,10 +159,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _item_set(model: SweepModel, split: EvaluateSettings | Calibration, offline: bool) -> ItemSet:
+def _item_set(
+    model: SweepModel, split: EvaluateSettings | Calibration, unread: KnownItems | None
+) -> ItemSet:
+    """Read a split's items; hub prompts not, if `unread` says what is known of them instead."""
     source = split.prompts
-    if source.kind == "hub" and offline:
-        return ItemSet(sha256=content_key(asdict(source)), count=source.rows or 1)
+    if source.kind == "hub" and unread is not None:
+        key = source_key(source)
+        sha256, count = unread.get(key, (key, source.rows or 1))
+        return ItemSet(sha256=sha256, count=count)
     items = _read(model, source, split.images)
     return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.gains import Gain, Verdict
-from orchestrator.points import ResolvedPoint
+from orchestrator.points import ResolvedPoint, calibration_score
 
 Choice = Literal["only", "calibration"]
 
@@ -16,8 +17,8 @@ Choice = Literal["only", "calibration"]
 class Headline:
     """The searched point shown for one model and target, and what it is worth.
 
-    chosen_by: only = there was one; calibration = highest PSNR to dense on calibration prompts,
-    never by a figure of the test set.
+    chosen_by: only = there was one; calibration = best on calibration prompts
+    (`points.calibration_score`), never by a figure of the test set.
     gain, verdict: over the best trivial baseline. gain_random, verdict_random: over the mean of
     the random draws. None where there is nothing to compare with.
     """
@@ -52,7 +53,7 @@ def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, 
 def _headline(
     model: str, target: float, searched: Sequence[ResolvedPoint], quality: str
 ) -> Headline:
-    best, chosen_by = _choose(searched)
+    best, chosen_by = _choose(searched, quality)
     gain, gain_random = best.gain.get(quality), best.gain_random.get(quality)
     return Headline(
         model=model,
@@ -69,8 +70,9 @@ def _headline(
     )
 
 
-def _choose(searched: Sequence[ResolvedPoint]) -> tuple[ResolvedPoint, Choice]:
+def _choose(searched: Sequence[ResolvedPoint], quality: str) -> tuple[ResolvedPoint, Choice]:
     """Choose by the figure on calibration prompts, which every finished searched point has."""
     if len({point.subnet for point in searched}) == 1:
         return searched[0], "only"
-    return max(searched, key=lambda point: point.calibration_psnr or 0.0), "calibration"
+    best = max(searched, key=lambda point: calibration_score(point, quality) or -math.inf)
+    return best, "calibration"

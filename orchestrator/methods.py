@@ -13,7 +13,7 @@ from dipgo_core.families import num_calls
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
-from dipgo_core.postprocess import select
+from dipgo_core.postprocess import PAPER_TOLERANCE, select
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import Baseline, SweepModel
 
@@ -124,8 +124,14 @@ def gates_of(
             method=model.postprocess,
             convention=convention,
         )
-    computed = _computed_calls(spec.target, calls, outcome)
+    computed = _computed_calls(bar_target(model, spec.target), calls, outcome)
     return GateTable.from_calls(computed, calls, graph.num_blocks)
+
+
+def bar_target(model: SweepModel, target: float) -> float:
+    """Return the target whose compute baselines get: no SubNet of `target` spends more."""
+    tolerance = PAPER_TOLERANCE if model.postprocess == "paper" else 0.0
+    return max(0.0, round(target - tolerance, 9))
 
 
 def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) -> tuple[int, ...]:
@@ -147,7 +153,7 @@ def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) ->
 def _few_steps(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
     """Fewer steps of the same solver: as few as still make the calls of equal compute."""
     name, calls = model.sampler.scheduler, num_calls(model.sampler.scheduler, model.sampler.steps)
-    wanted = equal_compute_calls(target, calls)
+    wanted = equal_compute_calls(bar_target(model, target), calls)
     steps = next(s for s in range(1, model.sampler.steps + 1) if num_calls(name, s) >= wanted)
     for spacing in baseline.spacing:
         sampler = replace(model.sampler, steps=steps, spacing=spacing)

@@ -31,6 +31,9 @@ FIGURES: Mapping[str, Figure] = {
     "latency_ms": Figure("latency, ms", 1, lower_is_better=True),
 }
 
+#: PSNR of two equal images, in dB (`dipgo_core.evaluation.paired` caps it there).
+MAX_PSNR = 100.0
+
 QUALITIES = ("fid", "kid", "clip", "psnr", "ssim")
 PER_IMAGE = ("clip", "psnr", "ssim")
 

@@ -57,8 +57,13 @@ class ModelTasks:
 
     @cached_property
     def calibration_protocol(self) -> Protocol:
-        """How trivial baselines are measured on calibration prompts: PSNR to dense."""
-        return replace(self._images_protocol("calibration"), metrics=("psnr",))
+        """How points are measured on calibration prompts, where every choice is made."""
+        wanted = self.protocol.metrics
+        return replace(
+            self._images_protocol("calibration"),
+            metrics=("psnr", *(metric for metric in ("ssim", "clip") if metric in wanted)),
+            clip=self.protocol.clip,
+        )
 
     @cached_property
     def protocol_json(self) -> dict[str, Any]:
@@ -181,6 +186,8 @@ class ModelTasks:
                 "dense_sampler": self.model.sampler.to_json(),
                 "device": self.device,
                 "threads": max(1, round(self.sweep.resources.latency.cpus)),
+                "attention": "default",  # of diffusers; nothing is compiled
+                "compile": "none",
                 "batch_size": settings.batch_size,
                 "warmup": settings.warmup,
                 "min_runs": settings.min_runs,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dipgo_core.gates import GateTable
 from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
-from orchestrator.metrics import QUALITIES, number
+from orchestrator.metrics import MAX_PSNR, QUALITIES, number
 from orchestrator.plan import Point
 from orchestrator.records import Record
 from orchestrator.store import Store
@@ -27,9 +27,9 @@ class ResolvedPoint:
     measured. pruned_ratio, macs_speedup: counted MACs against the model's dense run. speedup,
     latency_ms: measured. `*_low`, `*_high`: ends of the 95 % interval. subnet: digest of `keep`.
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
-    chosen by PSNR to dense on calibration prompts. gain_random: against the mean of the random
-    draws at the same target. calibration_psnr: what choices may be based on. task_keys: every task
-    the point rests on.
+    chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
+    of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
+    every task the point rests on.
     """
 
     key: str
@@ -77,6 +77,8 @@ class ResolvedPoint:
     subnet: str | None = None
     keep: tuple[str, ...] | None = None
     calibration_psnr: float | None = None
+    calibration_ssim: float | None = None
+    calibration_clip: float | None = None
     gain: Mapping[str, Gain] = field(default_factory=dict)
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     verdict: Verdict | None = None
@@ -132,18 +134,25 @@ def resolve_points(
     return tuple(_with_gains(point, known, records, comparisons, quality) for point in known)
 
 
-def best_baseline(point: ResolvedPoint, points: Iterable[ResolvedPoint]) -> ResolvedPoint | None:
-    """Return the trivial baseline at the point's target with the highest PSNR to dense on the
-    calibration prompts; None while one of them is unfinished, so that no gain is over a weaker one.
+def calibration_score(point: ResolvedPoint, metric: str) -> float | None:
+    """Return what a choice for `metric` is based on: its own figure on the calibration prompts.
+
+    FID and KID need far more images than a calibration has: PSNR to dense stands in for them.
     """
-    rivals = [
-        rival
-        for rival in points
-        if rival.method in TRIVIAL
-        and _same_budget(rival, point)
-        and (rival.is_evaluated or rival.state == "pending")
-    ]
-    scores = [rival.calibration_psnr for rival in rivals if rival.is_evaluated]
+    own = metric if metric in ("clip", "ssim") else "psnr"
+    score: float | None = getattr(point, f"calibration_{own}")
+    return score
+
+
+def best_baseline(
+    point: ResolvedPoint, points: Iterable[ResolvedPoint], metric: str
+) -> ResolvedPoint | None:
+    """Return the trivial baseline at the point's target that is best on the calibration prompts.
+
+    None while one of them is unfinished or failed, so that no gain is over a weaker one.
+    """
+    rivals = [rival for rival in points if rival.method in TRIVIAL and _same_budget(rival, point)]
+    scores = [calibration_score(rival, metric) if rival.is_evaluated else None for rival in rivals]
     known = [score for score in scores if score is not None]
     if not rivals or len(known) < len(rivals):
         return None
@@ -180,7 +189,7 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
         error=None if complete else error,
         keep=point.keep,
         subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
-        calibration_psnr=_value(_record(records, point.calibration_key), "psnr"),
+        **_calibration(_record(records, point.calibration_key)),
         evaluate_key=point.evaluate_key,
         task_keys=_task_keys(point),
     )
@@ -221,7 +230,7 @@ def _quality(record: Record) -> dict[str, Any]:
         **figures,
         "scorers": scorers,
         "n_images": max(images, default=None),
-        "macs": outputs.get("subnet", {}).get("macs", {}).get("kept"),
+        "macs": outputs.get("macs", {}).get("kept"),
         "pruned_ratio": outputs.get("pruned_ratio"),
         "all_or_nothing_share": outputs.get("all_or_nothing_share"),
     }
@@ -292,11 +301,14 @@ def _with_gains(
             dense=None if dense is None else _evaluated(dense, records),
         )
 
-    baseline = best_baseline(point, peers)
+    gain: dict[str, Gain] = {}
+    for metric in QUALITIES:
+        baseline = best_baseline(point, peers, metric)
+        known = {} if baseline is None else over([baseline])
+        gain |= {metric: known[metric]} if metric in known else {}
     draws = [p for p in peers if p.method == "random" and p.target == point.target]
     drawn = [p for p in draws if p.is_evaluated] if point.is_searched else []
     pending = any(p.state == "pending" for p in draws)
-    gain = over([baseline]) if baseline is not None else {}
     verdicts = {metric: value.verdict for metric, value in gain.items()}
     return replace(
         point,
@@ -330,8 +342,17 @@ def _evaluated(point: ResolvedPoint, records: Records) -> Record:
     return records[point.evaluate_key]
 
 
-def _value(record: Record | None, metric: str) -> float | None:
+def _calibration(record: Record | None) -> dict[str, Any]:
+    """Return the figures choices are based on; a rival that is the dense run loses nothing."""
     if record is None:
-        return None
+        return {}
+    itself = {"psnr": MAX_PSNR, "ssim": 1.0} if "psnr" not in record.outputs["metrics"] else {}
+    return {
+        f"calibration_{name}": itself.get(name, _value(record, name))
+        for name in ("psnr", "ssim", "clip")
+    }
+
+
+def _value(record: Record, metric: str) -> float | None:
     value = record.outputs["metrics"].get(metric, {}).get("value")
     return None if value is None else float(value)

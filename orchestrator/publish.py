@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from orchestrator.driver import RunResult
+from orchestrator.export import export_subnet
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
 from orchestrator.plan import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
-from orchestrator.records import Record, Task
+from orchestrator.records import Record, Task, content_key
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
@@ -19,6 +20,7 @@ from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
 FIGURES = (
     *("fid", "kid", "clip", "psnr", "ssim", "latency_ms", "speedup"),
     *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "calibration_psnr"),
+    *("calibration_ssim", "calibration_clip"),
 )
 PARAMS = ("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device")
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
@@ -55,7 +57,14 @@ class Publisher:
         points = resolve_points(result.plan.points, records, self.store, quality=objective.quality)
         fronts = pareto_fronts(points, speed=SPEED_OF[objective.speed])
         self.points, self.fronts = points, fronts
-        self._write_report(result, points, fronts)
+        try:
+            self._write_report(result, points, fronts)
+        finally:
+            self._track(result, records)
+
+    def _track(self, result: RunResult, records: Mapping[str, Record]) -> None:
+        """Send what the tracker lacks and close its runs."""
+        points, fronts = self.points, self.fronts
         self.tracker.log(self._entries(result.plan, points, records))
         hours = task_hours(result.plan, points, records)
         series = {
@@ -71,17 +80,18 @@ class Publisher:
     def _write_report(
         self, result: RunResult, points: tuple[ResolvedPoint, ...], fronts: tuple[Front, ...]
     ) -> None:
-        """Write the report, unless an earlier run of the same sweep wrote it and nothing is new."""
+        """Write the report, unless the one that is there shows the same results."""
         folder = self.store.sweep_folder(self.sweep.name) / "report"
         stamp = folder.parent / "report.sha256"
+        cached = sorted(task.key for task in result.plan.tasks if task.state == "cached")
+        shown = content_key([self.sweep.digest, cached, dict(result.failed)])
         there = stamp.exists() and (folder / "report.html").exists()
-        same = there and stamp.read_text(encoding="utf-8") == self.sweep.digest
-        if same and not result.done and not result.failed:
+        if there and stamp.read_text(encoding="utf-8") == shown:
             return
         from orchestrator.report import write_report  # matplotlib takes a second to import
 
         write_report(self.sweep, points, fronts, self.store, folder)
-        stamp.write_text(self.sweep.digest, encoding="utf-8")
+        stamp.write_text(shown, encoding="utf-8")
 
     def _entries(
         self, plan: Plan, points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
@@ -91,7 +101,7 @@ class Publisher:
                 yield search_entry(records[planned.key], planned.label)
         for point in points:
             if point.state != "pending":
-                yield point_entry(point, records, self.store)
+                yield point_entry(point, records, self.store, self.sweep)
 
 
 def run_state(result: RunResult) -> RunState:
@@ -119,7 +129,9 @@ def search_entry(record: Record, label: str) -> Entry:
     )
 
 
-def point_entry(point: ResolvedPoint, records: Mapping[str, Record], store: Store) -> Entry:
+def point_entry(
+    point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
+) -> Entry:
     """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
     settings = {name: getattr(point, name) for name in PARAMS}
     figures = {
@@ -139,12 +151,12 @@ def point_entry(point: ResolvedPoint, records: Mapping[str, Record], store: Stor
         params=_flat({**settings, "loss": point.loss or {}, "sampler": point.sampler}),
         metrics=known,
         tags={name: value for name, value in tags.items() if value},
-        files=partial(point_files, point, records, store),
+        files=partial(point_files, point, records, store, sweep),
     )
 
 
 def point_files(
-    point: ResolvedPoint, records: Mapping[str, Record], store: Store
+    point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
 ) -> dict[str, bytes]:
     """Return the files of an evaluated point: the SubNet, its gate heatmap, its first images."""
     record = records.get(point.evaluate_key or "")
@@ -153,7 +165,7 @@ def point_files(
     from orchestrator.figures import gates_figure, image_grid, to_png
     from orchestrator.report.sections import samples
 
-    subnet = record.outputs["subnet"]
+    subnet = export_subnet(point, records, sweep).to_json()
     files = {
         "subnet.json": json.dumps(subnet, indent=1).encode(),
         "gates.png": to_png(gates_figure(subnet), dpi=100),

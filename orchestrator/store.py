@@ -165,10 +165,10 @@ class FolderStore:
         return _read_verified(path, digest, f"delete {path} and run the sweep again")
 
     def put_task(self, task: Task) -> None:
-        """Keep the specification, so that a worker needs only the key."""
-        path = self._path("tasks", task.key)
-        if not path.exists():
-            _replace(path, json.dumps(task.to_json(), sort_keys=True).encode())
+        """Keep the specification, so that a worker needs only the key; the latest options count."""
+        path, data = self._path("tasks", task.key), json.dumps(task.to_json(), sort_keys=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != data:
+            _replace(path, data.encode())
 
     def get_task(self, key: str) -> Task:
         path = self._path("tasks", key)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
-from dipgo_core.errors import TrackingError
+from dipgo_core.errors import DipgoError, TrackingError
 from orchestrator.records import content_key
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,15 @@ class NullTracker:
         self, state: RunState, *, folder: Path | None = None, series: Series = _NO_SERIES
     ) -> None:
         pass
+
+
+def _files_of(entry: Entry) -> Mapping[str, bytes]:
+    """Return an entry's files; where the store has lost one, the figures are shown without."""
+    try:
+        return entry.files()
+    except DipgoError as error:
+        logger.warning("tracking: %s is shown without files: %s", entry.name, error)
+        return {}
 
 
 def tracking_uri(uri: str | None) -> str:
@@ -226,7 +235,7 @@ class MlflowTracker:
     def _write(self, run: Any, entry: Entry) -> None:
         """Write files and curves first and the digest last, with the figures, in one batch."""
         run_id = run.info.run_id
-        _log_files(self._client, run_id, entry.files())
+        _log_files(self._client, run_id, _files_of(entry))
         self._log_series(run_id, entry.curves)
         params = {k: v for k, v in entry.params.items() if k not in run.data.params}
         tags = {**entry.tags, DIGEST_TAG: entry.digest}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -35,8 +36,10 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def gpu_name() -> str | None:
-    """Return the first GPU's name as its driver tells it, or None without a driver."""
+    """Return the first visible GPU's name as its driver tells it, or None without a driver."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    command += [f"--id={first}"] if first else []
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -114,7 +114,7 @@ def exit_code(result: RunResult) -> ExitCode:
     """Return what the contract says about how a run ended."""
     if result.interrupted:
         return ExitCode.INTERRUPTED
-    if result.failed:
+    if result.failed or any(point.error for point in result.plan.points):
         succeeded = result.done or result.cached
         return ExitCode.SOME_FAILED if succeeded else ExitCode.ALL_FAILED
     if result.budget_reached and result.skipped:

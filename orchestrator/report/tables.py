@@ -19,7 +19,8 @@ COLUMNS = (
     "n_images", "pruned_ratio", "macs", "macs_speedup",
     "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low", "speedup_high",
     *(f"{metric}{end}" for metric in QUALITIES for end in ("", "_low", "_high")),
-    "all_or_nothing_share", "calibration_psnr", "verdict", "device", "protocol", "subnet", "error",
+    "all_or_nothing_share", "calibration_psnr", "calibration_ssim",
+    "calibration_clip", "verdict", "device", "protocol", "subnet", "error",
 )  # fmt: skip
 
 

@@ -153,20 +153,23 @@ def _objective(node: Node, issues: Issues, models: Sequence[SweepModel]) -> Obje
 
 
 def _resources(node: Node, issues: Issues) -> Resources:
+    """Read `resources`; what makes images or times them takes what evaluations take."""
     with Fields(node, issues) as fields:
+        evaluate = _task_resources(fields.section("evaluate"), issues, TaskResources())
         return Resources(
-            reference=_task_resources(fields.section("reference"), issues),
-            search=_task_resources(fields.section("search"), issues),
-            evaluate=_task_resources(fields.section("evaluate"), issues),
-            latency=_task_resources(fields.section("latency"), issues),
+            reference=_task_resources(fields.section("reference"), issues, evaluate),
+            search=_task_resources(fields.section("search"), issues, TaskResources()),
+            evaluate=evaluate,
+            latency=_task_resources(fields.section("latency"), issues, evaluate),
             images_per_shard=fields.get("images_per_shard", whole(1), 500),
         )
 
 
-def _task_resources(node: Node, issues: Issues) -> TaskResources:
+def _task_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
     with Fields(node, issues) as fields:
         return TaskResources(
-            cpus=fields.get("cpus", number(above=0), 1.0), gpus=fields.get("gpus", number(0), 0.0)
+            cpus=fields.get("cpus", number(above=0), default.cpus),
+            gpus=fields.get("gpus", number(0), default.gpus),
         )
 
 
@@ -175,7 +178,7 @@ def _latency(node: Node, issues: Issues) -> LatencySettings:
         return LatencySettings(
             batch_size=fields.get("batch_size", whole(1, 4096), 1),
             warmup=fields.get("warmup", whole(0, 10_000), 2),
-            min_runs=fields.get("min_runs", whole(1, 100_000), 10),
+            min_runs=fields.get("min_runs", whole(2, 100_000), 10),
         )
 
 

@@ -177,7 +177,7 @@ def _check_revision(
         fields.issues.add(place.issue(f"only models on the hub have one, {identity.id} is local"))
     if identity.hub and not allow_unpinned and not _COMMIT.fullmatch(revision or ""):
         rule = f"must be a commit (40 hexadecimal digits), got {revision or 'none'}"
-        move = "`dipgo-sweep pin FILE` writes it, or set allow_unpinned: true"
+        move = "write the 40-digit commit of the model's page, or set allow_unpinned: true"
         fields.issues.add(place.issue(f"{rule}; {move}", path=f"{fields.node.path}.revision"))
 
 

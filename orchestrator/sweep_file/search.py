@@ -112,9 +112,10 @@ _LOSS_READERS: Final[Mapping[str, Reader[Any]]] = {
 def read_calibration(node: Node, issues: Issues, context: Context) -> Calibration:
     """Read `search.calibration`."""
     with Fields(node, issues) as section:
+        prompts = read_prompts(section, issues, context, "calibration")
         return Calibration(
-            prompts=read_prompts(section, issues, context, "calibration"),
-            images=section.get("images", whole(1, 1_000_000), 32),
+            prompts=prompts,
+            images=section.get("images", whole(1, 1_000_000), prompts.rows or 32),
             batch_size=section.get("batch_size", whole(1, 4096), 16),
             seed=section.get("seed", whole(0, MAX_SEED), 0),
         )

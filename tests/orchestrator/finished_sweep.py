@@ -153,7 +153,7 @@ def _evaluate(inputs: Mapping[str, Any]) -> Made:
     outputs = {
         "metrics": metrics,
         "subnet": _subnet(inputs, gates).to_json(),
-        "macs": GRAPH.macs(gates),
+        "macs": {"kept": GRAPH.macs(gates)},
         "pruned_ratio": GRAPH.pruned_ratio(gates),
         "all_or_nothing_share": gates.all_or_nothing_share,
     }

@@ -208,7 +208,7 @@ BROKEN = [
     ("budget: 5", "6:9: budget: must be a mapping (key: value), got 5"),
     ("objective: {speed: clip}", "6:20: objective.speed: must be one of latency, macs, got"),
     ("tracking: {url: x}", "6:12: tracking.url: unknown key", "Did you mean 'uri'?"),
-    ("latency: {min_runs: 0}", "6:21: latency.min_runs: must be a whole number, at least 1"),
+    ("latency: {min_runs: 0}", "6:21: latency.min_runs: must be a whole number, at least 2"),
     ("resources: {search: {gpu: 1}}", "6:22: resources.search.gpu: unknown key"),
     ("resources: {search: {gpus: -1}}", "6:28: resources.search.gpus: must be a number, at least"),
     ("search: {steps: '500'}", "6:17: search.steps: must be a whole number, at least 1, got the"),
