@@ -56,11 +56,6 @@ def budget_macs(graph: BlockGraph, target: float, num_calls: int, convention: Co
     return int(kept_share(target) * num_calls * graph.call_macs(convention))
 
 
-def ratio_gap(graph: BlockGraph, gates: GateTable, target: float, convention: Convention) -> float:
-    """Return pruned ratio reached minus target; never negative for method `budget`."""
-    return graph.pruned_ratio(gates, convention) - target
-
-
 def select(
     outcome: SearchOutcome,
     graph: BlockGraph,

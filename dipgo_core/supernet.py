@@ -195,7 +195,7 @@ class SuperNet:
         """Return the final latents, differentiable in `gates`.  # (B, C, h, w)
 
         gates: (T, N), every value 0 or 1 (``pruner.straight_through``), the first row 1. With
-        checkpointing over calls, memory for activations does not grow with T.
+        checkpointing over calls, what grows with T is the caches between calls, not activations.
         """
         keep = (gates.detach() >= 0.5).cpu().numpy()
         flat_cache: list[Any] = []

@@ -263,8 +263,8 @@ def _gpu_seconds(task: Task | None, record: Record) -> float:
     return record.timings.get("seconds", 0.0) * (task.gpus if task else 0.0)
 
 
-def _longest_first(planned: PlannedTask) -> tuple[int, float]:
-    """Order by kind, then by expected work."""
+def _longest_first(planned: PlannedTask) -> tuple[int, str, float]:
+    """Order by kind, by model (a worker keeps few pipelines loaded), then by expected work."""
     assert planned.task is not None
     inputs = planned.task.inputs
     kept = sum(row.count("1") for row in inputs.get("keep", ()))
@@ -274,4 +274,4 @@ def _longest_first(planned: PlannedTask) -> tuple[int, float]:
         "evaluate": lambda: kept * inputs["protocol"]["images"],
         "latency": lambda: kept,
     }
-    return _ORDER[planned.kind], -float(work[planned.kind]())
+    return _ORDER[planned.kind], planned.task.affinity, -float(work[planned.kind]())

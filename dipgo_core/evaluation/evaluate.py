@@ -90,7 +90,6 @@ def load_scorers(
     *,
     features: str | None,
     clip: str | None,
-    clip_revision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Scorers:
     """Load the scorers that the protocol's metrics need, by the names they were planned with.
@@ -103,7 +102,7 @@ def load_scorers(
     if {"fid", "kid"} & set(protocol.metrics) and features is not None:
         extractor = load_extractor(features, device=device)
     if "clip" in protocol.metrics and clip is not None:
-        scorer = load_clip(clip, revision=clip_revision, device=device)
+        scorer = load_clip(clip, device=device)
     scorers = Scorers(extractor, scorer)
     _check_scorers(protocol, scorers)
     return scorers

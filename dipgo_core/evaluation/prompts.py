@@ -102,24 +102,6 @@ def check_disjoint(calibration: Sequence[Item], test: Sequence[Item]) -> None:
             )
 
 
-def check_enough(items: Sequence[Item], images: int, *, repeat: bool) -> None:
-    """Check that there is an item for each image, or that items may be repeated.
-
-    A repeated item is shown with other noise: image i shows item i % len(items). Its images are
-    not independent, and the intervals resample them together.
-
-    Raises:
-        EvaluationError: no items, or fewer than images where repeating is not allowed.
-    """
-    if not items:
-        raise EvaluationError("the prompt set is empty")
-    if len(items) < images and not repeat:
-        raise EvaluationError(
-            f"{images} images need {images} prompts, got {len(items)}: lower evaluate.images, add "
-            "prompts, or allow prompts to repeat with other noise"
-        )
-
-
 def item_of_image(index: int, num_items: int) -> int:
     """Return which item image `index` shows; the images of one item are one bootstrap group."""
     return index % num_items

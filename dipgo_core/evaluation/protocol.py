@@ -97,15 +97,6 @@ class Protocol:
             if mine.get(name) != theirs.get(name)
         )
 
-    def check_same(self, other: Protocol) -> None:
-        """Raise EvaluationError unless figures of both protocols may be compared."""
-        differences = self.differences(other)
-        if differences:
-            raise EvaluationError(
-                "figures of two protocols cannot be compared; they differ in "
-                + "; ".join(differences)
-            )
-
 
 def image_seed(seed: int, split: str, index: int) -> int:
     """Return the noise seed of image `index`, in [0, 2**63).

@@ -127,16 +127,22 @@ def test_hooks_are_gone_after_the_block_and_after_an_error(setting):
 
 
 class FractionalGates:
-    """The oracle: g * current + (1 - g) * cached, written out; dead blocks of `keep` reuse."""
+    """The oracle: g * current + (1 - g) * cached, written out; dead blocks of `keep` reuse.
+
+    What a skipped call mixes with is the call as its own block gates have it, leaving no trace.
+    """
 
     def __init__(self, graph: BlockGraph, gates: Tensor, keep: np.ndarray) -> None:
         self.graph, self.gates, self.keep = graph, gates, keep
         self.cache: dict[int, Tensor] = {}
 
     def denoiser(self, sample: Tensor, compute) -> Tensors:
+        before = dict(self.cache)
         (current,) = compute()
         if 0 not in self.graph.searched:
             return (current,)
+        if not self.keep[self.call, 0]:
+            self.cache = before
         return (self._mixed(0, current),)
 
     def block(self, index: int, streams: Tensors, compute) -> Tensors:
@@ -151,7 +157,7 @@ class FractionalGates:
     def _mixed(self, key: int, current: Tensor, gate: int | None = None) -> Tensor:
         n = key if gate is None else gate
         g, kept = self.gates[self.call, n], self.keep[self.call].copy()
-        kept[n] = True
+        kept[[0, n]] = True
         if key in self.cache:
             g = g if self.graph.live(kept)[n] else g * 0
             current = g * current + (1 - g) * self.cache[key]

@@ -10,7 +10,6 @@ import pytest
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
-    check_enough,
     item_of_image,
     items_sha256,
     label_items,
@@ -138,11 +137,3 @@ def test_labels_are_found_by_text_and_missing_ones_named() -> None:
     assert with_labels([Item("cat"), Item("x", 9)], {"cat": 3}) == (Item("cat", 3), Item("x", 9))
     with pytest.raises(EvaluationError, match="'kat'. Did you mean 'cat'"):
         with_labels([Item("kat")], {"cat": 3})
-
-
-def test_too_few_prompts_are_refused_unless_they_may_repeat() -> None:
-    check_enough([Item("a")], 5, repeat=True)
-    with pytest.raises(EvaluationError, match="5 images need 5 prompts, got 1"):
-        check_enough([Item("a")], 5, repeat=False)
-    with pytest.raises(EvaluationError, match="empty"):
-        check_enough([], 5, repeat=True)
