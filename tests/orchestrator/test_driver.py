@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from dipgo_core.errors import StoreError
+from orchestrator import driver
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import Budget, Resources, TaskResources
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
+    Listener,
     logging_task,
     run,
     run_tiny_task,
@@ -173,3 +175,24 @@ def test_run_sweep_after_a_kill_computes_no_finished_task_again(
 def test_importing_driver_imports_no_torch() -> None:
     code = "import sys, orchestrator.driver; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_plan_sweep_finds_latencies_of_another_machine(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tiny_sweep(baselines=ALL_BASELINES)
+    run(sweep, store)
+    monkeypatch.setattr(driver, "gather_facts", lambda *args, **known: tiny_facts(sweep))
+    monkeypatch.setattr(driver, "latency_device", lambda sweep: "a laptop")
+    assert driver.plan_sweep(sweep, store).complete  # with the device of the run
+
+
+def test_run_sweep_shows_what_is_done_when_the_executor_breaks(store: FolderStore) -> None:
+    class Broken:
+        def run(self, source: Any, run_task: Any, store: Any) -> None:
+            raise StoreError("disk full")
+
+    listener = Listener()
+    with pytest.raises(StoreError, match="disk full"):
+        driver.run_sweep(tiny_sweep(), store, Broken(), listener, facts=tiny_facts(tiny_sweep()))
+    assert [result.interrupted for result in listener.results] == [True]

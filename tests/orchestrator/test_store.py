@@ -223,3 +223,11 @@ def test_task_lock_keeps_others_out_until_released(store: FolderStore, repositor
         began = time.monotonic()
         with store.task_lock(TASK.key):
             assert time.monotonic() - began > 0.5
+
+
+def test_put_task_keeps_the_latest_options(store: FolderStore) -> None:
+    store.put_task(TASK)
+    smaller = Task(kind="search", inputs={"seed": 1}, options={"batch_size": 2}, gpus=1.0)
+    store.put_task(smaller)
+    assert smaller.key == TASK.key
+    assert store.get_task(TASK.key) == smaller
