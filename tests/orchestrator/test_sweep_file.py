@@ -408,7 +408,8 @@ def test_mutated_sweep_loads_or_lists_its_errors(tmp_path: Path, data: st.DataOb
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(places(document)))
         how = data.draw(st.sampled_from(["replace", "rename", "delete"]))
-        mutate(document, path, data.draw(VALUES), how)
+        new = copy.deepcopy(data.draw(VALUES))  # a later mutation may change it
+        mutate(document, path, new, how)
     target = tmp_path / "mutated.yaml"
     target.write_text(yaml.safe_dump(document), encoding="utf-8")
     try:
