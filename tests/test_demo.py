@@ -145,7 +145,8 @@ def test_ray_gives_the_points_of_the_in_process_run(
 ) -> None:
     """Images come from seeds, so where a task ran must not matter."""
     one_model = (
-        "models=[{id: tiny-dit, sampler: {scheduler: ddim, steps: 10, guidance_scale: 3.0}, "
+        "models=[{name: tiny-dit, id: tiny-dit, "
+        "sampler: {scheduler: ddim, steps: 10, guidance_scale: 3.0}, "
         "overrides: {search: {learning_rate: 1.5, steps: 2}}}]"
     )
     place = Workplace(tmp_path, (*SMALL, one_model))
