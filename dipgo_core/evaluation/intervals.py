@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,15 @@ Groups = npt.NDArray[np.int64]
 RESAMPLES = 1000
 FID_BLOCKS = 32
 #: More prompts than this are resampled in random bunches, which keeps KID's matrix small.
-MAX_KID_GROUPS = 2000
+MAX_GROUPS = 2000
 
 
 @dataclass(frozen=True)
 class Figure:
     """One measured figure; `low` and `high` bound it with 95 % confidence, None = no interval.
 
-    scorer: id of the network behind it, None where there is none.
+    scorer: id of the network behind it, None where there is none. protocol: hash of the protocol it
+    was measured under.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Figure:
     high: float | None
     n: int
     scorer: str | None = None
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -64,11 +66,76 @@ class Interval:
 class Replicates:
     """A figure of all images (values[0]) and of each resample, or without each block in turn.
 
-    Two sides with the same prompts, seed and number of groups may be subtracted value by value.
+    Every figure of the same prompts, seed and number of resamples was resampled with the same
+    draws, whatever the metric: such replicates may be subtracted (`difference_of`), averaged, or
+    looked at jointly, row by row.
+
+    values: (1 + R,), in the figure's own unit, up to a constant that differences lose.
+    groups: how many prompts (or bunches of them) were drawn from. n: images.
+    method: "bootstrap" of prompts, or "jackknife": one block of prompts left out at a time.
     """
 
-    values: Floats  # (1 + R,)
+    values: Floats
     groups: int
+    n: int
+    method: Literal["bootstrap", "jackknife"] = "bootstrap"
+
+
+def mean_replicates_of(
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Replicates | None:
+    """Return the mean of `values`, of all images and of each resample; None for one prompt only.
+
+    values, groups: (n,), score and prompt of each image.
+    """
+    scores = np.asarray(values, dtype=np.float64)
+    drawn = _draw(groups, len(scores), resamples, seed)
+    if drawn is None:
+        return None
+    whole = scores.mean()
+    sums = np.bincount(drawn.codes, weights=scores - whole, minlength=drawn.count)
+    deviations = (drawn.weights @ sums) / (drawn.weights @ drawn.sizes)
+    return Replicates(np.append(whole, whole + deviations), drawn.count, len(scores))
+
+
+def difference_of(a: Replicates, b: Replicates) -> Replicates:
+    """Return the replicates of a - b.
+
+    Raises:
+        EvaluationError: the two sides were not resampled alike: other numbers of images, prompts
+            or resamples. (That the prompts and seeds are the same, the caller knows.)
+    """
+    mine, theirs = _how(a), _how(b)
+    if mine != theirs:
+        raise EvaluationError(
+            f"only figures of the same images can be subtracted, got {mine} and {theirs}: compare "
+            "at equal n and equal seeds"
+        )
+    return Replicates(a.values - b.values, a.groups, a.n, a.method)
+
+
+def average_of(several: Sequence[Replicates]) -> Replicates:
+    """Return the replicates of the mean figure, such as that of several random draws."""
+    first = several[0]
+    values = np.mean([one.values for one in several], axis=0)
+    return Replicates(values, first.groups, first.n, first.method)
+
+
+def interval_of(replicates: Replicates) -> Interval:
+    """Return the estimate with its 95 % interval.
+
+    Bootstrap: percentiles of the deviations from their mean, moved outwards by what a t quantile of
+    as many groups would ask (Hesterberg 2015, section 4.3). Jackknife: the bias-corrected estimate
+    B f - (B - 1) mean(f without block k), with the t quantile of B - 1 degrees of freedom.
+    """
+    whole, drawn = float(replicates.values[0]), replicates.values[1:]
+    if replicates.method == "bootstrap":
+        return _around(whole, drawn - drawn.mean(), replicates.groups)
+    blocks = replicates.groups
+    corrected = blocks * whole - (blocks - 1) * float(drawn.mean())
+    spread = math.sqrt((blocks - 1) / blocks * float(((drawn - drawn.mean()) ** 2).sum()))
+    reach = float(stdtrit(blocks - 1, 0.975)) * spread
+    return Interval(corrected, corrected - reach, corrected + reach)
 
 
 def bootstrap_mean(
@@ -76,18 +143,10 @@ def bootstrap_mean(
 ) -> Interval | None:
     """Return the mean of `values` with its interval, or None for the bounds of fewer than 2 groups.
 
-    values, groups: (n,). Expanded percentile bootstrap: the percentiles are moved outwards by
-    what a t quantile of as many groups would ask (Hesterberg 2015, section 4.3).
+    values, groups: (n,).
     """
-    values = np.asarray(values, dtype=np.float64)
-    codes, count = _codes(groups, len(values))
-    if count < 2:
-        return None
-    sums = np.bincount(codes, weights=values - values.mean(), minlength=count)
-    sizes = np.bincount(codes, minlength=count)
-    weights = _weights(count, resamples, seed)  # (R, G)
-    deviations = (weights @ sums) / (weights @ sizes)
-    return _around(float(values.mean()), deviations, count)
+    known = mean_replicates_of(values, groups, resamples=resamples, seed=seed)
+    return None if known is None else interval_of(known)
 
 
 def bootstrap_difference(
@@ -162,21 +221,17 @@ def kid_replicates(
     """
     x = np.asarray(features, dtype=np.float64)
     y = np.asarray(reference, dtype=np.float64)
-    codes, count = _codes(groups, len(x))
-    if count < 2:
+    drawn = _draw(groups, len(x), resamples, seed)
+    if drawn is None:
         return None
-    if count > MAX_KID_GROUPS:
-        codes, count = _bunches(codes, count, MAX_KID_GROUPS, seed)
-    weights = np.concatenate([np.ones((1, count)), _weights(count, resamples, seed)])
-    return Replicates(_kid_resamples(x, y, codes, count, paired, weights), count)
+    weights = np.concatenate([np.ones((1, drawn.count)), drawn.weights])
+    values = _kid_resamples(x, y, drawn.codes, drawn.count, paired, weights)
+    return Replicates(values, drawn.count, len(x))
 
 
 def kid_difference(a: Replicates, b: Replicates) -> Interval:
     """Return KID(a) - KID(b) with its interval; both sides drew the same prompts."""
-    difference = a.values - b.values
-    return _around(
-        float(difference[0]), difference[1:] - difference[1:].mean(), min(a.groups, b.groups)
-    )
+    return interval_of(difference_of(a, b))
 
 
 def frechet_distance(
@@ -210,8 +265,8 @@ def fid_jackknife(
     left_out = fid_replicates(features, reference, groups, paired=paired, blocks=blocks, seed=seed)
     if left_out is None:
         return None
-    corrected, reach = _jackknife(left_out)
-    return Interval(corrected, max(0.0, corrected - reach), corrected + reach)
+    found = interval_of(left_out)
+    return Interval(found.value, max(0.0, found.low), found.high)
 
 
 def fid_replicates(
@@ -232,27 +287,46 @@ def fid_replicates(
     if len(x) < 4 * x.shape[1] or count < blocks:
         return None
     codes, _ = _bunches(codes, count, blocks, seed)
-    return Replicates(_leave_one_out(x, reference, codes, blocks, paired), blocks)
+    values = _leave_one_out(x, reference, codes, blocks, paired)
+    return Replicates(values, blocks, len(x), "jackknife")
 
 
 def fid_difference(a: Replicates, b: Replicates) -> Interval:
     """Return the bias-corrected FID(a) - FID(b); both sides lost the same blocks of prompts."""
-    corrected, reach = _jackknife(Replicates(a.values - b.values, min(a.groups, b.groups)))
-    return Interval(corrected, corrected - reach, corrected + reach)
+    return interval_of(difference_of(a, b))
 
 
 def mean_replicates(several: Sequence[Replicates]) -> Replicates:
     """Return the replicates of the mean figure, such as that of several random draws."""
-    values = np.mean([one.values for one in several], axis=0)
-    return Replicates(values, min(one.groups for one in several))
+    return average_of(several)
 
 
-def _jackknife(left_out: Replicates) -> tuple[float, float]:
-    """Return the bias-corrected estimate and the reach of its 95 % interval."""
-    blocks, whole, without = left_out.groups, left_out.values[0], left_out.values[1:]
-    corrected = blocks * whole - (blocks - 1) * float(without.mean())
-    spread = math.sqrt((blocks - 1) / blocks * float(((without - without.mean()) ** 2).sum()))
-    return float(corrected), float(stdtrit(blocks - 1, 0.975)) * spread
+@dataclass(frozen=True, eq=False)
+class _Draws:
+    """Which prompts each resample holds: codes (n,), sizes (G,), weights (R, G) = times drawn."""
+
+    codes: Groups
+    count: int
+    sizes: Floats
+    weights: Floats
+
+
+def _draw(groups: npt.ArrayLike, n: int, resamples: int, seed: int) -> _Draws | None:
+    """Draw prompts, in bunches where there are very many; None for fewer than 2 prompts."""
+    codes, count = _codes(groups, n)
+    if count < 2:
+        return None
+    if count > MAX_GROUPS:
+        codes, count = _bunches(codes, count, MAX_GROUPS, seed)
+    sizes = np.bincount(codes, minlength=count).astype(np.float64)
+    return _Draws(codes, count, sizes, _weights(count, resamples, seed))
+
+
+def _how(replicates: Replicates) -> str:
+    return (
+        f"{replicates.method} of {replicates.n} images in {replicates.groups} groups, "
+        f"{len(replicates.values) - 1} times"
+    )
 
 
 def _codes(groups: npt.ArrayLike, length: int) -> tuple[Groups, int]:

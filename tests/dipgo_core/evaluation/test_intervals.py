@@ -114,7 +114,7 @@ def test_many_prompts_are_bunched_and_give_the_same_width(monkeypatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(600, 4)) + 0.3, rng.normal(size=(500, 4))
     whole = kid_interval(0.0, x, y, np.arange(600))
-    monkeypatch.setattr("dipgo_core.evaluation.intervals.MAX_KID_GROUPS", 200)
+    monkeypatch.setattr("dipgo_core.evaluation.intervals.MAX_GROUPS", 200)
 
     bunched = kid_interval(0.0, x, y, np.arange(600))
 
