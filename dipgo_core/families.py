@@ -17,11 +17,16 @@ Conditioning = Literal["prompt", "label"]
 class Scorers:
     """Networks that judge the images: hub ids, local folders, or bundled names.
 
-    features: torch-fidelity extractor of FID and KID; clip: None where prompts mean nothing.
+    features: torch-fidelity extractor of FID and KID. clip, image_reward: None where prompts mean
+    nothing. cmmd: CLIP whose image features CMMD compares; lpips, dino: of the paired distances.
     """
 
     features: str
     clip: str | None
+    cmmd: str = "openai/clip-vit-large-patch14-336"
+    lpips: str = "lpips-alex"
+    dino: str = "facebook/dinov2-base"
+    image_reward: str | None = "THUDM/ImageReward"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ _UNET_BLOCKS: Final = ("down_blocks.*", "mid_block", "up_blocks.*")
 _INCEPTION: Final = "inception-v3-compat"
 _CLIP_G: Final = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # the paper's scorer (section 5)
 _TEXT_TO_IMAGE: Final = Scorers(features=_INCEPTION, clip=_CLIP_G)
-_BY_CLASS: Final = Scorers(features=_INCEPTION, clip=None)
+_BY_CLASS: Final = Scorers(features=_INCEPTION, clip=None, image_reward=None)
 _TINY: Final = Scorers(features="tiny-features", clip="tiny-clip")
 
 _SD_SAMPLER: Final = SamplerSettings(scheduler="ddim", steps=50, guidance_scale=7.5)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dipgo_core.errors import ModelFilesError
+from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.evaluation.metrics import DISTRIBUTION, Role, roles_of
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
+    in_order,
     items_sha256,
     label_items,
     read_items,
     with_labels,
 )
 from dipgo_core.evaluation.reference import folder_id, statistics_id
-from dipgo_core.evaluation.scorers import Scorer, clip_scorer, features_scorer
+from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
 from dipgo_core.items import Item
 from dipgo_core.model_files import model_folder, model_index, weights_digest
@@ -65,8 +67,7 @@ class ModelFacts:
     width: int
     test: ItemSet
     calibration: ItemSet
-    features: Scorer | None = None
-    clip: Scorer | None = None
+    scorers: Mapping[Role, Scorer] = field(default_factory=dict)
     reference: str = "dense"
     reference_value: str = ""
 
@@ -103,26 +104,36 @@ def source_key(source: PromptSource) -> str:
 
 
 def _facts(model: SweepModel, unread: KnownItems | None) -> ModelFacts:
-    metrics = set(model.evaluate.metrics)
     test = _item_set(model, model.evaluate, unread)
     calibration = _item_set(model, model.calibration, unread)
     if find_family(model.family).conditioning == "prompt":
         check_disjoint(calibration.items or (), test.items or ())
     size = image_size(model)
-    scorers = model.evaluate.scorers
-    wants_features = bool({"fid", "kid"} & metrics)
-    reference, value = _reference(model.evaluate.reference) if wants_features else ("dense", "")
+    metrics = model.evaluate.metrics
+    compares = bool(set(DISTRIBUTION) & set(metrics))
+    reference, value = _reference(model.evaluate.reference) if compares else ("dense", "")
     return ModelFacts(
         weights_sha256=weights_digest(model.settings),
         height=size,
         width=size,
         test=test,
         calibration=calibration,
-        features=features_scorer(scorers.features) if wants_features else None,
-        clip=clip_scorer(scorers.clip) if "clip" in metrics and scorers.clip else None,
+        scorers={role: scorer_of(role, name) for role, name in scorer_names(model).items()},
         reference=reference,
         reference_value=value,
     )
+
+
+def scorer_names(model: SweepModel) -> dict[Role, str]:
+    """Return the network of each role that the model's metrics need."""
+    named = {
+        role: getattr(model.evaluate.scorers, role) for role in roles_of(_image_metrics(model))
+    }
+    return {role: name for role, name in named.items() if name is not None}
+
+
+def _image_metrics(model: SweepModel) -> tuple[str, ...]:
+    return tuple(metric for metric in model.evaluate.metrics if metric != "latency")
 
 
 def image_size(model: SweepModel) -> int:
@@ -168,19 +179,33 @@ def _item_set(
         key = source_key(source)
         sha256, count = unread.get(key, (key, source.rows or 1))
         return ItemSet(sha256=sha256, count=count)
-    items = _read(model, source, split.images)
+    items = in_order(_read(model, source))
+    check_enough(items, split, model.name)
     return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
 
 
-def _read(model: SweepModel, source: PromptSource, images: int) -> tuple[Item, ...]:
-    """Read prompts; where bundled ones or classes outnumber the images, spread over all of them."""
+def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
     labelled = find_family(model.family).conditioning == "label"
     if source.kind == "labels":
-        return label_items(class_labels(model), source.rows or images)
+        return label_items(class_labels(model), source.rows)
     items = read_items(source.source)[: source.rows]
-    if source.kind == "bundled" and images < len(items):
-        items = tuple(items[i * len(items) // images] for i in range(images))
     return with_labels(items, class_labels(model)) if labelled else items
+
+
+def check_enough(items: Sequence[Item], split: EvaluateSettings | Calibration, model: str) -> None:
+    """Check that no prompt has to be shown more often than the sweep file allows.
+
+    Raises:
+        EvaluationError: the prompt set is shorter than the number of images.
+    """
+    each = split.images_per_prompt if isinstance(split, EvaluateSettings) else None
+    if each is not None and split.images > each * len(items):
+        wanted = -(-split.images // len(items))
+        raise EvaluationError(
+            f"{model}: evaluate.images is {split.images}, but the prompt set has {len(items)} "
+            f"prompts for {each} image{'s' if each > 1 else ''} each: lower images, give more "
+            f"prompts, or set evaluate.images_per_prompt: {wanted}"
+        )
 
 
 def reference_path(value: str) -> Path:

@@ -158,11 +158,12 @@ class Comparisons:
 
     def _reference(self, record: Record, dense: Record | None) -> Reference | None:
         protocol = Protocol.from_json(record.inputs["protocol"])
-        if protocol.features is None:
+        scorer = protocol.scorers.get("features")
+        if scorer is None:
             return None
         if protocol.reference == "dense":
             rows = None if dense is None else self._read(dense, FEATURES_FILE).get("features")
-            return None if rows is None else reference_of(rows, protocol.features)
+            return None if rows is None else reference_of(rows, scorer)
         if protocol.reference not in self._references:
             self._references[protocol.reference] = _statistics(record, protocol, self._store)
         return self._references[protocol.reference]
@@ -185,10 +186,9 @@ def prompt_of_image(record: Record) -> npt.NDArray[np.int64]:
 
 def _statistics(record: Record, protocol: Protocol, store: Store) -> Reference | None:
     """Read the statistics the evaluation was compared with; None where they are not at hand."""
-    assert protocol.features is not None
     try:
         path = reference_path(store.get_task(record.key).options["reference"])
-        found = load_statistics(path, protocol.features)
+        found = load_statistics(path, protocol.scorers["features"])
     except (DipgoError, OSError, KeyError) as error:
         logger.debug("gains in FID and KID get no interval: %s", error)
         return None

@@ -10,18 +10,23 @@ from typing import Any
 
 from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
+from dipgo_core.evaluation.metrics import roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
-from orchestrator.facts import ModelFacts
+from orchestrator.facts import ModelFacts, scorer_names
 from orchestrator.methods import PointSpec, point_specs, search_label
-from orchestrator.records import Task
+from orchestrator.records import Task, TaskKind
 from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
+
+#: Libraries that decide images, and those that only decide what images are found to be worth.
+_GENERATING = ("torch", "diffusers", "transformers")
+_SCORING = ("torchmetrics", "torch-fidelity")
 
 
 @cache
-def numerics_versions() -> dict[str, str]:
-    """Return the versions that decide figures: ours, and the minor ones of the libraries."""
-    libraries = {name: _minor(version(name)) for name in ("torch", "diffusers")}
-    return {"dipgo": str(NUMERICS_VERSION), **libraries}
+def numerics_versions(kind: TaskKind) -> dict[str, str]:
+    """Return the versions that decide a result: ours, and the minor ones of the libraries."""
+    names = (*_GENERATING, *_SCORING) if kind == "evaluate" else _GENERATING
+    return {"dipgo": str(NUMERICS_VERSION), **{name: _minor(version(name)) for name in names}}
 
 
 def _minor(text: str) -> str:
@@ -45,13 +50,11 @@ class ModelTasks:
         """How points are measured on the test set."""
         evaluate = self.model.evaluate
         metrics = tuple(name for name in evaluate.metrics if name != "latency")
-        wants_features = bool({"fid", "kid"} & set(metrics))
         return replace(
             self._images_protocol("test"),
             metrics=metrics,
-            features=self.facts.features if wants_features else None,
-            clip=self.facts.clip if "clip" in metrics else None,
-            reference=self.facts.reference if wants_features else "dense",
+            scorers={role: self.facts.scorers[role] for role in roles_of(metrics)},
+            reference=self.facts.reference,
             kid_subset_size=largest_kid_subset(evaluate.images) if "kid" in metrics else 0,
         )
 
@@ -59,10 +62,11 @@ class ModelTasks:
     def calibration_protocol(self) -> Protocol:
         """How points are measured on calibration prompts, where every choice is made."""
         wanted = self.protocol.metrics
+        metrics = ("psnr", *(metric for metric in ("ssim", "clip") if metric in wanted))
         return replace(
             self._images_protocol("calibration"),
-            metrics=("psnr", *(metric for metric in ("ssim", "clip") if metric in wanted)),
-            clip=self.protocol.clip,
+            metrics=metrics,
+            scorers={role: self.protocol.scorers[role] for role in roles_of(metrics)},
         )
 
     @cached_property
@@ -155,7 +159,6 @@ class ModelTasks:
         """Images and figures of one gate table; the same table is never evaluated twice."""
         test = split == "test"
         protocol = self.protocol_json if test else self.calibration_protocol_json
-        scorers = self.model.evaluate.scorers
         return self._task(
             "evaluate",
             sampler,
@@ -168,8 +171,7 @@ class ModelTasks:
             needs=(self.reference(split).key,),
             options={
                 **self._batch(split),
-                "features": scorers.features,
-                "clip": scorers.clip,
+                "scorers": scorer_names(self.model),
                 "reference": self.facts.reference_value,
             },
             label=label if test else f"{label}, calibration",
@@ -208,7 +210,7 @@ class ModelTasks:
 
     def _task(
         self,
-        kind: Any,
+        kind: TaskKind,
         sampler: SamplerSettings,
         inputs: Mapping[str, Any],
         *,
@@ -223,7 +225,7 @@ class ModelTasks:
             inputs={
                 "model": model,
                 "sampler": sampler.to_json(),
-                "versions": numerics_versions(),
+                "versions": numerics_versions(kind),
                 **inputs,
             },
             needs=needs,

@@ -24,7 +24,9 @@ from orchestrator.records import canonical, content_key
 
 SCHEMA_VERSION = 1
 
-Metric = Literal["fid", "kid", "clip", "psnr", "ssim", "latency"]
+Metric = Literal[
+    "fid", "kid", "cmmd", "clip", "image_reward", "psnr", "ssim", "lpips", "dino", "latency"
+]
 PromptKind = Literal["bundled", "file", "hub", "labels"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
@@ -88,6 +90,7 @@ class EvaluateSettings:
     metrics: tuple[Metric, ...] = ("fid", "kid", "clip", "psnr", "ssim", "latency")
     seed: int = 0
     batch_size: int = 16
+    images_per_prompt: int | None = None  # None: as often as needed
 
 
 @dataclass(frozen=True, kw_only=True)

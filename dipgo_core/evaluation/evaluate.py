@@ -7,8 +7,9 @@ stored shards give the same figures on any machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+from typing import Protocol as Interface
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
-from dipgo_core.evaluation.clip_score import ClipScorer, clip_scores, load_clip
-from dipgo_core.evaluation.fid import FeatureExtractor, fid_figure, kid_figure, load_extractor
+from dipgo_core.evaluation.clip_score import clip_scores, load_clip
+from dipgo_core.evaluation.fid import fid_figure, kid_figure, load_extractor
 from dipgo_core.evaluation.generate import generate
 from dipgo_core.evaluation.intervals import Figure, bootstrap_mean
+from dipgo_core.evaluation.metrics import METRICS, PAIRED, PER_IMAGE, Role, roles_of
 from dipgo_core.evaluation.paired import psnr, ssim
 from dipgo_core.evaluation.prompts import item_of_image, items_sha256
 from dipgo_core.evaluation.protocol import Protocol, image_seed
 from dipgo_core.evaluation.reference import Reference
+from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
@@ -35,30 +38,58 @@ Array = npt.NDArray[Any]
 DenseImages = Callable[[int, int], Tensor]
 
 NUM_SAMPLES = 8
-PER_IMAGE = ("clip", "psnr", "ssim")
+
+
+class LoadedScorer(Interface):
+    """A network in memory, and what it is."""
+
+    @property
+    def scorer(self) -> Scorer: ...
+
+
+#: The loaded networks that a protocol asks for, by role.
+Scorers = Mapping[Role, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Scorers:
-    """The loaded networks that a protocol asks for; None where it asks for none."""
+class Batch:
+    """Images to be scored. images: uint8 (n, 3, H, W); dense: those of the same noise, if known."""
 
-    features: FeatureExtractor | None
-    clip: ClipScorer | None
+    images: Tensor
+    prompts: Sequence[str]
+    dense: Tensor | None
+
+
+#: How the network of a role is loaded, by name and device.
+LOADERS: Final[Mapping[Role, Callable[..., LoadedScorer]]] = {
+    "features": load_extractor,
+    "clip": load_clip,
+}
+
+#: Scores of each image, by metric; the loaded network is None where the metric needs none.
+SCORES: Final[Mapping[str, Callable[[Batch, Any], Array]]] = {
+    "clip": lambda batch, clip: clip_scores(clip, batch.images, batch.prompts),
+    "psnr": lambda batch, _: psnr(batch.images, _dense_of(batch)),
+    "ssim": lambda batch, _: ssim(batch.images, _dense_of(batch)),
+}
+
+#: Roles whose network turns images into features that are compared as a set.
+FEATURE_ROLES: Final[tuple[Role, ...]] = ("features", "cmmd")
 
 
 @dataclass(frozen=True, eq=False)
 class ShardResult:
     """What images [start, stop) came to.
 
-    scores: clip, psnr, ssim, those that the protocol measures, each (n,) float64.
-    features: (n, d) float32, (n, 0) where none are measured. samples: those of `sample_indices`
+    scores: of the per-image metrics that the protocol measures, each (n,) float64.
+    features: by role, each (n, d) float32. samples: those of `sample_indices`
     that fall into this shard, uint8 (k, 3, H, W). forwards: denoiser forwards spent.
     """
 
     start: int
     stop: int
     scores: Mapping[str, Array]
-    features: Array
+    features: Mapping[str, Array]
     samples: Array
     forwards: int
     images: Array | None = field(default=None, repr=False)
@@ -66,8 +97,8 @@ class ShardResult:
     def to_tensors(self) -> dict[str, Array]:
         """Return the shard as named arrays, ready for safetensors; images are left out."""
         facts = np.array([self.start, self.stop, self.forwards], dtype=np.int64)
-        named = {"facts": facts, "features": self.features, "samples": self.samples}
-        return {**named, **self.scores}
+        features = {f"features.{role}": rows for role, rows in self.features.items()}
+        return {"facts": facts, "samples": self.samples, **features, **self.scores}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Array]) -> ShardResult:
@@ -79,7 +110,12 @@ class ShardResult:
         try:
             start, stop, forwards = (int(value) for value in tensors["facts"])
             scores = {name: tensors[name] for name in PER_IMAGE if name in tensors}
-            features, samples = tensors["features"], tensors["samples"]
+            features = {
+                name.removeprefix("features."): rows
+                for name, rows in tensors.items()
+                if name.startswith("features.")
+            }
+            samples = tensors["samples"]
         except (KeyError, ValueError) as error:
             raise EvaluationError(f"not a shard of an evaluation: {error!r}") from error
         return cls(start, stop, scores, features, samples, forwards)
@@ -87,23 +123,20 @@ class ShardResult:
 
 def load_scorers(
     protocol: Protocol,
+    names: Mapping[Role, str],
     *,
-    features: str | None,
-    clip: str | None,
     device: str | torch.device = "cpu",
 ) -> Scorers:
     """Load the scorers that the protocol's metrics need, by the names they were planned with.
+
+    names: role -> bundled name, hub id or path.
 
     Raises:
         ModelFilesError: weights that are missing or broken.
         EvaluationError: a scorer is not the one in the protocol.
     """
-    extractor = scorer = None
-    if {"fid", "kid"} & set(protocol.metrics) and features is not None:
-        extractor = load_extractor(features, device=device)
-    if "clip" in protocol.metrics and clip is not None:
-        scorer = load_clip(clip, device=device)
-    scorers = Scorers(extractor, scorer)
+    needed = roles_of(protocol.metrics)
+    scorers = {role: LOADERS[role](names[role], device=device) for role in needed if role in names}
     _check_scorers(protocol, scorers)
     return scorers
 
@@ -153,9 +186,8 @@ def evaluate_shards(
 
 
 def sample_indices(images: int) -> tuple[int, ...]:
-    """Return which images are kept to be looked at: a few, spread evenly over the prompts."""
-    count = min(NUM_SAMPLES, images)
-    return tuple(i * images // count for i in range(count))
+    """Return which images are kept to be looked at: the first few, whatever their number."""
+    return tuple(range(min(NUM_SAMPLES, images)))
 
 
 def score_images(
@@ -170,19 +202,17 @@ def score_images(
     keep_images: bool = False,
 ) -> ShardResult:
     """Return the scores of the images of one shard, whoever generated them.  # (n, 3, H, W)"""
-    scores: dict[str, Array] = {}
-    if "clip" in protocol.metrics and scorers.clip is not None:
-        prompts = [items[item_of_image(i, len(items))].prompt for i in shard]
-        scores["clip"] = clip_scores(scorers.clip, images, prompts)
-    if dense is not None and {"psnr", "ssim"} & set(protocol.metrics):
+    wanted = [name for name in protocol.metrics if name in PER_IMAGE]
+    wanted = [name for name in wanted if dense is not None or name not in PAIRED]
+    target = None
+    if dense is not None and set(wanted) & set(PAIRED):
         target = dense(shard.start, shard.stop).to(images.device)
-        paired = {"psnr": psnr, "ssim": ssim}
-        scores |= {
-            name: paired[name](images, target) for name in paired if name in protocol.metrics
-        }
-    features = np.zeros((len(images), 0), dtype=np.float32)
-    if scorers.features is not None:
-        features = scorers.features(images)
+    prompts = [items[item_of_image(i, len(items))].prompt for i in shard]
+    batch = Batch(images, prompts, target)
+    scores = {name: SCORES[name](batch, _network(scorers, name)) for name in wanted}
+    features: dict[str, Array] = {
+        role: scorers[role](images) for role in FEATURE_ROLES if role in scorers
+    }
     pixels = images.cpu().numpy()
     samples = pixels[[i - shard.start for i in sample_indices(protocol.images) if i in shard]]
     kept = pixels if keep_images else None
@@ -206,21 +236,23 @@ def merge_shards(shards: Sequence[ShardResult], protocol: Protocol) -> ShardResu
         expected = shard.stop
     if expected != protocol.images:
         raise EvaluationError(f"{expected} images are there, the protocol has {protocol.images}")
-    names = ordered[0].scores.keys()
+    names, roles = ordered[0].scores.keys(), ordered[0].features.keys()
     return ShardResult(
         start=0,
         stop=expected,
         scores={name: np.concatenate([s.scores[name] for s in ordered]) for name in names},
-        features=np.concatenate([s.features for s in ordered]),
+        features={role: np.concatenate([s.features[role] for s in ordered]) for role in roles},
         samples=np.concatenate([s.samples for s in ordered]),
         forwards=sum(s.forwards for s in ordered),
     )
 
 
 def summarise(
-    shards: Sequence[ShardResult], protocol: Protocol, reference: Reference | None
+    shards: Sequence[ShardResult], protocol: Protocol, references: Mapping[str, Reference]
 ) -> dict[str, Figure]:
     """Return each metric's figure, in the protocol's order; pure.
+
+    references: by role, what features are compared with.
 
     Metrics that were not measured (psnr and ssim of the dense model itself) are left out.
 
@@ -231,17 +263,23 @@ def summarise(
     groups = groups_of(protocol)
     figures: dict[str, Figure] = {}
     for metric in protocol.metrics:
+        role = METRICS[metric].role
         if metric in whole.scores:
-            scorer = protocol.clip.id if metric == "clip" and protocol.clip else None
+            scorer = protocol.scorers[role].id if role else None
             figures[metric] = mean_figure(whole.scores[metric], groups, scorer)
-        elif metric in ("fid", "kid"):
-            known = _checked_reference(protocol, reference)
-            figures[metric] = (
-                fid_figure(whole.features, known, groups)
-                if metric == "fid"
-                else kid_figure(whole.features, known, groups, subset_size=protocol.kid_subset_size)
-            )
-    return figures
+        elif role in FEATURE_ROLES:
+            reference = _checked_reference(protocol, role, references)
+            rows = whole.features[role]
+            figures[metric] = _distribution_figure(metric, rows, reference, groups, protocol)
+    return {name: replace(figure, protocol=protocol.hash) for name, figure in figures.items()}
+
+
+def _distribution_figure(
+    metric: str, rows: Array, reference: Reference, groups: Array, protocol: Protocol
+) -> Figure:
+    if metric == "fid":
+        return fid_figure(rows, reference, groups)
+    return kid_figure(rows, reference, groups, subset_size=protocol.kid_subset_size)
 
 
 def groups_of(protocol: Protocol) -> npt.NDArray[np.int64]:
@@ -301,29 +339,39 @@ def _check_inputs(
             f"these {len(items)} items are not the {protocol.num_items} of the protocol "
             f"({protocol.items_sha256[:12]}): the prompt set changed, plan the sweep again"
         )
-    paired = {"psnr", "ssim"} & set(protocol.metrics)
+    paired = set(PAIRED) & set(protocol.metrics)
     if dense is None and not itself and paired:
         raise EvaluationError(f"{' and '.join(sorted(paired))} need the dense images: give `dense`")
     _check_scorers(protocol, scorers)
 
 
 def _check_scorers(protocol: Protocol, scorers: Scorers) -> None:
-    features = scorers.features.scorer if scorers.features is not None else None
-    clip = scorers.clip.scorer if scorers.clip is not None else None
-    if {"fid", "kid"} & set(protocol.metrics) and features != protocol.features:
-        raise EvaluationError(
-            f"the protocol measures features with {protocol.features}, loaded is {features}"
-        )
-    if "clip" in protocol.metrics and clip != protocol.clip:
-        raise EvaluationError(f"the protocol scores with {protocol.clip}, loaded is {clip}")
+    for role, wanted in protocol.scorers.items():
+        loaded = scorers[role].scorer if role in scorers else None
+        if loaded != wanted:
+            raise EvaluationError(f"the protocol's {role} are by {wanted}, loaded is {loaded}")
 
 
-def _checked_reference(protocol: Protocol, reference: Reference | None) -> Reference:
+def _checked_reference(
+    protocol: Protocol, role: Role, references: Mapping[str, Reference]
+) -> Reference:
+    wanted = protocol.scorers[role]
+    reference = references.get(role)
     if reference is None:
-        raise EvaluationError("fid and kid need a reference: give the dense images' features")
-    if reference.id != protocol.reference or reference.scorer != protocol.features:
+        raise EvaluationError(f"{role} by {wanted.id} need a reference: give the dense images'")
+    if reference.id != protocol.reference or reference.scorer != wanted:
         raise EvaluationError(
-            f"the protocol compares with {protocol.reference} by {protocol.features}, the "
-            f"reference is {reference.id} by {reference.scorer}"
+            f"the protocol compares with {protocol.reference} by {wanted}, the reference is "
+            f"{reference.id} by {reference.scorer}"
         )
     return reference
+
+
+def _network(scorers: Scorers, metric: str) -> Any:
+    role = METRICS[metric].role
+    return None if role is None else scorers[role]
+
+
+def _dense_of(batch: Batch) -> Tensor:
+    assert batch.dense is not None  # asked for only where dense images are given
+    return batch.dense

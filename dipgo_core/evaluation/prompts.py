@@ -81,6 +81,19 @@ def with_labels(items: Sequence[Item], labels: Mapping[str, int]) -> tuple[Item,
     )
 
 
+def in_order(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Return the items in the order in which images show them: a fixed, random-looking one.
+
+    Prompt sets come sorted by category, captions by class; in this order any first n items are a
+    fair sample of all, and those of a smaller n are the first of a larger one.
+    """
+    return tuple(items[i] for i in sorted(range(len(items)), key=_place))
+
+
+def _place(index: int) -> bytes:
+    return hashlib.sha256(f"dipgo.order\0{index}".encode()).digest()
+
+
 def items_sha256(items: Sequence[Item]) -> str:
     """Return the SHA-256 of the prompts and labels, order included."""
     text = json.dumps([[item.prompt, item.label] for item in items], separators=(",", ":"))

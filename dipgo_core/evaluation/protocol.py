@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dipgo_core.config import DType
 from dipgo_core.errors import EvaluationError, nearest
+from dipgo_core.evaluation.metrics import METRICS, Role, roles_of
 from dipgo_core.evaluation.scorers import Scorer
 
 Split = Literal["calibration", "test"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("calibration", "test")
-IMAGE_METRICS = ("fid", "kid", "clip", "psnr", "ssim")
-HIGHER_IS_BETTER = {"fid": False, "kid": False, "clip": True, "psnr": True, "ssim": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,9 @@ class Protocol:
 
     items_sha256, num_items: the prompts or labels; image i shows item i % num_items.
     images: n. seed: all noise follows from it by `image_seed`.
-    reference: what FID and KID compare with: "dense", "statistics:<sha256>" or "folder:<sha256>".
+    scorers: the network of each role that the metrics need, and of no other.
+    reference: what FID, KID and CMMD compare with: "dense", "statistics:<sha256>" or
+        "folder:<sha256>".
     sampler: settings of the dense model (noise scheduler, steps, guidance).
     kid_subset_size: images a KID subset draws, at most n / 2; 0 where KID is not measured.
 
@@ -43,16 +44,16 @@ class Protocol:
     width: int
     sampler: Mapping[str, Any]
     dtype: DType
-    features: Scorer | None = None
-    clip: Scorer | None = None
+    scorers: Mapping[Role, Scorer] = field(default_factory=dict)
     reference: str = "dense"
     kid_subset_size: int = 0
-    metrics: tuple[str, ...] = IMAGE_METRICS
+    metrics: tuple[str, ...] = ()
     safety_checker: Literal[False] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         object.__setattr__(self, "sampler", dict(self.sampler))
+        object.__setattr__(self, "scorers", dict(self.scorers))
         _check_counts(self)
         _check_metrics(self)
         _check_reference(self)
@@ -81,11 +82,9 @@ class Protocol:
                 f"{SCHEMA_VERSION}: run the sweep again"
             )
         try:
-            for name in ("features", "clip"):
-                if fields.get(name) is not None:
-                    fields[name] = Scorer.from_json(fields[name])
-            return cls(**fields)
-        except TypeError as error:
+            scorers = {role: Scorer.from_json(one) for role, one in fields.pop("scorers").items()}
+            return cls(**fields, scorers=scorers)
+        except (AttributeError, KeyError, TypeError) as error:
             raise EvaluationError(f"not a protocol: {error}") from error
 
     def differences(self, other: Protocol) -> tuple[str, ...]:
@@ -130,17 +129,21 @@ def _check_counts(protocol: Protocol) -> None:
 
 def _check_metrics(protocol: Protocol) -> None:
     for metric in protocol.metrics:
-        if metric not in IMAGE_METRICS:
+        if metric not in METRICS:
             raise EvaluationError(
-                f"no image metric is called {metric!r}; known are {', '.join(IMAGE_METRICS)}."
-                f"{nearest(metric, IMAGE_METRICS)}"
+                f"no image metric is called {metric!r}; known are {', '.join(METRICS)}."
+                f"{nearest(metric, tuple(METRICS))}"
             )
-    if protocol.features is None and {"fid", "kid"} & set(protocol.metrics):
-        raise EvaluationError("fid and kid need a feature scorer: set the protocol's features")
-    if protocol.clip is None and "clip" in protocol.metrics:
-        raise EvaluationError("clip needs a CLIP scorer: set the protocol's clip")
-    if "fid" in protocol.metrics and protocol.images < 2:
-        raise EvaluationError(f"FID needs at least 2 images, got {protocol.images}")
+    needed = roles_of(protocol.metrics)
+    if set(needed) != set(protocol.scorers):
+        raise EvaluationError(
+            f"the metrics {', '.join(protocol.metrics) or 'none'} need scorers for "
+            f"{', '.join(needed) or 'nothing'}, the protocol has them for "
+            f"{', '.join(protocol.scorers) or 'nothing'}"
+        )
+    for metric in ("fid", "cmmd"):
+        if metric in protocol.metrics and protocol.images < 2:
+            raise EvaluationError(f"{metric} needs at least 2 images, got {protocol.images}")
     largest = largest_kid_subset(protocol.images) if "kid" in protocol.metrics else 0
     if "kid" in protocol.metrics and not 2 <= protocol.kid_subset_size <= protocol.images // 2:
         raise EvaluationError(

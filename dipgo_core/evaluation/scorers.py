@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
+from dipgo_core.evaluation.metrics import Role
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
 TINY_FEATURES = "tiny-features"
@@ -45,6 +46,16 @@ class Scorer:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scorer:
         return cls(**data)
+
+
+def scorer_of(role: Role, name: str) -> Scorer:
+    """Return the scorer called `name` in a role, without loading weights.
+
+    Raises:
+        UnknownModelError: no scorer of this role has this name.
+        ModelFilesError: the name is a path without the files it should hold.
+    """
+    return SCORERS[role](name)
 
 
 def features_scorer(name: str) -> Scorer:
@@ -151,3 +162,10 @@ def _torch_hub_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or str(Path(cache) / "torch")
     return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+#: How a role's scorer is looked up by its name.
+SCORERS: Mapping[Role, Callable[[str], Scorer]] = {
+    "features": features_scorer,
+    "clip": clip_scorer,
+}

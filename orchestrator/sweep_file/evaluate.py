@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, get_args
 
+from dipgo_core.evaluation.metrics import METRICS as IMAGE_METRICS
 from dipgo_core.evaluation.scorers import INCEPTION, TINY_FEATURES
 from dipgo_core.families import Scorers
 from dipgo_core.zoo import ZOO_MODELS
@@ -34,8 +35,9 @@ from orchestrator.yaml_source import Node
 
 BASELINES: Final = ("few_steps", "uniform", "best_step_mask", "random")
 METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
+DEFAULT_METRICS: Final[tuple[Metric, ...]] = ("fid", "kid", "clip", "psnr", "ssim", "latency")
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
-MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4}
+MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4, "cmmd": 2}
 
 _DEFAULT_DRAWS: Final = 3
 
@@ -102,7 +104,7 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
         prompts = read_prompts(section, issues, context, "test")
         images = section.get("images", _images, 1000)
         scorers = _scorers(section.section("scorers"), issues, context)
-        default = tuple(name for name in METRICS if name != "clip" or scorers.clip is not None)
+        default = tuple(m for m in DEFAULT_METRICS if m != "clip" or scorers.clip is not None)
         metrics = section.get("metrics", many(choice(METRICS)), default)
         _check_metrics(section, metrics, images, scorers, context)
         return EvaluateSettings(
@@ -113,6 +115,9 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
             metrics=metrics,
             seed=section.get("seed", whole(0, MAX_SEED), 0),
             batch_size=section.get("batch_size", whole(1, 4096), 16),
+            images_per_prompt=section.get(
+                "images_per_prompt", whole(1), 1 if prompts.kind in ("file", "hub") else None
+            ),
         )
 
 
@@ -130,11 +135,12 @@ def _check_metrics(
         if metric in metrics and images < least:
             rule = f"must be at least {least} for {metric}, got {images}"
             section.issues.add(section.place("images").issue(rule))
-    if "clip" in metrics and scorers.clip is None:
-        rule = (
-            f"clip means nothing for {context.name}: give evaluate.scorers.clip, or leave clip out"
-        )
-        section.issues.add(section.place("metrics").issue(rule))
+    for metric in metrics:
+        role = IMAGE_METRICS[metric].role if metric in IMAGE_METRICS else None
+        if role is not None and getattr(scorers, role) is None:
+            rule = f"{metric} means nothing for {context.name}"
+            move = f"give evaluate.scorers.{role}, or leave {metric} out"
+            section.issues.add(section.place("metrics").issue(f"{rule}: {move}"))
 
 
 def _scorers(node: Node, issues: Issues, context: Context) -> Scorers:

@@ -13,6 +13,7 @@ import torch
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.evaluation.evaluate import (
+    FEATURE_ROLES,
     DenseImages,
     Scorers,
     ShardResult,
@@ -38,8 +39,7 @@ def run_evaluate(work: Work) -> Outcome:
     protocol = work.protocol
     scorers = _scorers(
         json.dumps(protocol.to_json(), sort_keys=True),
-        work.task.options.get("features"),
-        work.task.options.get("clip"),
+        json.dumps(work.task.options["scorers"], sort_keys=True),
         work.device,
     )
     shards = []
@@ -47,7 +47,7 @@ def run_evaluate(work: Work) -> Outcome:
         shards.append(shard)
         work.report({"images": shard.stop, "of": protocol.images})
     whole = merge_shards(shards, protocol)
-    figures = summarise(shards, protocol, _reference(work, scorers))
+    figures = summarise(shards, protocol, _references_of(work, scorers))
     subnet = subnet_of(work.model, work.graph, work.sampler, work.gates)
     outputs = {
         "metrics": {name: figure.to_json() for name, figure in figures.items()},
@@ -60,9 +60,8 @@ def run_evaluate(work: Work) -> Outcome:
     artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
     if whole.scores:
         artifacts |= work.put("per_image.safetensors", packed(whole.scores))
-    if whole.features.size:
-        features = packed({"features": whole.features})
-        artifacts |= work.put("features.safetensors", features)
+    if whole.features:
+        artifacts |= work.put("features.safetensors", packed(whole.features))
     return Outcome(outputs, artifacts)
 
 
@@ -135,34 +134,36 @@ class _DenseImages:
         return self._read[1]
 
 
-def _reference(work: Work, scorers: Scorers) -> Reference | None:
-    """Return what FID and KID compare with; kept from task to task."""
-    if scorers.features is None:
-        return None
+def _references_of(work: Work, scorers: Scorers) -> dict[str, Reference]:
+    """Return what the features of each role are compared with."""
+    return {role: _reference(work, scorers[role]) for role in FEATURE_ROLES if role in scorers}
+
+
+def _reference(work: Work, extractor: Any) -> Reference:
+    """Return what features are compared with; kept from task to task."""
     kind = work.protocol.reference.partition(":")[0]
     if kind == "dense":
-        return _dense_reference(work, scorers)
+        return _dense_reference(work, extractor)
     path = reference_path(work.task.options["reference"])
     if kind == "statistics":
-        return load_statistics(path, scorers.features.scorer)
-    known = (work.protocol.reference, scorers.features.scorer.digest)
+        return load_statistics(path, extractor.scorer)
+    known = (work.protocol.reference, extractor.scorer.digest)
     if known not in _references:
         _references.clear()
-        _references[known] = folder_reference(path, scorers.features)
+        _references[known] = folder_reference(path, extractor)
     return _references[known]
 
 
-def _dense_reference(work: Work, scorers: Scorers) -> Reference:
-    assert scorers.features is not None
-    known = (work.reference.key, scorers.features.scorer.digest)
+def _dense_reference(work: Work, extractor: Any) -> Reference:
+    known = (work.reference.key, extractor.scorer.digest)
     if known not in _references:
         _references.clear()
         dense = _DenseImages(work)
         parts = [
-            scorers.features(dense(shard.start, shard.stop))
+            extractor(dense(shard.start, shard.stop))
             for shard in shards_of(work.protocol, work.shard_size)
         ]
-        _references[known] = reference_of(np.concatenate(parts), scorers.features.scorer)
+        _references[known] = reference_of(np.concatenate(parts), extractor.scorer)
     return _references[known]
 
 
@@ -171,10 +172,10 @@ _references: dict[tuple[str, str], Reference] = {}
 
 
 @lru_cache(maxsize=2)
-def _scorers(protocol_json: str, features: str | None, clip: str | None, device: str) -> Scorers:
+def _scorers(protocol_json: str, names_json: str, device: str) -> Scorers:
     """Load scorers once a worker."""
     protocol = Protocol.from_json(json.loads(protocol_json))
-    return load_scorers(protocol, features=features, clip=clip, device=device)
+    return load_scorers(protocol, json.loads(names_json), device=device)
 
 
 def _macs(work: Work, subnet: SubNet) -> dict[str, Any]:

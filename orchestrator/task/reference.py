@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dipgo_core.evaluation.evaluate import Scorers, evaluate_shards
+from dipgo_core.evaluation.evaluate import evaluate_shards
 from dipgo_core.gates import GateTable
 from dipgo_core.pipelines import (
     block_graph,
@@ -63,7 +63,7 @@ def _image_shards(work: Work) -> Iterator[Arrays]:
         work.model,
         work.protocol,
         work.items,
-        Scorers(None, None),
+        {},
         sampler=work.sampler,
         shard_size=work.shard_size,
         batch_size=work.batch_size,

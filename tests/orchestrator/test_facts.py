@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from dipgo_core.errors import EvaluationError
 from orchestrator.facts import gather_facts, known_items
-from orchestrator.sweep_file import load_sweep
+from orchestrator.sweep_file import SweepFile, load_sweep
 
 
 def test_hub_prompts_keep_the_digest_they_had_when_the_sweep_ran(repository: Path) -> None:
@@ -24,3 +27,33 @@ def test_hub_prompts_keep_the_digest_they_had_when_the_sweep_ran(repository: Pat
     for facts in gather_facts(sweep, offline=True, known=known).values():
         assert (facts.test.sha256, facts.test.count) == ("a" * 64, 7)
         assert (facts.calibration.sha256, facts.calibration.count) == ("b" * 64, 9)
+
+
+def sweep_on(tmp_path: Path, *lines: str) -> SweepFile:
+    (tmp_path / "prompts.txt").write_text("a red hat\na blue bag\na green shoe\n")
+    text = "\n".join(
+        ["schema_version: 1", "name: x", "models: [tiny-sd]", "targets: [0.5]", *lines]
+    )
+    file = tmp_path / "x.yaml"
+    file.write_text(text + "\n")
+    return load_sweep(file)
+
+
+def test_a_prompt_set_shorter_than_the_images_is_refused(tmp_path: Path) -> None:
+    sweep = sweep_on(tmp_path, "evaluate: {prompts: prompts.txt, images: 7}")
+
+    with pytest.raises(EvaluationError, match=r"images is 7, .* 3 prompts .* images_per_prompt: 3"):
+        gather_facts(sweep)
+
+
+def test_prompts_may_be_shown_several_times_if_asked_for(tmp_path: Path) -> None:
+    asked = "evaluate: {prompts: prompts.txt, images: 7, images_per_prompt: 3}"
+
+    assert gather_facts(sweep_on(tmp_path, asked))["tiny-sd"].test.count == 3
+    assert gather_facts(sweep_on(tmp_path, "evaluate: {images: 700}"))["tiny-sd"].test.count == 100
+
+
+def test_items_do_not_depend_on_the_number_of_images(tmp_path: Path) -> None:
+    few, many = (sweep_on(tmp_path, f"evaluate: {{images: {n}}}") for n in (10, 50))
+
+    assert gather_facts(few)["tiny-sd"].test == gather_facts(many)["tiny-sd"].test

@@ -238,7 +238,7 @@ BROKEN = [
     ("evaluate: {images: 1}", "6:20: evaluate.images: must be at least 2 for fid, got 1", "kid"),
     ("evaluate: {images: 3}", "6:20: evaluate.images: must be at least 4 for kid, got 3"),
     ("evaluate: {images: {rungs: [1]}}", "6:20: evaluate.images: rungs (racing) are not there yet"),
-    ("evaluate: {metrics: [fid, lpips]}", "6:27: evaluate.metrics.1: must be one of fid, kid"),
+    ("evaluate: {metrics: [fid, fdi]}", "6:27: evaluate.metrics.1: must be one of fid, kid"),
     ("evaluate: {prompts: none.txt}", "6:21: evaluate.prompts: no such file: none.txt"),
     (
         "evaluate: {prompts: bundled:tests}",

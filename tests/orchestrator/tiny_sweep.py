@@ -104,8 +104,7 @@ def tiny_facts(sweep: SweepFile) -> dict[str, ModelFacts]:
             width=32,
             test=item_set("a red boot", "a blue shirt"),
             calibration=item_set("a green coat"),
-            features=scorer,
-            clip=scorer,
+            scorers={"features": scorer, "clip": scorer},
         )
         for model in sweep.models
     }

@@ -40,7 +40,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def scorers() -> Scorers:
-    return Scorers(load_extractor("tiny-features"), SimpleNamespace(scorer=CLIP))
+    return {"features": load_extractor("tiny-features"), "clip": SimpleNamespace(scorer=CLIP)}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def protocol(scorers: Scorers) -> Protocol:
         width=16,
         sampler=DDIM.to_json(),
         dtype="float32",
-        features=scorers.features.scorer,
-        clip=CLIP,
+        scorers={"features": scorers["features"].scorer, "clip": CLIP},
+        metrics=("fid", "kid", "clip", "psnr", "ssim"),
         kid_subset_size=5,
     )
 
@@ -74,8 +74,8 @@ def brightness_as_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def dense(model, protocol, scorers) -> torch.Tensor:
-    bare = replace(protocol, metrics=("fid",))
-    shards = evaluate_shards(model, bare, ITEMS, scorers, sampler=DDIM, keep_images=True)
+    bare = replace(protocol, metrics=(), scorers={})
+    shards = evaluate_shards(model, bare, ITEMS, {}, sampler=DDIM, keep_images=True)
     return torch.from_numpy(np.concatenate([shard.images for shard in shards]))
 
 
@@ -101,11 +101,12 @@ def shards(model, protocol, scorers, dense, gated, **arguments) -> list[ShardRes
 
 
 def test_figures_do_not_depend_on_shards(model, protocol, scorers, dense, gated) -> None:
-    reference = reference_of(scorers.features(dense), scorers.features.scorer)
+    features = scorers["features"]
+    references = {"features": reference_of(features(dense), features.scorer)}
 
     small, large = (
         summarise(
-            shards(model, protocol, scorers, dense, gated, shard_size=size), protocol, reference
+            shards(model, protocol, scorers, dense, gated, shard_size=size), protocol, references
         )
         for size in (4, 10)
     )
@@ -113,7 +114,7 @@ def test_figures_do_not_depend_on_shards(model, protocol, scorers, dense, gated)
     assert list(small) == ["fid", "kid", "clip", "psnr", "ssim"]
     for name, figure in small.items():
         assert figure.value == pytest.approx(large[name].value, rel=1e-3, abs=1e-3), name
-        assert figure.n == 10
+        assert (figure.n, figure.protocol) == (10, protocol.hash)
     assert small["clip"].scorer == "fake-clip"
     assert small["psnr"].low <= small["psnr"].value <= small["psnr"].high
 
@@ -125,9 +126,8 @@ def test_shard_holds_scores_of_its_own_prompts(model, protocol, scorers, dense, 
     assert (second.start, second.stop, second.forwards) == (4, 8, 3)
     brightness = second.images.mean(axis=(1, 2, 3))
     assert second.scores["clip"] - brightness == pytest.approx(lengths, abs=1e-3)
-    assert second.features.shape == (4, 64)
-    # 8 of 10 images, spread evenly, are 0 1 2 3 5 6 7 8
-    assert np.array_equal(second.samples, second.images[1:])
+    assert second.features["features"].shape == (4, 64)
+    assert np.array_equal(second.samples, second.images)  # the first 8 of 10 images
 
 
 def test_done_shards_are_not_computed_again(model, protocol, scorers, dense, gated) -> None:
@@ -143,7 +143,7 @@ def test_stored_shards_come_back_whole(model, protocol, scorers, dense, gated) -
 
     assert (again.start, again.stop, again.forwards) == (0, 10, shard.forwards)
     assert again.scores.keys() == {"clip", "psnr", "ssim"}
-    assert np.array_equal(again.features, shard.features)
+    assert np.array_equal(again.features["features"], shard.features["features"])
     assert len(again.samples) == 8
 
 
@@ -155,8 +155,7 @@ def test_dense_run_needs_no_dense_images(model, protocol, scorers) -> None:
 
 def test_merging_finds_missing_and_double_images(protocol) -> None:
     def shard(start: int, stop: int) -> ShardResult:
-        rows = np.zeros((stop - start, 0), dtype=np.float32)
-        return ShardResult(start, stop, {}, rows, np.zeros((0, 3, 1, 1), np.uint8), 0)
+        return ShardResult(start, stop, {}, {}, np.zeros((0, 3, 1, 1), np.uint8), 0)
 
     merge_shards([shard(4, 10), shard(0, 4)], protocol)
     for parts, rule in (
@@ -177,11 +176,11 @@ def test_shards_cover_all_images_once(protocol) -> None:
 def test_what_is_not_the_protocols_is_refused_before_generating(
     model, protocol, scorers, gated
 ) -> None:
-    other_clip = Scorers(scorers.features, SimpleNamespace(scorer=replace(CLIP, digest="1")))
+    other_clip = {**scorers, "clip": SimpleNamespace(scorer=replace(CLIP, digest="1"))}
     for items, loaded, gates, rule in (
         (ITEMS[:4], scorers, {}, "the prompt set changed"),
-        (ITEMS, Scorers(None, scorers.clip), {}, "measures features with"),
-        (ITEMS, other_clip, {}, "the protocol scores with"),
+        (ITEMS, {"clip": scorers["clip"]}, {}, "the protocol's features are by"),
+        (ITEMS, other_clip, {}, "the protocol's clip are by"),
         (ITEMS, scorers, gated, "psnr and ssim need the dense images"),
     ):
         with pytest.raises(EvaluationError, match=rule):
@@ -197,13 +196,13 @@ def test_image_size_of_another_protocol_is_refused(model, protocol, scorers) -> 
 
 def test_another_reference_is_refused(model, protocol, scorers, dense, gated) -> None:
     parts = shards(model, protocol, scorers, dense, gated)
-    features = scorers.features(dense)
+    features = scorers["features"](dense)
 
-    with pytest.raises(EvaluationError, match="fid and kid need a reference"):
-        summarise(parts, protocol, None)
+    with pytest.raises(EvaluationError, match="tiny-features need a reference"):
+        summarise(parts, protocol, {})
     for reference in (
-        reference_of(features, scorers.features.scorer, id="folder:x"),
+        reference_of(features, scorers["features"].scorer, id="folder:x"),
         reference_of(features, CLIP),
     ):
         with pytest.raises(EvaluationError, match="the protocol compares with dense"):
-            summarise(parts, protocol, reference)
+            summarise(parts, protocol, {"features": reference})

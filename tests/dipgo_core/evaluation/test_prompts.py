@@ -10,6 +10,7 @@ import pytest
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
+    in_order,
     item_of_image,
     items_sha256,
     label_items,
@@ -137,3 +138,13 @@ def test_labels_are_found_by_text_and_missing_ones_named() -> None:
     assert with_labels([Item("cat"), Item("x", 9)], {"cat": 3}) == (Item("cat", 3), Item("x", 9))
     with pytest.raises(EvaluationError, match="'kat'. Did you mean 'cat'"):
         with_labels([Item("kat")], {"cat": 3})
+
+
+def test_any_first_items_are_spread_over_the_whole_set() -> None:
+    items = [Item(f"category {i // 100}, {i}") for i in range(1000)]
+
+    ordered = in_order(items)
+
+    assert sorted(ordered, key=lambda item: items.index(item)) == items
+    found = {item.prompt.split(",")[0] for item in ordered[:60]}
+    assert len(found) == 10  # as a random sample would: 0.9^60 x 10 = 2 % to miss one

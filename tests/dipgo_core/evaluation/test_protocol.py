@@ -11,6 +11,8 @@ from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.protocol import Protocol, image_seed, largest_kid_subset
 from dipgo_core.evaluation.scorers import Scorer
 
+FEATURES = Scorer("tiny-features", "b" * 64, "bilinear")
+CLIP = Scorer("tiny-clip", "c" * 64, "own")
 PROTOCOL = Protocol(
     split="test",
     items_sha256="a" * 64,
@@ -21,8 +23,8 @@ PROTOCOL = Protocol(
     width=32,
     sampler={"scheduler": "ddim", "steps": 10, "guidance_scale": 3.0, "spacing": None},
     dtype="float32",
-    features=Scorer("tiny-features", "b" * 64, "bilinear"),
-    clip=Scorer("tiny-clip", "c" * 64, "own"),
+    scorers={"features": FEATURES, "clip": CLIP},
+    metrics=("fid", "kid", "clip", "psnr", "ssim"),
     kid_subset_size=100,
 )
 CHANGES = {
@@ -35,8 +37,7 @@ CHANGES = {
     "width": 64,
     "sampler": {"scheduler": "ddim", "steps": 11},
     "dtype": "float16",
-    "features": Scorer("tiny-features", "e" * 64, "bilinear"),
-    "clip": Scorer("tiny-clip", "c" * 64, "another"),
+    "scorers": {"features": replace(FEATURES, digest="e" * 64), "clip": CLIP},
     "reference": "statistics:" + "f" * 64,
     "kid_subset_size": 50,
     "metrics": ("fid", "clip"),
@@ -61,9 +62,16 @@ def test_json_round_trip_keeps_the_hash() -> None:
 
 
 def test_differences_say_what_differs() -> None:
-    other = replace(PROTOCOL, features=Scorer("inception-v3-compat", "b" * 64, "bilinear"))
+    inception = replace(FEATURES, id="inception-v3-compat")
+    other = replace(PROTOCOL, scorers={"features": inception, "clip": CLIP})
 
     assert "features.id: 'tiny-features' against 'inception" in str(PROTOCOL.differences(other))
+
+
+def test_hash_follows_how_a_scorer_sees_images() -> None:
+    resized = {"features": FEATURES, "clip": replace(CLIP, resize="another")}
+
+    assert replace(PROTOCOL, scorers=resized).hash != PROTOCOL.hash
 
 
 @pytest.mark.parametrize(
@@ -74,8 +82,8 @@ def test_differences_say_what_differs() -> None:
         ({"images": 3}, "KID needs at least 4 images"),
         ({"images": 0}, "images must be at least 1"),
         ({"metrics": ("fdi",)}, "Did you mean 'fid'"),
-        ({"features": None}, "need a feature scorer"),
-        ({"clip": None}, "needs a CLIP scorer"),
+        ({"scorers": {"clip": CLIP}}, "need scorers for features, clip, the protocol has .* clip"),
+        ({"metrics": ("psnr",)}, "psnr need scorers for nothing, the protocol has"),
         ({"reference": "statistics:"}, "reference must be"),
         ({"split": "train"}, "split must be"),
         ({"safety_checker": True}, "safety_checker must be False"),
@@ -89,8 +97,8 @@ def test_impossible_protocols_are_refused(changes: dict[str, object], rule: str)
 def test_from_json_refuses_another_version_and_unknown_fields() -> None:
     data = PROTOCOL.to_json()
 
-    with pytest.raises(EvaluationError, match="schema_version 2"):
-        Protocol.from_json({**data, "schema_version": 2})
+    with pytest.raises(EvaluationError, match="schema_version 1"):
+        Protocol.from_json({**data, "schema_version": 1})
     with pytest.raises(EvaluationError, match="not a protocol"):
         Protocol.from_json({**data, "colour": "red"})
 
