@@ -5,6 +5,8 @@ DipgoError
 │   └── SweepFileError       errors of a sweep file, each with file, line, column and field
 ├── UnknownModelError        a model, family, scorer or bundled name that does not exist
 ├── ModelFilesError          weights or configs that cannot be found or read
+│   └── HubError             what the model hub refuses or does not have
+│       └── HubUnreachableError  the hub is out of reach, and the cache lacks what is asked for
 ├── TraceError               the block graph of a denoiser could not be found
 ├── SubNetError              a SubNet file that is broken, or that was made for something else
 │   └── SubNetMismatchError  pipeline and SubNet differ; lists the fields
@@ -43,6 +45,14 @@ class UnknownModelError(DipgoError):
 
 class ModelFilesError(DipgoError):
     """Weights or configs cannot be found or read."""
+
+
+class HubError(ModelFilesError):
+    """The model hub refuses something, or does not have it."""
+
+
+class HubUnreachableError(HubError):
+    """The hub is out of reach, and the local cache lacks what is asked for."""
 
 
 class TraceError(DipgoError):

@@ -42,18 +42,18 @@ def sweep_on(tmp_path: Path, *lines: str) -> SweepFile:
 def test_a_prompt_set_shorter_than_the_images_is_refused(tmp_path: Path) -> None:
     sweep = sweep_on(tmp_path, "evaluate: {prompts: prompts.txt, images: 7}")
 
-    with pytest.raises(EvaluationError, match=r"images is 7, .* 3 prompts .* images_per_prompt: 3"):
+    with pytest.raises(EvaluationError, match=r"images is 7, .* 3 prompts .*images_per_prompt: 3"):
         gather_facts(sweep)
 
 
 def test_prompts_may_be_shown_several_times_if_asked_for(tmp_path: Path) -> None:
     asked = "evaluate: {prompts: prompts.txt, images: 7, images_per_prompt: 3}"
 
-    assert gather_facts(sweep_on(tmp_path, asked))["tiny-sd"].test.count == 3
-    assert gather_facts(sweep_on(tmp_path, "evaluate: {images: 700}"))["tiny-sd"].test.count == 100
+    assert gather_facts(sweep_on(tmp_path, asked))["tiny-sd-ddim-10"].test.count == 3
+    assert gather_facts(sweep_on(tmp_path, "evaluate: {images: 700}"))["tiny-sd-ddim-10"].test.count == 100
 
 
 def test_items_do_not_depend_on_the_number_of_images(tmp_path: Path) -> None:
     few, many = (sweep_on(tmp_path, f"evaluate: {{images: {n}}}") for n in (10, 50))
 
-    assert gather_facts(few)["tiny-sd"].test == gather_facts(many)["tiny-sd"].test
+    assert gather_facts(few)["tiny-sd-ddim-10"].test == gather_facts(many)["tiny-sd-ddim-10"].test
