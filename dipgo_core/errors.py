@@ -13,6 +13,7 @@ DipgoError
 ├── TargetError              a pruned ratio that no SubNet reaches; lists the reachable ones
 ├── SearchError              a search that cannot go on (non-finite loss, collapsed gates)
 ├── EvaluationError          images, scorers or statistics that cannot be used
+├── DeviceError              a device that is not there, or does not tell what it is asked
 ├── StoreError               records or artifacts that are missing, torn or refused
 ├── TaskError                a task that failed; names its log and the command that retries it
 └── TrackingError            the tracking server refused or lost something
@@ -77,6 +78,10 @@ class SearchError(DipgoError):
 
 class EvaluationError(DipgoError):
     """Images, scorers or statistics cannot be used."""
+
+
+class DeviceError(DipgoError):
+    """A device is not there, or does not tell what it is asked."""
 
 
 class StoreError(DipgoError):
