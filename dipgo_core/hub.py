@@ -1,4 +1,7 @@
-"""The model hub: commits, files, what the local cache holds. Only import of huggingface_hub."""
+"""The model hub: commits, files, what the local cache holds. Only import of huggingface_hub.
+
+What needs no network imports next to nothing: the library's client loads when the hub is asked.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+from huggingface_hub import constants
 
 from dipgo_core.errors import DipgoError, HubError, HubUnreachableError
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, HfApi, ModelInfo
 
 Kind = Literal["model", "dataset"]
 
@@ -62,13 +57,15 @@ def offline() -> bool:
 
 def has_token() -> bool:
     """Return whether HF_TOKEN, or the token that a login saved, is there."""
+    from huggingface_hub import get_token
+
     return get_token() is not None
 
 
 def cache_folder(hub_id: str | None = None, kind: Kind = "model") -> Path:
     """Return the folder of the local cache, or that of one repository in it."""
     root = Path(constants.HF_HUB_CACHE).expanduser()
-    return root if hub_id is None else root / repo_folder_name(repo_id=hub_id, repo_type=kind)
+    return root if hub_id is None else root / f"{kind}s--{hub_id.replace('/', '--')}"
 
 
 def snapshot_folder(hub_id: str, commit: str, kind: Kind = "model") -> Path:
@@ -104,11 +101,13 @@ def look_up(hub_id: str, commit: str, kind: Kind = "model") -> Repository:
     Raises:
         HubError: the hub is out of reach, or has no such repository or commit.
     """
+    from huggingface_hub import DatasetInfo, ModelInfo
+
     with _told(hub_id, kind, hub_id):
         info = _api().repo_info(
             hub_id, repo_type=kind, revision=commit, files_metadata=True, timeout=_TIMEOUT_S
         )
-    assert isinstance(info, ModelInfo | DatasetInfo)
+    assert isinstance(info, ModelInfo | DatasetInfo)  # of no other kind was asked
     return Repository(
         id=hub_id,
         kind=kind,
@@ -142,6 +141,9 @@ def files_at(hub_id: str, commit: str, kind: Kind = "model") -> Mapping[str, int
     Raises:
         HubError: neither knows the commit.
     """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
     try:
         tree = get_cached_repo_tree(
             hub_id, repo_type=kind, revision=commit, cache_dir=cache_folder()
@@ -219,6 +221,8 @@ def _absent(folder: Path, paths: Sequence[str]) -> list[str]:
 
 
 def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
     return HfApi(endpoint=constants.ENDPOINT, library_name="dipgo-sweep")
 
 
@@ -242,25 +246,25 @@ def _told(hub_id: str, kind: Kind, what: str) -> Iterator[None]:
 
 
 def _hub_error(error: Exception, hub_id: str, kind: Kind, what: str) -> HubError:
+    from huggingface_hub import errors
+
     page = page_of(hub_id, kind)
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
+        token = "one is set, and has no access" if has_token() else "none is set"
         return HubError(
             f"{hub_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that "
-            "account (one is set, and has no access)"
-            if has_token()
-            else f"{hub_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of "
-            "that account (none is set)"
+            f"account ({token})"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{what} does not exist; {page}/commits/main lists what there is")
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(
             f"the hub has no {kind} {hub_id}, or it is private: check the id at {page}, or set "
             "HF_TOKEN to a token that may read it"
         )
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return HubError(f"{hub_id!r} is no hub id: {_reason(error)}")
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError(f"{what} is not in the repository: {_reason(error)}")
     return HubUnreachableError(
         f"{what} cannot be read from the hub ({_reason(error)}). With network, run `dipgo-sweep "

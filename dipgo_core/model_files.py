@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, cast
 
+from safetensors import SafetensorError, safe_open
+
+from dipgo_core import hub
 from dipgo_core.config import ModelSettings
-from dipgo_core.errors import ModelFilesError
+from dipgo_core.errors import HubError, ModelFilesError
 from dipgo_core.families import find_known
 from dipgo_core.zoo import zoo_path
 
@@ -19,15 +23,15 @@ def weights_digest(settings: ModelSettings) -> str:
     """Return what identifies the weights, without loading them.
 
     For bundled names and folders the SHA-256 of the files that decide the output; for hub ids
-    ``hub:<id>@<revision>``.
+    ``hub:<id>@<revision>``, where a sweep that runs gives the commit as revision.
 
     Raises:
-        ModelFilesError: a folder lacks files.
+        ModelFilesError: a folder lacks files, or weights are damaged.
     """
     folder = model_folder(settings.id)
     if folder is None:
-        return f"hub:{settings.id}@{settings.revision or 'main'}"
-    files = _deciding_files(folder)
+        return f"hub:{settings.id}@{settings.revision or hub.MAIN}"
+    files = check_pipeline(folder)
     stamp = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
     if stamp not in _digests:
         _digests[stamp] = _digest(folder, files)
@@ -67,35 +71,144 @@ def model_index(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _deciding_files(folder: Path) -> list[Path]:
-    index = model_index(folder)
-    files: list[Path] = []
+@dataclass(frozen=True)
+class PipelineFiles:
+    """Paths inside a saved pipeline. deciding: what its output depends on; loaded: what diffusers
+    reads, these included; missing: what neither is there nor can be done without."""
+
+    deciding: tuple[str, ...]
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+#: Components that only a safety checker reads.
+_SAFETY: Final = ("safety_checker", "feature_extractor")
+_SHARD: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+
+
+def pipeline_files(index: Mapping[str, Any], names: Iterable[str]) -> PipelineFiles:
+    """Return which of the files `names` a pipeline with this model_index.json consists of."""
+    there = set(names)
+    deciding: list[str] = []
+    extra: list[str] = []
     missing: list[str] = []
-    for name, origin in sorted(index.items()):
-        if name.startswith("_") or name in ("safety_checker", "feature_extractor"):
+    for component, origin in sorted(index.items()):
+        if component.startswith("_") or not isinstance(origin, list) or origin[1] is None:
             continue
-        if not isinstance(origin, list) or origin[1] is None:
+        found = sorted(name for name in there if _decides(name) and _folder_of(name) == component)
+        if component in _SAFETY:
+            extra += [name for name in found if component != _SAFETY[0]]
             continue
-        found = sorted(p for p in (folder / name).glob("*") if _decides(p))
-        files.extend(found)
-        if not any(p.suffix == ".json" for p in found):
-            missing.append(f"{name}/*.json")
+        deciding += found
         has_weights = "Tokenizer" not in origin[1] and "Scheduler" not in origin[1]
-        if has_weights and not any(p.suffix == ".safetensors" for p in found):
-            missing.append(f"{name}/*.safetensors")
-    if missing:
+        missing += _lacking(component, found, has_weights)
+    loaded = ("model_index.json", *deciding, *extra)
+    return PipelineFiles(tuple(deciding), loaded, tuple(missing))
+
+
+def check_pipeline(folder: Path) -> list[Path]:
+    """Return the files of a saved pipeline that decide its output; none is loaded.
+
+    Raises:
+        ModelFilesError: files are missing or damaged; names all of them.
+    """
+    names = (path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+    files = pipeline_files(model_index(folder), names)
+    if files.missing:
         raise ModelFilesError(
-            f"{folder} lacks {', '.join(missing)}. Only safetensors are read; copy the missing "
-            "files there, or convert the weights with `save_pretrained`."
+            f"{folder} lacks {', '.join(files.missing)}. Only safetensors are read; copy the "
+            "missing files there, or convert the weights with `save_pretrained`."
+        )
+    paths = [folder / name for name in files.deciding]
+    check_weights(paths)
+    return paths
+
+
+def check_weights(paths: Iterable[Path]) -> None:
+    """Check headers and sizes of safetensors files, without reading the tensors.
+
+    Raises:
+        ModelFilesError: files are torn, or no safetensors; names all of them.
+    """
+    damaged = [
+        f"{path} ({fault})"
+        for path in paths
+        if path.suffix == ".safetensors" and (fault := _fault(path))
+    ]
+    if damaged:
+        raise ModelFilesError(f"damaged weights: {'; '.join(damaged)}. Copy them again.")
+
+
+def hub_pipeline(settings: ModelSettings) -> Path:
+    """Return the folder in the hub's cache that holds the pipeline, after fetching what it lacks.
+
+    Raises:
+        HubError: files cannot be fetched, or the repository has none that are read.
+        ModelFilesError: weights in the cache are damaged.
+    """
+    commit = hub.resolve_commit(settings.id, settings.revision)
+    files = hub_pipeline_files(settings.id, commit)
+    folder = hub.fetch(settings.id, commit, files.loaded)
+    check_weights(folder / name for name in files.loaded)
+    return folder
+
+
+def hub_pipeline_files(hub_id: str, commit: str) -> PipelineFiles:
+    """Return which files of a hub repository its pipeline consists of; fetches its index only.
+
+    Raises:
+        HubError: the repository cannot be read, or holds no pipeline of safetensors.
+    """
+    index = model_index(hub.fetch(hub_id, commit, ["model_index.json"]))
+    files = pipeline_files(index, hub.files_at(hub_id, commit))
+    if files.missing:
+        raise HubError(
+            f"{hub_id} at {commit[:12]} has no {hub.listed(files.missing)}. Only safetensors are "
+            "read; choose another revision, or convert the model with `save_pretrained` and name "
+            "the folder"
         )
     return files
 
 
-def _decides(path: Path) -> bool:
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _decides(name: str) -> bool:
     """Configs, vocabularies and the default weights; variants such as ``x.fp16.safetensors`` no."""
+    path = PurePosixPath(name)
     if path.suffix == ".safetensors":
         return "." not in path.stem
     return path.suffix in (".json", ".txt", ".model")
+
+
+def _lacking(component: str, found: Sequence[str], has_weights: bool) -> list[str]:
+    """Return which files a component cannot do without, of those that were not found."""
+    weights = [name for name in found if name.endswith(".safetensors")]
+    lacking = [] if any(name.endswith(".json") for name in found) else [f"{component}/*.json"]
+    if has_weights and not weights:
+        lacking.append(f"{component}/*.safetensors")
+    return lacking + absent_shards(weights)
+
+
+def absent_shards(weights: Sequence[str]) -> list[str]:
+    """Return the names of shards that are not there, by the numbers in the names of the others."""
+    shards = [match for match in map(_SHARD.fullmatch, weights) if match]
+    expected = {
+        f"{stem}-{i:05d}-of-{count}.safetensors"
+        for stem, count in {(match[1], match[2]) for match in shards}
+        for i in range(1, int(count) + 1)
+    }
+    return sorted(expected - set(weights))
+
+
+def _fault(path: Path) -> str | None:
+    """Return why a safetensors file cannot be used: its header says where every tensor lies."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return str(error)
 
 
 def _digest(folder: Path, files: Sequence[Path]) -> str:

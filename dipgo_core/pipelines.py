@@ -7,8 +7,9 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import diffusers
@@ -28,8 +29,9 @@ from dipgo_core.families import (
 )
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
+from dipgo_core.hub import resolve_commit
 from dipgo_core.items import Item
-from dipgo_core.model_files import model_folder, weights_digest
+from dipgo_core.model_files import hub_pipeline, model_folder, weights_digest
 from dipgo_core.subnet import SubNet, config_sha256
 
 logger = logging.getLogger(__name__)
@@ -99,26 +101,28 @@ class Conditioning:
 def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
     """Load a bundled model, a local folder or a hub id, from safetensors only.
 
+    Of a hub model the commit that its revision is now is loaded, and told by the settings.
+
     Raises:
         ModelFilesError: files are missing or cannot be read.
         UnknownModelError: no family uses the pipeline's class.
     """
     folder = model_folder(settings.id)
+    if folder is None:
+        settings = replace(settings, revision=resolve_commit(settings.id, settings.revision))
+        folder = hub_pipeline(settings)
     digest = weights_digest(settings)  # also finds missing files
-    source, revision = (str(folder), None) if folder else (settings.id, settings.revision)
     try:
-        family = family_of_pipeline(_pipeline_class(source, revision))
+        family = family_of_pipeline(_pipeline_class(settings.id, folder))
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            source,
-            revision=revision,
+            str(folder),
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             **_NO_SAFETY_CHECKER.get(family.name, {}),
         )
     except (OSError, ValueError) as error:
         raise ModelFilesError(
-            f"{settings.id} (revision {settings.revision or 'main'}) cannot be loaded: {error}\n"
-            "Without network, give the path of a folder that holds the whole pipeline as the id."
+            f"{settings.id} cannot be loaded from {folder}: {error}\nCopy the model again."
         ) from error
     return loaded_model(pipe.to(device), settings, weights_sha256=digest)
 
@@ -128,12 +132,11 @@ _NO_SAFETY_CHECKER: dict[str, dict[str, Any]] = {
 }
 
 
-def _pipeline_class(source: str, revision: str | None) -> str:
-    known = find_known(source)
+def _pipeline_class(model_id: str, folder: Path) -> str:
+    known = find_known(model_id)
     if known is not None:
         return FAMILIES[known.family].pipeline
-    config = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-    return cast(str, config["_class_name"])
+    return cast(str, diffusers.DiffusionPipeline.load_config(str(folder))["_class_name"])
 
 
 def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:

@@ -1,0 +1,114 @@
+"""Which files a model consists of. Oracles: the bundled models' folders, and a fake hub's log."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+from huggingface_hub import constants
+
+from dipgo_core.config import ModelSettings
+from dipgo_core.errors import HubError, HubUnreachableError, ModelFilesError
+from dipgo_core.model_files import (
+    absent_shards,
+    hub_pipeline,
+    model_index,
+    pipeline_files,
+    weights_digest,
+)
+from dipgo_core.pipelines import load_model
+from dipgo_core.zoo import zoo_path
+
+UNET = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+
+
+def tiny_sd_files() -> dict[str, bytes]:
+    folder = zoo_path("tiny-sd")
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture
+def tiny_copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(zoo_path("tiny-sd"), tmp_path / "copy"))
+
+
+def test_variants_pickles_and_the_safety_checker_are_left_out() -> None:
+    names = set(tiny_sd_files())
+    index = {**model_index(zoo_path("tiny-sd")), "safety_checker": ["x", "Y"]}
+    others = {
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors",
+        "v1-5-pruned.safetensors",
+    }
+    files = pipeline_files(index, names | others)
+    assert set(files.loaded) == {name for name in names if not name.endswith(".md")}
+    assert files.missing == ()
+
+
+def test_missing_parts_are_all_named() -> None:
+    names = set(tiny_sd_files()) - {UNET, "vae/diffusion_pytorch_model.safetensors"}
+    files = pipeline_files(model_index(zoo_path("tiny-sd")), names)
+    assert files.missing == (UNET, "vae/*.safetensors")
+
+
+def test_absent_shards_are_read_from_the_names_of_others() -> None:
+    assert absent_shards(["u/m-00002-of-00003.safetensors", "u/other.safetensors"]) == [
+        "u/m-00001-of-00003.safetensors",
+        "u/m-00003-of-00003.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_weights_of_another_size_than_their_header_says_are_refused(
+    tiny_copy: Path, change: int
+) -> None:
+    data = (tiny_copy / UNET).read_bytes()
+    (tiny_copy / UNET).write_bytes(data[:change] if change < 0 else data + b"\0")
+    with pytest.raises(ModelFilesError, match=r"damaged weights: .*00001-of-00002.safetensors \("):
+        weights_digest(ModelSettings(id=str(tiny_copy)))
+
+
+def test_all_damaged_files_are_named_at_once(tiny_copy: Path) -> None:
+    (tiny_copy / UNET).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tiny_copy / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFilesError, match=r"unet/.*; .*vae/"):
+        weights_digest(ModelSettings(id=str(tiny_copy)))
+
+
+def test_hub_model_is_loaded_at_its_commit_from_the_files_it_needs(fake_hub: FakeHub) -> None:
+    files = tiny_sd_files()
+    commit = fake_hub.put("owner/tiny", {**files, "unet/diffusion_pytorch_model.bin": b"pickle"})
+    model = load_model(ModelSettings(id="owner/tiny"))
+    assert model.weights_sha256 == f"hub:owner/tiny@{commit}"
+    assert model.settings.revision == commit
+    assert not [name for name in fake_hub.downloads if name.endswith((".bin", ".md"))]
+
+
+def test_fetched_hub_model_needs_no_network(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = fake_hub.put("owner/tiny", tiny_sd_files())
+    folder = hub_pipeline(ModelSettings(id="owner/tiny"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub_pipeline(ModelSettings(id="owner/tiny", revision=commit)) == folder
+    with pytest.raises(HubUnreachableError, match=r"owner/other .*HF_HUB_OFFLINE"):
+        hub_pipeline(ModelSettings(id="owner/other", revision=commit))
+
+
+def test_hub_model_without_safetensors_is_refused_before_weights_are_fetched(
+    fake_hub: FakeHub,
+) -> None:
+    pickles = {
+        name.replace(".safetensors", ".bin"): data
+        for name, data in tiny_sd_files().items()
+        if "index.json" not in name or name == "model_index.json"
+    }
+    fake_hub.put("owner/pickled", pickles)
+    with pytest.raises(HubError, match=r"owner/pickled at .* has no text_encoder/\*.safetensors"):
+        hub_pipeline(ModelSettings(id="owner/pickled"))
+    assert fake_hub.downloads == {"owner/pickled/model_index.json": 1}
