@@ -7,7 +7,7 @@ numpy only. Images of one prompt are not independent, so every interval resample
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from dipgo_core.errors import EvaluationError
 
 Floats = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
+#: Similarity of every row of one array with every row of another.  # (n, d), (m, d) -> (n, m)
+Kernel = Callable[[Floats, Floats], Floats]
 
 RESAMPLES = 1000
 FID_BLOCKS = 32
@@ -219,13 +221,37 @@ def kid_replicates(
 
     Arguments as of `kid_interval`; None for fewer than 2 groups.
     """
+    return mmd_replicates(
+        features,
+        reference,
+        groups,
+        kernel=_polynomial,
+        paired=paired,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def mmd_replicates(
+    features: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    groups: npt.ArrayLike,
+    *,
+    kernel: Kernel,
+    paired: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Replicates | None:
+    """Return the unbiased squared MMD of any kernel (Gretton et al. 2012, equation 3), up to the
+    reference's own mean similarity unless `paired`; other arguments as of `kid_interval`.
+    """
     x = np.asarray(features, dtype=np.float64)
     y = np.asarray(reference, dtype=np.float64)
     drawn = _draw(groups, len(x), resamples, seed)
     if drawn is None:
         return None
     weights = np.concatenate([np.ones((1, drawn.count)), drawn.weights])
-    values = _kid_resamples(x, y, drawn.codes, drawn.count, paired, weights)
+    values = _mmd_resamples(x, y, drawn.codes, drawn.count, paired, weights, kernel)
     return Replicates(values, drawn.count, len(x))
 
 
@@ -360,21 +386,27 @@ def _around(value: float, deviations: Floats, count: int) -> Interval:
     return Interval(value, value + min(0.0, float(low)), value + max(0.0, float(high)))
 
 
-def _kid_resamples(
-    x: Floats, y: Floats, codes: Groups, count: int, paired: bool, weights: Floats
+def _mmd_resamples(
+    x: Floats,
+    y: Floats,
+    codes: Groups,
+    count: int,
+    paired: bool,
+    weights: Floats,
+    kernel: Kernel,
 ) -> Floats:
-    """KID of each resample, up to a constant.  # weights (R, G) -> (R,)"""
+    """Squared MMD of each resample, up to a constant.  # weights (R, G) -> (R,)"""
     if paired and x.shape != y.shape:
         raise EvaluationError(f"paired features need one shape, got {x.shape} and {y.shape}")
     sizes = np.bincount(codes, minlength=count).astype(np.float64)
     drawn = weights @ sizes  # (R,) images of each resample
     pairs = drawn**2 - weights**2 @ sizes  # an image is no pair with itself
-    within = _kernel_sums(x, x, codes, count, distinct=True)  # (G, G)
+    within = _kernel_sums(x, x, codes, count, kernel, distinct=True)  # (G, G)
     if not paired:
-        across = np.bincount(codes, weights=_kernel_means(x, y), minlength=count)  # (G,)
+        across = np.bincount(codes, weights=_kernel_means(x, y, kernel), minlength=count)  # (G,)
         return _quadratic(weights, within) / pairs - 2 * (weights @ across) / drawn
-    within += _kernel_sums(y, y, codes, count, distinct=True)
-    between = _kernel_sums(x, y, codes, count, distinct=False)
+    within += _kernel_sums(y, y, codes, count, kernel, distinct=True)
+    between = _kernel_sums(x, y, codes, count, kernel, distinct=False)
     return _quadratic(weights, within) / pairs - 2 * _quadratic(weights, between) / drawn**2
 
 
@@ -383,15 +415,15 @@ def _quadratic(weights: Floats, matrix: Floats) -> Floats:
     return result
 
 
-def _kernel(x: Floats, y: Floats) -> Floats:
+def _polynomial(x: Floats, y: Floats) -> Floats:
     """KID's polynomial kernel (Binkowski et al. 2018).  # (n, m)"""
     base: Floats = x @ y.T / x.shape[1] + 1.0
     return base * base * base  # several times faster than a power
 
 
-def _kernel_means(x: Floats, y: Floats, rows: int = 512) -> Floats:
+def _kernel_means(x: Floats, y: Floats, kernel: Kernel, rows: int = 512) -> Floats:
     """Mean kernel of each x with all y.  # (n,)"""
-    parts = [_kernel(x[i : i + rows], y).mean(axis=1) for i in range(0, len(x), rows)]
+    parts = [kernel(x[i : i + rows], y).mean(axis=1) for i in range(0, len(x), rows)]
     return np.concatenate(parts)
 
 
@@ -400,6 +432,7 @@ def _kernel_sums(
     y: Floats,
     codes: Groups,
     count: int,
+    kernel: Kernel,
     *,
     distinct: bool,
     rows: int = 512,
@@ -412,14 +445,14 @@ def _kernel_sums(
     starts = np.searchsorted(codes[order], np.arange(count))
     sums = np.zeros((count, count))
     for start in range(0, len(x), rows):
-        kernel = _kernel(x[start : start + rows], y)
+        values = kernel(x[start : start + rows], y)
         if distinct:
-            span = np.arange(len(kernel))
-            kernel[span, start + span] = 0.0
+            span = np.arange(len(values))
+            values[span, start + span] = 0.0
         np.add.at(
             sums,
             codes[start : start + rows],
-            np.add.reduceat(kernel[:, order], starts, axis=1),
+            np.add.reduceat(values[:, order], starts, axis=1),
         )
     return sums
 
