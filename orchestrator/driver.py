@@ -26,7 +26,9 @@ LAST_RUN = "last_run.json"
 EventKind = Literal["planned", "started", "progress", "done", "failed"]
 
 #: References unlock everything, searches take longest; latencies want the machine for themselves.
-_ORDER: Mapping[TaskKind, int] = {"reference": 0, "search": 1, "evaluate": 2, "latency": 3}
+_ORDER: Mapping[TaskKind, int] = {
+    "reference": 0, "race": 0, "search": 1, "evaluate": 2, "latency": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,14 @@ def plan_sweep(sweep: SweepFile, store: Store, *, offline: bool = True) -> Plan:
     last = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     facts = gather_facts(sweep, offline=offline, known=last.get("items"))
     device = last.get("device") or latency_device(sweep)
-    return build_plan(sweep, store.records(), facts=facts, device=device)
+    records = store.records()
+    plan = build_plan(sweep, records, facts=facts, device=device)
+    failed = [task.key for task in plan.tasks if _has_failed(task, store)]
+    return build_plan(sweep, records, facts=facts, device=device, failed=failed) if failed else plan
+
+
+def _has_failed(task: PlannedTask, store: Store) -> bool:
+    return task.state != "cached" and store.get_failure(task.key) is not None
 
 
 def run_sweep(
@@ -176,10 +185,9 @@ class SweepTasks:
         self._running: dict[str, Task] = {}
         self._done: dict[str, Record] = {}
         self._failed: dict[str, str] = {}
+        self._cached: dict[str, Record] = {}
+        self._gpu_seconds = 0.0
         self.plan = self._planned()
-        cached = [task for task in self.plan.tasks if task.state == "cached"]
-        self._cached = {task.key: self._records[task.key] for task in cached}
-        self._gpu_seconds = sum(_gpu_seconds(t.task, self._cached[t.key]) for t in cached)
 
     def next_ready(self) -> Task | None:
         task = self._next()
@@ -206,8 +214,8 @@ class SweepTasks:
     def done(self, record: Record) -> None:
         task = self._running.pop(record.key)
         self._done[record.key] = record
-        if record.kind in ("reference", "search"):
-            self.plan = self._planned()  # gates may be known now
+        if record.kind in ("reference", "search", "race") or self._race_can_start():
+            self.plan = self._planned()  # gates may be known now, or who goes on
         self._gpu_seconds += _gpu_seconds(task, record)
         self._audience.landed(record, task)
         self._on_event(Event(kind="done", plan=self.plan, task=task, record=record))
@@ -216,6 +224,8 @@ class SweepTasks:
         task = self._running.pop(key)
         self._failed[key] = error
         logger.warning("%s failed: %s", task.label, error)
+        if any(planned.kind == "race" for planned in self.plan.tasks):
+            self.plan = self._planned()  # races go on without it
         self._on_event(Event(kind="failed", plan=self.plan, task=task, error=error))
 
     def result(self, interrupted: bool) -> RunResult:
@@ -236,11 +246,27 @@ class SweepTasks:
 
     def _planned(self) -> Plan:
         plan = build_plan(
-            self._sweep, self._records, facts=self._facts, device=self._device, memo=self._memo
+            self._sweep,
+            self._records,
+            facts=self._facts,
+            device=self._device,
+            memo=self._memo,
+            failed=self._failed,
         )
+        for known in plan.tasks:  # what a race lets go on may be in the store already
+            if known.state == "cached" and not (
+                known.key in self._done or known.key in self._cached
+            ):
+                self._cached[known.key] = self._records[known.key]
+                self._gpu_seconds += _gpu_seconds(known.task, self._cached[known.key])
         open_tasks = (task for task in plan.tasks if task.task and task.state != "cached")
         self._queue = sorted(open_tasks, key=_longest_first)
         return plan
+
+    def _race_can_start(self) -> bool:
+        """Whether everything that some race was waiting for is there."""
+        races = (t for t in self.plan.tasks if t.kind == "race" and t.state == "unresolved")
+        return any(race.needs and all(need in self._done for need in race.needs) for race in races)
 
     def _next(self) -> Task | None:
         """Return the ready task to start next; latencies only when nothing else is there to do."""
@@ -273,5 +299,6 @@ def _longest_first(planned: PlannedTask) -> tuple[int, str, float]:
         "search": lambda: inputs["search"]["steps"],
         "evaluate": lambda: kept * inputs["protocol"]["images"],
         "latency": lambda: kept,
+        "race": lambda: kept,
     }
     return _ORDER[planned.kind], planned.task.affinity, -float(work[planned.kind]())

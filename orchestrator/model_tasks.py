@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
@@ -14,12 +14,16 @@ from dipgo_core.evaluation.metrics import roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
 from orchestrator.facts import ModelFacts, scorer_names
 from orchestrator.methods import PointSpec, point_specs, search_label
+from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
 from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
 
 #: Libraries that decide images, and those that only decide what images are found to be worth.
 _GENERATING = ("torch", "diffusers", "transformers")
 _SCORING = ("torchmetrics", "torch-fidelity")
+
+#: A race reads a few arrays and computes for seconds.
+_RACE = TaskResources()
 
 
 @cache
@@ -47,15 +51,25 @@ class ModelTasks:
 
     @cached_property
     def protocol(self) -> Protocol:
-        """How points are measured on the test set."""
-        evaluate = self.model.evaluate
-        metrics = tuple(name for name in evaluate.metrics if name != "latency")
+        """How points are measured on the test set, at the top rung of a race."""
+        metrics = tuple(name for name in self.model.evaluate.metrics if name != "latency")
+        return self._test_protocol(self.model.evaluate.images, metrics)
+
+    @cached_property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """The protocol of each rung, the top one last; lower ones leave FID out."""
+        metrics = raced_metrics(self.protocol.metrics)
+        lower = (self._test_protocol(n, metrics) for n in self.model.evaluate.rungs[:-1])
+        return (*lower, self.protocol)
+
+    def _test_protocol(self, images: int, metrics: tuple[str, ...]) -> Protocol:
         return replace(
             self._images_protocol("test"),
+            images=images,
             metrics=metrics,
             scorers={role: self.facts.scorers[role] for role in roles_of(metrics)},
             reference=self.facts.reference,
-            kid_subset_size=largest_kid_subset(evaluate.images) if "kid" in metrics else 0,
+            kid_subset_size=largest_kid_subset(images) if "kid" in metrics else 0,
         )
 
     @cached_property
@@ -70,8 +84,8 @@ class ModelTasks:
         )
 
     @cached_property
-    def protocol_json(self) -> dict[str, Any]:
-        return self.protocol.to_json()
+    def _protocols_json(self) -> tuple[dict[str, Any], ...]:
+        return tuple(protocol.to_json() for protocol in self.protocols)
 
     @cached_property
     def calibration_protocol_json(self) -> dict[str, Any]:
@@ -154,11 +168,22 @@ class ModelTasks:
         )
 
     def evaluate(
-        self, sampler: SamplerSettings, keep: Sequence[str], split: Split, label: str
+        self,
+        sampler: SamplerSettings,
+        keep: Sequence[str],
+        split: Split,
+        label: str,
+        *,
+        rung: int = -1,
+        continues: str | None = None,
     ) -> Task:
-        """Images and figures of one gate table; the same table is never evaluated twice."""
+        """Images and figures of one gate table; the same table is never evaluated twice.
+
+        rung: index into `protocols`, on the test split. continues: key of an evaluation of the same
+        table with another number of images, whose images are not made again.
+        """
         test = split == "test"
-        protocol = self.protocol_json if test else self.calibration_protocol_json
+        protocol = self._protocols_json[rung] if test else self.calibration_protocol_json
         return self._task(
             "evaluate",
             sampler,
@@ -168,17 +193,48 @@ class ModelTasks:
                 "granularity": self.granularity,
                 "macs_convention": self.sweep.macs_convention,
             },
-            needs=(self.reference(split).key,),
+            needs=(self.reference(split).key, *([] if continues is None else [continues])),
             options={
                 **self._batch(split),
                 "scorers": scorer_names(self.model),
                 "reference": self.facts.reference_value,
+                **({} if continues is None else {"continues": continues}),
             },
             label=label if test else f"{label}, calibration",
         )
 
-    def latency(self, sampler: SamplerSettings, keep: Sequence[str], label: str) -> Task:
-        """Dense and pruned runs interleaved, alone on the node."""
+    def race(self, rung: int, candidates: Sequence[Candidate]) -> Task:
+        """Who of these goes on to the next rung."""
+        protocol = self.protocols[rung]
+        ordered = sorted(candidates, key=lambda candidate: candidate.key)
+        return self._task(
+            "race",
+            self.model.sampler,
+            {
+                "images": protocol.images,
+                "metrics": list(raced_metrics(protocol.metrics)),
+                "alpha": alpha_of_rung(len(self.protocols)),
+                "candidates": [asdict(candidate) for candidate in ordered],
+            },
+            needs=tuple(candidate.key for candidate in ordered),
+            label=f"race at {protocol.images} images",
+        )
+
+    def latencies(
+        self, sampler: SamplerSettings, keep: Sequence[str], label: str
+    ) -> tuple[Task, ...]:
+        """Dense and pruned runs interleaved, alone on the node: a task for each batch size."""
+        sizes = zip(self.sweep.latency.batch_size, self.latency_labels(label), strict=True)
+        return tuple(self._latency(sampler, keep, size, named) for size, named in sizes)
+
+    def latency_labels(self, label: str) -> tuple[str, ...]:
+        """Name the latency tasks of a point, the one that speeds are compared by first."""
+        first, *others = self.sweep.latency.batch_size
+        return (f"{label}, latency", *(f"{label}, latency of {size} images" for size in others))
+
+    def _latency(
+        self, sampler: SamplerSettings, keep: Sequence[str], batch_size: int, label: str
+    ) -> Task:
         settings = self.sweep.latency
         task = self._task(
             "latency",
@@ -190,14 +246,16 @@ class ModelTasks:
                 "threads": max(1, round(self.sweep.resources.latency.cpus)),
                 "attention": "default",  # of diffusers; nothing is compiled
                 "compile": "none",
-                "batch_size": settings.batch_size,
+                "batch_size": batch_size,
                 "warmup": settings.warmup,
+                "max_warmup": settings.max_warmup,
                 "min_runs": settings.min_runs,
+                "min_seconds": settings.min_seconds,
                 "granularity": self.granularity,
                 "items_sha256": self.facts.test.sha256,
             },
             needs=(self.reference("test").key,),
-            label=f"{label}, latency",
+            label=label,
         )
         return replace(task, exclusive=True)
 
@@ -218,7 +276,7 @@ class ModelTasks:
         needs: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Task:
-        resources: TaskResources = getattr(self.sweep.resources, kind)
+        resources: TaskResources = _RACE if kind == "race" else getattr(self.sweep.resources, kind)
         model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
         return Task(
             kind=kind,

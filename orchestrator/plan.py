@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dipgo_core.config import SearchSettings
+from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
@@ -21,9 +21,21 @@ from orchestrator.methods import (
 )
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.records import Record, Task, TaskKind, content_key
+from orchestrator.rungs import candidates_of
 from orchestrator.sweep_settings import SweepFile
 
 TaskState = Literal["cached", "ready", "waiting", "unresolved"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Where a point left the race. images: of its last rung.
+
+    by: metric -> evaluation at that rung which is at least as fast and surely better.
+    """
+
+    images: int
+    by: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,10 @@ class Point:
     keep: rows of the gate table, None until the records it follows from are there.
     error: why there is no such point (an unreachable target).
     evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
-        calibration_key for searched points and trivial baselines; latency_key where measured.
+        calibration_key for searched points and trivial baselines; latency_key where measured,
+        throughput_keys of batch sizes other than the first.
+    label: of its tasks. images: how many evaluate_key has, those of the highest rung reached so
+        far. lower_keys: evaluations at the rungs below. race_keys: races it has been in.
     needs: tasks whose records decide `keep`.
     """
 
@@ -60,13 +75,20 @@ class Point:
     evaluate_key: str | None = None
     calibration_key: str | None = None
     latency_key: str | None = None
+    throughput_keys: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    label: str = ""
+    images: int | None = None
+    lower_keys: tuple[str, ...] = ()
+    race_keys: tuple[str, ...] = ()
+    dropped: Dropped | None = None
 
     @property
     def task_keys(self) -> tuple[str, ...]:
         """Tasks whose records make this point complete."""
-        keys = (self.evaluate_key, self.latency_key, self.calibration_key)
-        return tuple(key for key in keys if key is not None)
+        keys = (self.evaluate_key, self.latency_key, *self.throughput_keys, self.calibration_key)
+        known = tuple(key for key in keys if key is not None)
+        return (*known, *self.lower_keys, *self.race_keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +167,15 @@ def build_plan(
     facts: Mapping[str, ModelFacts],
     device: str,
     memo: Memo | None = None,
+    failed: Collection[str] = (),
 ) -> Plan:
     """Return all tasks and points of a sweep; a task whose record exists is `cached`.
 
     facts: by name of the model (`gather_facts`). device: name of the device latency is measured on.
+    failed: keys of tasks that nobody tries again; races do not wait for points that rest on them.
     memo: pass the same one again to plan anew at little cost after a record has landed.
     """
-    builder = _Builder(records, {} if memo is None else memo)
+    builder = _Builder(records, {} if memo is None else memo, frozenset(failed))
     for model in sweep.models:
         builder.add_model(
             ModelTasks(sweep=sweep, model=model, facts=facts[model.name], device=device)
@@ -168,16 +192,17 @@ def build_plan(
 class _Builder:
     """Collects the tasks and points of one plan."""
 
-    def __init__(self, records: Mapping[str, Record], memo: Memo) -> None:
+    def __init__(self, records: Mapping[str, Record], memo: Memo, failed: Collection[str]) -> None:
         self.records = records
         self.memo = memo
+        self.failed = failed
         self.tasks: dict[str, PlannedTask] = {}
         self.points: list[Point] = []
         self.searches: list[str] = []
         self.protocols: dict[str, Mapping[str, Any]] = {}
 
     def add_model(self, tasks: ModelTasks) -> None:
-        for protocol in (tasks.protocol, tasks.calibration_protocol):
+        for protocol in (*tasks.protocols, tasks.calibration_protocol):
             self.protocols[protocol.hash] = protocol.to_json()
         self._add(tasks, tasks.reference("test"))
         if any(spec.search is not None or spec.method in CALIBRATED for spec in tasks.specs):
@@ -187,10 +212,12 @@ class _Builder:
         step_masks = step_mask_search(tasks.model)
         if step_masks is not None:
             self._add(tasks, tasks.search(step_masks))
-        for spec in tasks.specs:
-            self._add_point(tasks, spec)
+        points = [self._add_point(tasks, spec) for spec in tasks.specs]
+        for rung in range(len(tasks.protocols) - 1):
+            points = self._race(tasks, points, rung)
+        self.points += points
 
-    def _add_point(self, tasks: ModelTasks, spec: PointSpec) -> None:
+    def _add_point(self, tasks: ModelTasks, spec: PointSpec) -> Point:
         point = _unresolved_point(tasks, spec)
         if all(need in self.records for need in point.needs):
             found = self._resolve(tasks, spec, point)
@@ -199,7 +226,7 @@ class _Builder:
             point = self._add_measurements(tasks, spec, point, point.keep)
         elif point.error is None:
             self._add_placeholders(tasks, spec, point)
-        self.points.append(point)
+        return point
 
     def _resolve(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> Resolution:
         if point.key not in self.memo:
@@ -212,16 +239,96 @@ class _Builder:
     def _add_measurements(
         self, tasks: ModelTasks, spec: PointSpec, point: Point, keep: tuple[str, ...]
     ) -> Point:
-        evaluate = self._add(tasks, tasks.evaluate(spec.sampler, keep, "test", spec.label))
-        calibration = latency = None
+        calibration = None
         if spec.method in CALIBRATED:
             task = tasks.evaluate(spec.sampler, keep, "calibration", spec.label)
             calibration = self._add(tasks, task)
-        if tasks.measures_latency:
-            latency = self._add(tasks, tasks.latency(spec.sampler, keep, spec.label))
+        timed = tasks.latencies(spec.sampler, keep, spec.label) if tasks.measures_latency else ()
+        latencies = [self._add(tasks, task) for task in timed]
         return replace(
-            point, evaluate_key=evaluate, calibration_key=calibration, latency_key=latency
+            self._evaluated(tasks, point, keep, rung=0),
+            calibration_key=calibration,
+            latency_key=latencies[0] if latencies else None,
+            throughput_keys=tuple(latencies[1:]),
         )
+
+    def _evaluated(
+        self, tasks: ModelTasks, point: Point, keep: tuple[str, ...], *, rung: int
+    ) -> Point:
+        """Add the evaluation of a point at a rung; images of another rung are not made again."""
+        sampler, images = SamplerSettings(**point.sampler), tasks.protocols[rung].images
+        racing = len(tasks.protocols) > 1
+        label = f"{point.label}, {images} images" if racing else point.label
+
+        def at(rung: int, continues: str | None = None) -> Task:
+            return tasks.evaluate(sampler, keep, "test", label, rung=rung, continues=continues)
+
+        known = point.evaluate_key
+        if known is None and racing:  # an earlier run may have evaluated everything at the top
+            higher = (at(above).key for above in range(rung + 1, len(tasks.protocols)))
+            known = next((key for key in higher if key in self.records), None)
+        lower = () if point.evaluate_key is None else (*point.lower_keys, point.evaluate_key)
+        key = self._add(tasks, at(rung, known))
+        return replace(point, evaluate_key=key, lower_keys=lower, images=images)
+
+    def _race(self, tasks: ModelTasks, points: Sequence[Point], rung: int) -> list[Point]:
+        """Let points race at a rung; those that are kept are evaluated at the next one."""
+        runners = {p.key: p for p in points if self._runs(p)}
+        if not runners:
+            return list(points)
+        waiting = [p for p in runners.values() if not self._is_measured(p)]
+        if waiting:
+            key = self._add_unresolved_race(tasks, rung, waiting)
+        else:
+            found = candidates_of(
+                list(runners.values()),
+                points,
+                self.records,
+                by_latency=tasks.sweep.objective.speed == "latency" and tasks.measures_latency,
+                metrics=tasks.protocol.metrics,
+            )
+            key = self._add(tasks, tasks.race(rung, found))
+        return [self._after_race(tasks, p, rung, key) if p.key in runners else p for p in points]
+
+    def _after_race(self, tasks: ModelTasks, point: Point, rung: int, race: str) -> Point:
+        point = replace(point, race_keys=(*point.race_keys, race))
+        if race not in self.records or point.keep is None or point.evaluate_key is None:
+            return point
+        lost = self.records[race].outputs["dropped"].get(point.evaluate_key)
+        if lost is not None:
+            return replace(point, dropped=Dropped(images=lost["images"], by=lost["by"]))
+        return self._evaluated(tasks, point, point.keep, rung=rung + 1)
+
+    def _runs(self, point: Point) -> bool:
+        """Whether a point is in the race: it exists, was not dropped, and nothing of it failed."""
+        gone = point.error is not None or point.dropped is not None
+        return not gone and not any(map(self._is_dead, (*point.needs, *point.task_keys)))
+
+    def _is_dead(self, key: str) -> bool:
+        """Whether a task failed, or waits for one that did."""
+        if key in self.failed:
+            return True
+        known = self.tasks.get(key)
+        open_needs = () if known is None or known.state == "cached" else known.needs
+        return any(map(self._is_dead, open_needs))
+
+    def _is_measured(self, point: Point) -> bool:
+        return point.keep is not None and all(key in self.records for key in point.task_keys)
+
+    def _add_unresolved_race(self, tasks: ModelTasks, rung: int, waiting: Sequence[Point]) -> str:
+        """List a race under a key of its own, until everything it looks at is measured."""
+        protocol = tasks.protocols[rung]
+        key = content_key({"kind": "race", "model": tasks.model.name, "protocol": protocol.hash})
+        needs = (need for p in waiting for need in (*p.needs, *p.task_keys))
+        self.tasks[key] = PlannedTask(
+            key=key,
+            kind="race",
+            model=tasks.model.name,
+            label=f"{tasks.model.name}: race at {protocol.images} images",
+            needs=tuple(dict.fromkeys(need for need in needs if need not in self.records)),
+            state="unresolved",
+        )
+        return key
 
     def _add_placeholders(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> None:
         """List the tasks a point will need, under keys of their own, until its gates are known."""
@@ -229,7 +336,7 @@ class _Builder:
         if spec.method in CALIBRATED:
             kinds.append(("evaluate", f"{spec.label}, calibration"))
         if tasks.measures_latency:
-            kinds.append(("latency", f"{spec.label}, latency"))
+            kinds += [("latency", label) for label in tasks.latency_labels(spec.label)]
         for kind, label in kinds:
             key = content_key({"kind": kind, "label": label, "point": point.key})
             self.tasks[key] = PlannedTask(
@@ -295,6 +402,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         reference_key=reference_key,
         search_key=search_key,
         needs=(reference_key,) if search_key is None else (reference_key, search_key),
+        label=spec.label,
     )
 
 

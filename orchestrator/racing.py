@@ -13,7 +13,8 @@ the chance that anything is ever dropped wrongly stays near `ALPHA`:
   over all (pair, metric) (Westfall & Young 1993, ch. 2; Romano & Wolf 2005, "Exact and approximate
   stepdown methods for multiple hypothesis testing", section 4). One-sided: deviations of the
   resamples above the estimate stand for those of the estimate above the truth. The quantile is the
-  order statistic ceil((R + 1)(1 - alpha)) of R resamples (Davison & Hinkley 1997, section 4.2).
+  order statistic ceil((R + 1)(1 - alpha)) of R resamples, which has the right level whatever R is
+  (Davison & Hinkley 1997, section 4.2); of 1,000 at least 12 lie beyond it, with five rungs.
 - Few prompts: the critical value is moved outwards by what a t quantile of as many prompts asks
   beyond a normal one (Hesterberg 2015, "What teachers should know about the bootstrap", section
   4.3), as all other intervals here are.
@@ -26,8 +27,8 @@ an amount that depends on the point); KID stands for it.
 
 Dropping never takes away what a drop rests on. Where the point that beats is dropped itself, some
 other at least as fast surely beats it in the same metric, and so the first point as well: the
-differences add up, and the error of a sum is at most the sum of errors. Estimates rise strictly along
-such a chain, so it ends, at a point that is kept.
+differences add up, and the error of a sum is at most the sum of errors. Estimates rise along
+such a chain, so that it ends at a point that is kept.
 
 A pair without spread (equal images, one prompt) decides nothing, and a metric that a point lacks
 (the dense run's distance to itself) neither beats nor is beaten.
@@ -44,7 +45,7 @@ import numpy.typing as npt
 from scipy.special import ndtr, stdtrit
 
 from dipgo_core.errors import EvaluationError
-from dipgo_core.evaluation.intervals import RESAMPLES, Replicates
+from dipgo_core.evaluation.intervals import Replicates
 from dipgo_core.evaluation.metrics import METRICS
 
 Floats = npt.NDArray[np.float64]
@@ -54,8 +55,6 @@ Measured = Mapping[str, Mapping[str, Replicates]]
 
 #: Chance that a race of all rungs drops any point that belongs on a front.
 ALPHA = 0.05
-#: Resamples that must lie beyond the critical value, so that the tail is not guessed.
-TAIL = 20
 #: A difference whose spread is below this share of its figures' spread has none: rounding errors.
 _NO_SPREAD = 1e-9
 
@@ -97,11 +96,6 @@ def alpha_of_rung(rungs: int) -> float:
     return ALPHA / (rungs - 1)
 
 
-def resamples_for(alpha: float) -> int:
-    """Return how many resamples a critical value of this level takes."""
-    return max(RESAMPLES, math.ceil(TAIL / alpha))
-
-
 def decide(candidates: Sequence[Candidate], measured: Measured, *, alpha: float) -> Decision:
     """Return which candidates go on; see the module for what "surely" means.
 
@@ -113,10 +107,13 @@ def decide(candidates: Sequence[Candidate], measured: Measured, *, alpha: float)
     if not measured:
         raise EvaluationError("a race needs a metric other than fid: add kid to evaluate.metrics")
     faster = _faster(candidates)
+    everyone = tuple(candidate.key for candidate in candidates)
+    if not all(measured.values()):  # nobody is beaten in a metric that nobody has
+        return Decision(kept=everyone, dropped={}, critical=None)
     columns = {metric: _columns(metric, candidates, known) for metric, known in measured.items()}
     critical = _critical_value(columns, faster, alpha, _groups(measured))
     if critical is None:
-        return Decision(kept=tuple(c.key for c in candidates), dropped={}, critical=None)
+        return Decision(kept=everyone, dropped={}, critical=None)
     bounds = {metric: _lower_bounds(values, critical) for metric, values in columns.items()}
     beaten_by = {metric: np.where(faster, bound, -np.inf) for metric, bound in bounds.items()}
     beaten: list[Flags] = [np.any(lower > 0, axis=0) for lower in beaten_by.values()]
@@ -154,7 +151,7 @@ def _columns(
     lengths = {len(one.values) for one in known.values()}
     if len({(one.groups, one.n, one.method) for one in known.values()}) > 1 or len(lengths) > 1:
         raise EvaluationError(f"{metric} was not resampled alike for all points of a race")
-    nothing = np.full(max(lengths, default=1), np.nan)
+    nothing = np.full(max(lengths), np.nan)
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
     return np.stack(
         [sign * known[c.key].values if c.key in known else nothing for c in candidates], axis=1
@@ -164,7 +161,7 @@ def _columns(
 def _groups(measured: Measured) -> int:
     """Return how many prompts were drawn from."""
     counts = [one.groups for known in measured.values() for one in known.values()]
-    return min(counts, default=1)
+    return min(counts)
 
 
 def _critical_value(

@@ -81,7 +81,10 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """How every point of a model is measured. Scorers: bundled names, hub ids or local paths."""
+    """How every point of a model is measured. Scorers: bundled names, hub ids or local paths.
+
+    rungs: image counts of a race, rising, the last of them `images`; empty where nothing is raced.
+    """
 
     prompts: PromptSource
     images: int
@@ -91,6 +94,7 @@ class EvaluateSettings:
     seed: int = 0
     batch_size: int = 16
     images_per_prompt: int | None = None  # None: as often as needed
+    rungs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +158,7 @@ class TaskResources:
 
     cpus: float = 1.0
     gpus: float = 0.0
+    accelerator: str | None = None  # Ray's name of the GPU type; only latency tasks ask for one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +174,18 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencySettings:
-    """How latency is measured: dense and pruned runs interleaved, alone on the node."""
+    """How latency is measured: dense and pruned runs interleaved, alone on the node.
 
-    batch_size: int = 1
-    warmup: int = 2  # pairs of runs thrown away
-    min_runs: int = 10  # pairs of runs that count
+    batch_size: images a run; speeds are compared at the first one, throughput is measured at all.
+    warmup, max_warmup: pairs of runs thrown away, at least and at most; 0: none at all.
+    min_runs, min_seconds: pairs of runs that count, and how long they take together, at least.
+    """
+
+    batch_size: tuple[int, ...] = (1,)
+    warmup: int = 2
+    max_warmup: int = 20
+    min_runs: int = 10
+    min_seconds: float = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from orchestrator.sweep_settings import SweepFile
 if TYPE_CHECKING:
     from orchestrator.cli.sweeps import Results
 
-KINDS = ("reference", "search", "evaluate", "latency")
+KINDS = ("reference", "search", "evaluate", "latency", "race")
 
 
 def print_sweep(file: Path, sweep: SweepFile) -> None:
@@ -30,7 +30,7 @@ def print_sweep(file: Path, sweep: SweepFile) -> None:
             ", ".join(f"{target:g}" for target in model.targets),
             f"{len(model.grid)}",
             ", ".join(baseline.name for baseline in model.baselines),
-            f"{model.evaluate.images}",
+            ", ".join(map(str, model.evaluate.rungs or (model.evaluate.images,))),
         )
         for model in sweep.models
     ]

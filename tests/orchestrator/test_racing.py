@@ -17,7 +17,6 @@ from orchestrator.racing import (
     alpha_of_rung,
     decide,
     raced_metrics,
-    resamples_for,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -220,11 +219,6 @@ def test_decide_never_decides_by_one_prompt() -> None:
 def test_alpha_is_split_over_the_rungs_that_decide() -> None:
     assert alpha_of_rung(2) == ALPHA
     assert alpha_of_rung(5) == ALPHA / 4
-
-
-def test_resamples_reach_into_the_tail() -> None:
-    assert resamples_for(0.05) == 1000
-    assert resamples_for(0.05 / 4) == 1600
 
 
 def test_too_few_resamples_are_refused() -> None:

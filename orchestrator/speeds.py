@@ -1,0 +1,72 @@
+"""What latency records say of a point: speed, its denoising loop, throughput, memory, energy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orchestrator.records import Record
+
+#: Figures of a record that a point carries with the ends of their intervals.
+TIMES = ("latency_ms", "speedup", "loop_ms", "loop_speedup")
+
+
+def speed_of(headline: Record, others: Iterable[Record] = ()) -> dict[str, Any]:
+    """Return the fields of a resolved point that latency tells.
+
+    headline: of the batch size that speeds are compared at; others: of further batch sizes, which
+    only add throughput. A disturbed measurement gives no figures, only the reason.
+    """
+    records = (headline, *others)
+    usable = [record for record in records if is_usable(record)]
+    fields = {
+        "device": device_name(headline),
+        "latency_usable": is_usable(headline),
+        "latency_note": _note(records),
+        "throughput": _throughput(usable, "images_per_second"),
+        "dense_throughput": _throughput(usable, "dense_images_per_second"),
+    }
+    return {**fields, **_figures(headline.outputs)} if is_usable(headline) else fields
+
+
+def is_usable(record: Record) -> bool:
+    """Whether nothing disturbed the measurement."""
+    return bool(record.outputs.get("usable", True))
+
+
+def device_name(record: Record) -> str:
+    """Return what a latency was measured on, as fronts are grouped by it."""
+    return str(record.inputs["device"])
+
+
+def _figures(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {"latency_ms_p95": outputs["latency_ms"].get("p95")}
+    for name in TIMES:
+        figure = outputs.get(name) or {}
+        ends = {name: "value", f"{name}_low": "low", f"{name}_high": "high"}
+        fields |= {field: figure.get(end) for field, end in ends.items()}
+    peak = outputs.get("memory", {}).get("pruned", {})
+    held = peak.get("allocated") or peak.get("resident")
+    return {
+        **fields,
+        "peak_memory_mb": None if held is None else held / 2**20,
+        "energy_j": outputs.get("energy", {}).get("pruned_j"),
+    }
+
+
+def _throughput(records: Iterable[Record], name: str) -> dict[str, dict[str, float]]:
+    """Return images per second with their interval, by batch size."""
+    return {
+        str(record.inputs["batch_size"]): {end: figure[end] for end in ("value", "low", "high")}
+        for record in records
+        if (figure := record.outputs.get(name)) is not None
+    }
+
+
+def _note(records: Iterable[Record]) -> str | None:
+    """Return what a reader of the figures must know: what disturbed them, what was not checked."""
+    notes = []
+    for record in records:
+        said = [record.outputs.get("disturbed"), *record.outputs.get("unchecked", ())]
+        notes += [f"batch {record.inputs['batch_size']}: {each}" for each in said if each]
+    return "; ".join(notes) or None
