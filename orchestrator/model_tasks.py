@@ -255,6 +255,7 @@ class ModelTasks:
                 "items_sha256": self.facts.test.sha256,
             },
             needs=(self.reference("test").key,),
+            options={"tries": settings.tries},
             label=label,
         )
         return replace(task, exclusive=True)

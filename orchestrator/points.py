@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from dipgo_core.evaluation.intervals import Figure
 from dipgo_core.gates import GateTable
 from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
-from orchestrator.metrics import MAX_PSNR, QUALITIES, number
+from orchestrator.metrics import IMAGE_FIGURES, MAX_PSNR, QUALITIES, figure_text
 from orchestrator.plan import Point
 from orchestrator.records import Record
+from orchestrator.speeds import speed_of
 from orchestrator.store import Store
 
 State = Literal["done", "failed", "pending"]
@@ -23,9 +25,13 @@ Records = Mapping[str, Record]
 class ResolvedPoint:
     """One point with all its figures; None = not known (yet). Also what `pareto --json` prints.
 
-    protocol: hash of the protocol the images were made and scored under. device: where latency was
-    measured. pruned_ratio, macs_speedup: counted MACs against the model's dense run. speedup,
-    latency_ms: measured. `*_low`, `*_high`: ends of the 95 % interval. subnet: digest of `keep`.
+    protocol: hash of the protocol the images were made and scored under. figures: what was measured
+    of the images, by metric, each with its interval, n, scorer and protocol. device: where latency
+    was measured. pruned_ratio, macs_speedup: counted MACs against the model's dense run. speedup,
+    latency_ms: measured, end to end; loop_*: the denoising loop alone. `*_low`, `*_high`: ends of
+    the 95 % interval. throughput: images per second by batch size. peak_memory_mb, energy_j (an
+    image): of the pruned run. latency_usable: False if the measurement was disturbed; then there is
+    no speed, and latency_note says what disturbed it. subnet: digest of `keep`.
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
     chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
     of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
@@ -56,23 +62,21 @@ class ResolvedPoint:
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
-    fid: float | None = None
-    fid_low: float | None = None
-    fid_high: float | None = None
-    kid: float | None = None
-    kid_low: float | None = None
-    kid_high: float | None = None
-    clip: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    psnr: float | None = None
-    psnr_low: float | None = None
-    psnr_high: float | None = None
-    ssim: float | None = None
-    ssim_low: float | None = None
-    ssim_high: float | None = None
+    latency_ms_p95: float | None = None
+    loop_ms: float | None = None
+    loop_ms_low: float | None = None
+    loop_ms_high: float | None = None
+    loop_speedup: float | None = None
+    loop_speedup_low: float | None = None
+    loop_speedup_high: float | None = None
+    throughput: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    dense_throughput: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    peak_memory_mb: float | None = None
+    energy_j: float | None = None
+    latency_usable: bool | None = None
+    latency_note: str | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict)
     n_images: int | None = None
-    scorers: Mapping[str, str] = field(default_factory=dict)
     all_or_nothing_share: float | None = None
     subnet: str | None = None
     keep: tuple[str, ...] | None = None
@@ -84,6 +88,7 @@ class ResolvedPoint:
     verdict: Verdict | None = None
     gain_random: Mapping[str, Gain] = field(default_factory=dict)
     evaluate_key: str | None = None
+    latency_key: str | None = None
     task_keys: tuple[str, ...] = ()
 
     @property
@@ -95,25 +100,61 @@ class ResolvedPoint:
         """Whether its images were scored; latency may be missing."""
         return self.n_images is not None
 
+    @property
+    def identity(self) -> str:
+        """What points have in common that are one SubNet, evaluated once, under several names."""
+        return self.evaluate_key or self.key
+
+    def value(self, figure: str) -> float | None:
+        """Return a figure of `orchestrator.metrics`; None where it is not known."""
+        if figure in IMAGE_FIGURES:
+            found = self.figures.get(figure)
+            return None if found is None else found.value
+        value: float | None = getattr(self, figure)
+        return value
+
+    def bounds(self, figure: str) -> tuple[float | None, float | None]:
+        """Return the ends of a figure's 95 % interval; (None, None) where it has none."""
+        if figure in IMAGE_FIGURES:
+            found = self.figures.get(figure)
+            return (None, None) if found is None else (found.low, found.high)
+        return getattr(self, f"{figure}_low", None), getattr(self, f"{figure}_high", None)
+
     def interval(self, figure: str) -> tuple[float, float]:
-        """Return the 95 % interval of a figure; its value twice where it has none."""
-        value = getattr(self, figure)
-        low = getattr(self, f"{figure}_low", None)
-        high = getattr(self, f"{figure}_high", None)
+        """Return what a bar is drawn over: the 95 % interval, or the value twice without one."""
+        value, (low, high) = self.value(figure), self.bounds(figure)
+        assert value is not None
         return (value if low is None else low), (value if high is None else high)
+
+    def scorer(self, figure: str) -> str | None:
+        """Return the id of the network behind a figure."""
+        found = self.figures.get(figure)
+        return None if found is None else found.scorer
 
     def figure_text(self, figure: str) -> str:
         """Format a figure with its interval, such as ``1.42 [1.38, 1.47]``."""
-        value = getattr(self, figure)
-        if value is None:
-            return ""
-        low, high = self.interval(figure)
-        bounds = "" if low == high else f" [{number(figure, low)}, {number(figure, high)}]"
-        return f"{number(figure, value)}{bounds}"
+        found = self.figures.get(figure)
+        n = None if found is None else found.n
+        return figure_text(figure, self.value(figure), *self.bounds(figure), n=n)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the point as `pareto --json` prints it."""
-        return asdict(self)
+        """Return the point as `pareto --json` prints it: each figure by name, with its ends."""
+        flat: dict[str, Any] = {}
+        for figure in IMAGE_FIGURES:
+            low, high = self.bounds(figure)
+            flat |= {figure: self.value(figure), f"{figure}_low": low, f"{figure}_high": high}
+        scorers = {name: known.scorer for name, known in self.figures.items() if known.scorer}
+        return {**asdict(self), **flat, "scorers": scorers}
+
+
+def columns_of(
+    points: Iterable[ResolvedPoint], figures: Sequence[str] = IMAGE_FIGURES
+) -> tuple[tuple[str, str | None], ...]:
+    """Return each (figure, scorer) that some point was measured by: two scorers are two columns."""
+    found = dict.fromkeys(
+        (name, known.scorer) for point in points for name, known in point.figures.items()
+    )
+    return tuple(sorted((c for c in found if c[0] in figures), key=lambda c: figures.index(c[0])))
 
 
 def resolve_points(
@@ -129,9 +170,9 @@ def resolve_points(
     quality: the headline metric, of which `verdict` speaks. comparisons: pass the same one again
     to compute each gain once in a run.
     """
-    comparisons = comparisons or Comparisons(store)
+    comparisons = comparisons or Comparisons(store, records)
     known = _with_dense([_measured(point, records, store) for point in points])
-    return tuple(_with_gains(point, known, records, comparisons, quality) for point in known)
+    return tuple(_with_gains(point, known, comparisons, quality) for point in known)
 
 
 def calibration_score(point: ResolvedPoint, metric: str) -> float | None:
@@ -170,7 +211,6 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
     """Read the point's own records."""
     error = point.error or _failure(point, records, store)
     evaluated = _record(records, point.evaluate_key)
-    timed = _record(records, point.latency_key)
     complete = bool(point.task_keys) and all(key in records for key in point.task_keys)
     resolved = ResolvedPoint(
         key=point.key,
@@ -191,11 +231,16 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
         subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
         **_calibration(_record(records, point.calibration_key)),
         evaluate_key=point.evaluate_key,
+        latency_key=point.latency_key,
         task_keys=_task_keys(point),
     )
     if evaluated is not None:
         resolved = replace(resolved, **_quality(evaluated))
-    return resolved if timed is None else replace(resolved, **_speed(timed))
+    timed = _record(records, point.latency_key)
+    if timed is None:
+        return resolved
+    others = (records[key] for key in point.throughput_keys if key in records)
+    return replace(resolved, **speed_of(timed, others))
 
 
 def _task_keys(point: Point) -> tuple[str, ...]:
@@ -216,39 +261,18 @@ def _failure(point: Point, records: Records, store: Store) -> str | None:
 
 def _quality(record: Record) -> dict[str, Any]:
     outputs = record.outputs
-    figures: dict[str, Any] = {}
-    scorers: dict[str, str] = {}
-    for metric, figure in outputs["metrics"].items():
-        if metric not in QUALITIES:
-            continue
-        ends = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
-        figures |= {name: figure.get(end) for name, end in ends.items()}
-        if figure.get("scorer"):
-            scorers[metric] = figure["scorer"]
-    images = [figure["n"] for figure in outputs["metrics"].values() if figure.get("n")]
+    figures = {
+        name: Figure.from_json(figure)
+        for name, figure in outputs["metrics"].items()
+        if name in IMAGE_FIGURES
+    }
     return {
-        **figures,
-        "scorers": scorers,
-        "n_images": max(images, default=None),
+        "figures": figures,
+        "n_images": max((figure.n for figure in figures.values()), default=None),
         "macs": outputs.get("macs", {}).get("kept"),
         "pruned_ratio": outputs.get("pruned_ratio"),
         "all_or_nothing_share": outputs.get("all_or_nothing_share"),
     }
-
-
-def _speed(record: Record) -> dict[str, Any]:
-    figures: dict[str, Any] = {"device": device_name(record)}
-    for name in ("latency_ms", "speedup"):
-        figure = record.outputs[name]
-        ends = {name: "value", f"{name}_low": "low", f"{name}_high": "high"}
-        figures |= {field_name: figure.get(end) for field_name, end in ends.items()}
-    return figures
-
-
-def device_name(record: Record) -> str:
-    """Return what a latency was measured on, as fronts are grouped by it."""
-    device = record.inputs["device"]
-    return str(device.get("name", device)) if isinstance(device, Mapping) else str(device)
 
 
 def _with_dense(points: Sequence[ResolvedPoint]) -> list[ResolvedPoint]:
@@ -278,45 +302,55 @@ def _dense_speed(dense: ResolvedPoint, points: Sequence[ResolvedPoint]) -> Resol
         return dense
     times = [p.latency_ms * p.speedup for p in siblings if p.latency_ms and p.speedup]
     return replace(
-        dense, speedup=1.0, latency_ms=statistics.median(times), device=siblings[0].device
+        dense,
+        speedup=1.0,
+        latency_ms=statistics.median(times),
+        device=siblings[0].device,
+        latency_usable=True,
+        latency_note="timed by the dense halves of its siblings' measurements",
     )
 
 
 def _with_gains(
     point: ResolvedPoint,
     points: Sequence[ResolvedPoint],
-    records: Records,
     comparisons: Comparisons,
     quality: str,
 ) -> ResolvedPoint:
     if not point.is_evaluated or point.target is None:
         return point
     peers = [p for p in points if (p.model, p.protocol) == (point.model, point.protocol)]
-    dense = next((p for p in peers if p.method == "dense" and p.is_evaluated), None)
 
-    def over(rivals: Sequence[ResolvedPoint]) -> Mapping[str, Gain]:
-        return comparisons.gains(
-            _evaluated(point, records),
-            {rival.key: _evaluated(rival, records) for rival in rivals},
-            dense=None if dense is None else _evaluated(dense, records),
+    def over(metric: str, rivals: Sequence[ResolvedPoint]) -> Gain | None:
+        return comparisons.gain(
+            metric, _evaluated(point), {rival.key: _evaluated(rival) for rival in rivals}
         )
 
-    gain: dict[str, Gain] = {}
-    for metric in QUALITIES:
-        baseline = best_baseline(point, peers, metric)
-        known = {} if baseline is None else over([baseline])
-        gain |= {metric: known[metric]} if metric in known else {}
+    bars = {metric: best_baseline(point, peers, metric) for metric in QUALITIES}
+    gains = {metric: over(metric, [bar]) for metric, bar in bars.items() if bar is not None}
+    gain = {metric: found for metric, found in gains.items() if found is not None}
     draws = [p for p in peers if p.method == "random" and p.target == point.target]
     drawn = [p for p in draws if p.is_evaluated] if point.is_searched else []
     pending = any(p.state == "pending" for p in draws)
+    over_random = {m: over(m, drawn) for m in QUALITIES} if drawn and not pending else {}
     verdicts = {metric: value.verdict for metric, value in gain.items()}
     return replace(
         point,
         gain=gain,
         verdicts=verdicts,
         verdict=verdicts.get(quality),
-        gain_random=over(drawn) if drawn and not pending else {},
+        gain_random={metric: found for metric, found in over_random.items() if found is not None},
     )
+
+
+#: What latencies must share to be compared, as a record's inputs name it.
+CONDITIONS = ("device", "threads", "attention", "compile", "batch_size")
+
+
+def latency_conditions(record: Record) -> dict[str, Any]:
+    """Return what a latency was measured under; latencies of other conditions are not compared."""
+    known = {name: record.inputs[name] for name in CONDITIONS if name in record.inputs}
+    return {**known, "dtype": record.inputs["model"]["dtype"]}
 
 
 def point_name(point: Point) -> str:
@@ -337,9 +371,9 @@ def _record(records: Records, key: str | None) -> Record | None:
     return None if key is None else records.get(key)
 
 
-def _evaluated(point: ResolvedPoint, records: Records) -> Record:
+def _evaluated(point: ResolvedPoint) -> str:
     assert point.evaluate_key is not None
-    return records[point.evaluate_key]
+    return point.evaluate_key
 
 
 def _calibration(record: Record | None) -> dict[str, Any]:

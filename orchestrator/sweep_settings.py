@@ -179,6 +179,7 @@ class LatencySettings:
     batch_size: images a run; speeds are compared at the first one, throughput is measured at all.
     warmup, max_warmup: pairs of runs thrown away, at least and at most; 0: none at all.
     min_runs, min_seconds: pairs of runs that count, and how long they take together, at least.
+    tries: how often a measurement that something disturbed is made, at most.
     """
 
     batch_size: tuple[int, ...] = (1,)
@@ -186,6 +187,7 @@ class LatencySettings:
     max_warmup: int = 20
     min_runs: int = 10
     min_seconds: float = 5.0
+    tries: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""The name of the device a latency belongs to, found without torch."""
+"""Name and clock of the device a latency belongs to, found without torch."""
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
 from pathlib import Path
+
+from dipgo_core.errors import DeviceError
+from dipgo_core.evaluation.nvml import Gpu, open_gpu
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -37,12 +38,27 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 def gpu_name() -> str | None:
     """Return the first visible GPU's name as its driver tells it, or None without a driver."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    command += [f"--id={first}"] if first else []
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return open_gpu().name()
+    except DeviceError:
         return None
-    names = answer.stdout.split("\n")
-    return names[0].strip() or None
+
+
+def cpu_mhz(cpuinfo: Path = _CPUINFO) -> float | None:
+    """Return the mean clock of all processors at this moment, None where it is not told."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None
+
+
+def clock_mhz(kind: str, gpu: Gpu | None) -> float | None:
+    """Return the clock of the GPU's multiprocessors, or of the processors for kind "cpu"."""
+    if kind == "cpu":
+        return cpu_mhz()
+    try:
+        return None if gpu is None else gpu.sm_clock_mhz()
+    except DeviceError:
+        return None

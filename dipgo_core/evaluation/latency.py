@@ -1,11 +1,16 @@
-"""Latency of a pruned run against the dense one, the two interleaved on one device."""
+"""Latency of a pruned run against the dense one, the two interleaved on one device.
+
+Runs come as dense, pruned, pruned, dense, dense, pruned, ...: which of a pair goes first changes
+from pair to pair. A clock that sinks steadily, or a run that profits from what the one before left
+in the caches, then pushes one ratio up and the next one down, instead of all of them the same way.
+"""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,17 +20,22 @@ import torch
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.device import device_name
 from dipgo_core.evaluation.intervals import Interval, bootstrap_median
+from dipgo_core.evaluation.stopwatch import Run, Timed, Timer, stopwatch_for, timed
 
-Run = Callable[[], object]
-#: Runs once and returns how long it took, in milliseconds.
-Timer = Callable[[Run], float]
+#: Runs are warm when the median of the last WINDOW differs by less than STABLE from the median of
+#: the WINDOW before them, for dense and pruned runs both.
+WINDOW = 3
+STABLE = 0.05
+
+Pair = tuple[Timed, Timed]  # dense, pruned
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Median of one kind of run with its 95 % interval and its 95th percentile.
 
-    Milliseconds, or for a speed-up dense / pruned of each interleaved pair.
+    Milliseconds, images per second, or for a speed-up dense / pruned of each interleaved pair.
     """
 
     value: float
@@ -36,12 +46,30 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """Pairs that were run and not counted; stable: whether they had settled (None: not asked)."""
+
+    pairs: int
+    stable: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One measurement. Figures of two devices, dtypes or thread counts are never compared."""
+    """One measurement. Figures of two devices, dtypes, batches or thread counts do not compare.
+
+    `*_ms`: one run end to end; `loop_*`: its denoising loop alone, None where it was not timed.
+    """
 
     latency_ms: Timing
     dense_latency_ms: Timing
     speedup: Timing
+    loop_ms: Timing | None
+    dense_loop_ms: Timing | None
+    loop_speedup: Timing | None
+    images_per_second: Timing
+    dense_images_per_second: Timing
+    warmup: WarmUp
+    batch_size: int
     device: str
     threads: int
     dtype: str
@@ -55,77 +83,116 @@ def measure_latency(
     run_dense: Run,
     run_pruned: Run,
     *,
+    batch_size: int = 1,
     warmup: int = 2,
+    max_warmup: int = 20,
     min_runs: int = 10,
     min_seconds: float = 5.0,
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     timer: Timer | None = None,
 ) -> Latency:
-    """Time dense, pruned, dense, pruned, ... until `min_runs` pairs and `min_seconds` are reached.
+    """Time dense and pruned runs in turn until `min_runs` pairs and `min_seconds` are reached.
 
     Drifts of clock and load hit both alike, so the speed-up is the median of the pairs' ratios.
-    warmup: pairs that are run and not counted. On a GPU, CUDA events give the times.
+    An even number of pairs is counted. batch_size: images a run makes. warmup, max_warmup: pairs
+    that are run and not counted, at least and at most; between them, until the times settle.
+    timer: `stopwatch.timed` on the device if None; on a GPU, CUDA events give the times.
 
     Raises:
         EvaluationError: fewer than two runs asked for, or a run that took no time.
     """
-    if min_runs < 2 or warmup < 0:
+    if min_runs < 2 or not 0 <= warmup <= max_warmup:
         raise EvaluationError(
-            f"latency needs min_runs >= 2 and warmup >= 0, got {min_runs} and {warmup}"
+            f"latency needs min_runs >= 2 and 0 <= warmup <= max_warmup, got {min_runs}, "
+            f"{warmup} and {max_warmup}"
         )
-    place = torch.device(device)
-    time_of = timer or (cuda_milliseconds if place.type == "cuda" else wall_milliseconds)
-    for _ in range(warmup):
-        run_dense()
-        run_pruned()
-    dense, pruned = _interleaved(run_dense, run_pruned, time_of, min_runs, min_seconds)
+    watch = stopwatch_for(device)
+    pairs = _Pairs(run_dense, run_pruned, timer or (lambda run: timed(run, watch)))
+    warm = _warm_up(pairs, warmup, max_warmup)
+    counted = _counted(pairs, min_runs, min_seconds)
+    dense, pruned = (np.array([pair[i].total_ms for pair in counted]) for i in (0, 1))
     return Latency(
         latency_ms=_timing(pruned),
         dense_latency_ms=_timing(dense),
         speedup=_timing(dense / pruned),
-        device=device_name(place.type),
+        **_loops(counted),
+        images_per_second=_timing(1000 * batch_size / pruned),
+        dense_images_per_second=_timing(1000 * batch_size / dense),
+        warmup=warm,
+        batch_size=batch_size,
+        device=device_name(torch.device(device).type),
         threads=torch.get_num_threads(),
         dtype=dtype,
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
 
 
-def wall_milliseconds(run: Run) -> float:
-    """Time one run by the wall clock."""
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1000
+class _Pairs:
+    """Gives one timed pair after the other, the first run of a pair taking turns."""
 
+    def __init__(self, run_dense: Run, run_pruned: Run, time_of: Timer) -> None:
+        self._runs = (run_dense, run_pruned)
+        self._time_of = time_of
+        self._dense_first = cycle((True, False))
 
-def cuda_milliseconds(run: Run) -> float:
-    """Time one run by CUDA events, from an idle device to an idle device."""
-    new_event: Callable[..., Any] = torch.cuda.Event
-    start, end = new_event(enable_timing=True), new_event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def _interleaved(
-    run_dense: Run, run_pruned: Run, time_of: Timer, min_runs: int, min_seconds: float
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    pairs: list[tuple[float, float]] = []
-    spent_ms = 0.0
-    while len(pairs) < min_runs or spent_ms < min_seconds * 1000:
-        pair = (time_of(run_dense), time_of(run_pruned))
-        if not min(pair) > 0:
+    def __call__(self) -> Pair:
+        dense, pruned = self._runs
+        if next(self._dense_first):
+            pair = (self._time_of(dense), self._time_of(pruned))
+        else:
+            second, first = self._time_of(pruned), self._time_of(dense)
+            pair = (first, second)
+        if not min(run.total_ms for run in pair) > 0:
             raise EvaluationError("a timed run took no time: the timer is too coarse for it")
-        spent_ms += sum(pair)
-        pairs.append(pair)
-    table = np.array(pairs)
-    return table[:, 0], table[:, 1]
+        return pair
 
 
-def _timing(values: npt.NDArray[np.float64]) -> Timing:
+def _warm_up(pairs: _Pairs, least: int, most: int) -> WarmUp:
+    """Run pairs until their times have settled; `least` 0 means no warm-up at all."""
+    if least == 0:
+        return WarmUp(pairs=0, stable=None)
+    done: list[Pair] = []
+    while len(done) < most:
+        done.append(pairs())
+        if len(done) >= least and is_settled(done):
+            return WarmUp(pairs=len(done), stable=True)
+    return WarmUp(pairs=len(done), stable=False)
+
+
+def is_settled(pairs: Sequence[Pair]) -> bool:
+    """Say whether the last WINDOW runs of both kinds take as long as the WINDOW before them."""
+    if len(pairs) < 2 * WINDOW:
+        return False
+    times = np.array([[run.total_ms for run in pair] for pair in pairs[-2 * WINDOW :]])
+    before, last = np.median(times[:WINDOW], axis=0), np.median(times[WINDOW:], axis=0)
+    return bool(np.all(np.abs(last / before - 1) < STABLE))
+
+
+def _counted(pairs: _Pairs, min_runs: int, min_seconds: float) -> list[Pair]:
+    counted: list[Pair] = []
+    spent_ms = 0.0
+    while len(counted) < min_runs or spent_ms < min_seconds * 1000 or len(counted) % 2:
+        pair = pairs()
+        spent_ms += sum(run.total_ms for run in pair)
+        counted.append(pair)
+    return counted
+
+
+def _loops(pairs: Sequence[Pair]) -> dict[str, Timing | None]:
+    """Return the timings of the denoising loops, if all runs had one timed."""
+    times = [[run.loop_ms for run in pair] for pair in pairs]
+    if any(loop is None for pair in times for loop in pair):
+        return dict.fromkeys(("loop_ms", "dense_loop_ms", "loop_speedup"))
+    dense, pruned = np.array(times, dtype=np.float64).T
+    return {
+        "loop_ms": _timing(pruned),
+        "dense_loop_ms": _timing(dense),
+        "loop_speedup": _timing(dense / pruned),
+    }
+
+
+def _timing(values: Floats) -> Timing:
     median: Interval = bootstrap_median(values)
     p95 = float(np.quantile(values, 0.95))
     return Timing(value=median.value, low=median.low, high=median.high, p95=p95, n=len(values))

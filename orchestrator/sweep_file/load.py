@@ -9,7 +9,16 @@ from typing import Final, Literal, get_args
 from dipgo_core.config import Convention
 from dipgo_core.errors import ConfigError
 from orchestrator.sweep_file.evaluate import METRICS
-from orchestrator.sweep_file.fields import Fields, boolean, choice, number, reject, text, whole
+from orchestrator.sweep_file.fields import (
+    Fields,
+    axis,
+    boolean,
+    choice,
+    number,
+    reject,
+    text,
+    whole,
+)
 from orchestrator.sweep_file.models import (
     SECTIONS,
     Shared,
@@ -160,7 +169,7 @@ def _resources(node: Node, issues: Issues) -> Resources:
             reference=_task_resources(fields.section("reference"), issues, evaluate),
             search=_task_resources(fields.section("search"), issues, TaskResources()),
             evaluate=evaluate,
-            latency=_task_resources(fields.section("latency"), issues, evaluate),
+            latency=_latency_resources(fields.section("latency"), issues, evaluate),
             images_per_shard=fields.get("images_per_shard", whole(1), 500),
         )
 
@@ -173,13 +182,33 @@ def _task_resources(node: Node, issues: Issues, default: TaskResources) -> TaskR
         )
 
 
-def _latency(node: Node, issues: Issues) -> LatencySettings:
+def _latency_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
+    """Read what a latency task takes, and on which type of GPU all of them run."""
     with Fields(node, issues) as fields:
-        return LatencySettings(
-            batch_size=fields.get("batch_size", whole(1, 4096), 1),
-            warmup=fields.get("warmup", whole(0, 10_000), 2),
-            min_runs=fields.get("min_runs", whole(2, 100_000), 10),
+        gpus = fields.get("gpus", number(0), default.gpus)
+        accelerator = fields.maybe("accelerator", text())
+        if accelerator is not None and not gpus:
+            rule = "is a type of GPU, but latency takes none: give resources.latency.gpus too"
+            issues.add(fields.place("accelerator").issue(rule))
+        cpus = fields.get("cpus", number(above=0), default.cpus)
+        return TaskResources(cpus=cpus, gpus=gpus, accelerator=accelerator)
+
+
+def _latency(node: Node, issues: Issues) -> LatencySettings:
+    default = LatencySettings()
+    with Fields(node, issues) as fields:
+        settings = LatencySettings(
+            batch_size=fields.get("batch_size", axis(whole(1, 4096)), default.batch_size),
+            warmup=fields.get("warmup", whole(0, 10_000), default.warmup),
+            max_warmup=fields.get("max_warmup", whole(0, 10_000), default.max_warmup),
+            min_runs=fields.get("min_runs", whole(2, 100_000), default.min_runs),
+            min_seconds=fields.get("min_seconds", number(0), default.min_seconds),
+            tries=fields.get("tries", whole(1, 100), default.tries),
         )
+        if settings.warmup > settings.max_warmup:
+            rule = f"must be at least warmup ({settings.warmup}), got {settings.max_warmup}"
+            issues.add(fields.place("max_warmup").issue(rule))
+        return settings
 
 
 def _tracking(node: Node, issues: Issues, name: str) -> Tracking:

@@ -1,30 +1,51 @@
-"""Latency of one gate table: dense and pruned pipeline calls interleaved on this device."""
+"""Latency of one gate table: dense and pruned pipeline calls interleaved, in their own process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
 
 from dipgo_core.config import SamplerSettings
-from dipgo_core.errors import TaskError
-from dipgo_core.evaluation.device import device_name
+from dipgo_core.errors import DeviceError, TaskError
+from dipgo_core.evaluation.device import clock_mhz, device_name
+from dipgo_core.evaluation.execution import attention_in_use, compile_mode, library_versions
+from dipgo_core.evaluation.footprint import energy_j, peak_memory
 from dipgo_core.evaluation.generate import call_arguments
-from dipgo_core.evaluation.latency import (
-    Run,
-    cuda_milliseconds,
-    measure_latency,
-    wall_milliseconds,
-)
+from dipgo_core.evaluation.latency import Latency, measure_latency
+from dipgo_core.evaluation.load import CpuWatch, GpuWatch, Watch, process_tree, undisturbed
+from dipgo_core.evaluation.nvml import Gpu, open_gpu
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import image_seed
+from dipgo_core.evaluation.stopwatch import Run, Timer, stopwatch_for, timed_call
 from dipgo_core.pipelines import set_sampler, subnet_of
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.subnet import SubNet
-from orchestrator.task.work import Outcome, Work
+from orchestrator.task.latency_process import measured_apart
+from orchestrator.task.work import Outcome, Work, loaded
 
-#: Pairs are repeated at least this long, so that very short runs are not measured by few ticks.
-MIN_SECONDS = 1.0
+
+def run_latency(work: Work) -> Outcome:
+    """Let the measuring process measure, while this one waits and keeps the device free.
+
+    Raises:
+        TaskError: this worker has another device, or the measuring process died.
+    """
+    planned, found = work.task.inputs["device"], device_name(work.device)
+    if found != planned:
+        raise TaskError(
+            f"latency was planned for {planned!r}, this worker has {found!r}: run the sweep again, "
+            "or name one accelerator in resources.latency.accelerator"
+        )
+    if work.device != "cpu":
+        loaded.cache_clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return Outcome(measured_apart(work.task, work.store.url))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +62,7 @@ class PipelineRun:
 
     @contextmanager
     def prepared(self) -> Iterator[Callable[[], object]]:
-        """Set the pipeline up and yield the call that is timed."""
+        """Set the pipeline up and yield the call that is timed; it may be repeated."""
         model, size = self.work.model, int(self.work.task.inputs["batch_size"])
         set_sampler(model, self.sampler)
         items = [self.work.items[item_of_image(i, len(self.work.items))] for i in range(size)]
@@ -56,41 +77,106 @@ class PipelineRun:
         return apply_subnet(self.work.model.pipe, self.subnet)
 
 
-def run_latency(work: Work) -> Outcome:
-    """Measure on the device that was planned with, alone on the node.
+def measure(work: Work, parent: int) -> dict[str, Any]:
+    """Measure in this process, which does nothing else; return a latency record's outputs.
 
-    Raises:
-        TaskError: this worker has another device.
+    parent: process id of the worker that asked, whose processes are no foreign ones.
     """
     inputs = work.task.inputs
-    if device_name(work.device) != inputs["device"]:
-        raise TaskError(
-            f"latency was planned for {inputs['device']!r}, this worker has "
-            f"{device_name(work.device)!r}: run the sweep from a machine like its workers"
-        )
-    dense = PipelineRun(work, SamplerSettings(**inputs["dense_sampler"]), None)
+    torch.set_num_threads(int(inputs["threads"]))
+    dense, pruned = _runs(work)
+    gpu = _gpu(work.device)
+    watched = undisturbed(
+        lambda: _timed(work, dense, pruned, gpu),
+        _watches(work, gpu, parent),
+        tries=int(work.task.options["tries"]),
+    )
+    latency, clocks = watched.value
+    return {
+        **latency.to_json(),
+        "usable": watched.finding.disturbed is None,
+        "disturbed": watched.finding.disturbed,
+        "unchecked": list(watched.finding.unchecked),
+        "tries": watched.tries,
+        "clock_mhz": clocks,
+        "attention": attention_in_use(work.model.denoiser),
+        "compile": compile_mode(work.model.denoiser),
+        "versions": {**latency.versions, **library_versions()},
+        **_footprint(work, dense, pruned, gpu),
+    }
+
+
+def _runs(work: Work) -> tuple[PipelineRun, PipelineRun]:
+    dense = PipelineRun(work, SamplerSettings(**work.task.inputs["dense_sampler"]), None)
     whole = bool(work.gates.keep.all())
     subnet = None if whole else subnet_of(work.model, work.graph, work.sampler, work.gates)
+    return dense, PipelineRun(work, work.sampler, subnet)
+
+
+def _gpu(device: str) -> Gpu | None:
+    """Return the GPU that PyTorch computes on, as its driver knows it."""
+    if device == "cpu":
+        return None
+    try:
+        return open_gpu(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    except DeviceError:
+        return None
+
+
+def _watches(work: Work, gpu: Gpu | None, parent: int) -> list[Watch]:
+    processor = CpuWatch(threads=int(work.task.inputs["threads"]))
+    return [processor] if gpu is None else [processor, GpuWatch(gpu, lambda: process_tree(parent))]
+
+
+def _timed(
+    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: Gpu | None
+) -> tuple[Latency, Mapping[str, float | None]]:
+    """Measure once; also return the device's clock before and after."""
+    inputs = work.task.inputs
+    before = clock_mhz(work.device, gpu)
     latency = measure_latency(
         dense,
-        PipelineRun(work, work.sampler, subnet),
+        pruned,
+        batch_size=int(inputs["batch_size"]),
         warmup=int(inputs["warmup"]),
+        max_warmup=int(inputs["max_warmup"]),
         min_runs=int(inputs["min_runs"]),
-        min_seconds=MIN_SECONDS,
+        min_seconds=float(inputs["min_seconds"]),
         device=work.device,
         dtype=work.model.settings.dtype,
-        timer=_timer(work.device),
+        timer=_timer(work),
     )
-    return Outcome(latency.to_json())
+    return latency, {"before": before, "after": clock_mhz(work.device, gpu)}
 
 
-def _timer(device: str) -> Callable[[Run], float]:
-    """Time the prepared call alone."""
-    milliseconds = cuda_milliseconds if device == "cuda" else wall_milliseconds
+def _timer(work: Work) -> Timer:
+    """Time the prepared call alone, and its denoising loop."""
+    watch = stopwatch_for(work.device)
 
-    def time_of(run: Run) -> float:
+    def time_of(run: Run) -> Any:
         assert isinstance(run, PipelineRun)
         with run.prepared() as call:
-            return milliseconds(call)
+            return timed_call(call, work.model.pipe.scheduler, work.model.denoiser, watch)
 
     return time_of
+
+
+def _footprint(
+    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: Gpu | None
+) -> dict[str, Any]:
+    """Return peak memory of both kinds of run, and their energy an image where it is told."""
+    memory, energy = dict[str, Any](), dict[str, Any]()
+    for name, run in (("dense", dense), ("pruned", pruned)):
+        with run.prepared() as call:
+            memory[name] = asdict(peak_memory(call, work.device))
+            energy |= _energy(name, call, gpu, int(work.task.inputs["batch_size"]))
+    return {"memory": memory, "energy": energy}
+
+
+def _energy(name: str, call: Run, gpu: Gpu | None, images: int) -> dict[str, Any]:
+    if gpu is None:
+        return {"unread": "no GPU whose driver counts it"}
+    try:
+        return {f"{name}_j": energy_j(call, gpu) / images}
+    except DeviceError as error:
+        return {"unread": str(error)}

@@ -17,6 +17,8 @@ from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.task.evaluate import run_evaluate
 from orchestrator.task.latency import run_latency
+from orchestrator.task.latency_process import stop_measuring
+from orchestrator.task.race import run_race
 from orchestrator.task.reference import run_reference
 from orchestrator.task.search import run_search
 from orchestrator.task.work import OnProgress, Outcome, Work
@@ -26,6 +28,7 @@ RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "search": run_search,
     "evaluate": run_evaluate,
     "latency": run_latency,
+    "race": run_race,
 }
 _LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-sweep")
 
@@ -36,6 +39,8 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
         known = store.get_record(task.key)
         if known is not None:
             return known
+        if task.kind != "latency":
+            stop_measuring()
         began = time.perf_counter()
         torch.set_num_threads(int(task.inputs.get("threads", max(1, round(task.cpus)))))
         work = Work(task, store, on_progress)

@@ -90,7 +90,7 @@ def sweep_of(folder: Path) -> SweepFile:
             ),
         ),
         resources=Resources(images_per_shard=3),
-        latency=LatencySettings(warmup=0, min_runs=2),
+        latency=LatencySettings(warmup=0, min_runs=2, min_seconds=0, tries=1),
         tracking=Tracking(experiment="real"),
     )
 

@@ -1,14 +1,10 @@
-"""Device names, found without torch."""
+"""Names and clocks of devices, found without torch."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import pytest
-
-from dipgo_core.evaluation import device
-from dipgo_core.evaluation.device import cpu_name, device_name
+from dipgo_core.evaluation.device import clock_mhz, cpu_mhz, cpu_name, device_name
 
 
 def test_cpu_name_is_the_model_name(tmp_path: Path) -> None:
@@ -23,18 +19,17 @@ def test_cpu_name_is_never_empty(tmp_path: Path) -> None:
     assert device_name()
 
 
-def test_gpu_name_is_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = subprocess.CompletedProcess([], 0, stdout="NVIDIA Fast\nNVIDIA Slow\n")
-    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: answer)
+def test_cpu_clock_is_the_mean_of_all_processors(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("cpu MHz\t\t: 3000.0\nflags\t: a\ncpu MHz\t\t: 2000.0\n")
 
-    assert device_name("cuda:0") == "NVIDIA Fast"
+    assert cpu_mhz(file) == 2500
+    assert cpu_mhz(tmp_path / "missing") is None
 
 
-def test_gpu_without_driver_is_called_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object, **__: object) -> None:
-        raise FileNotFoundError
+def test_clock_of_a_gpu_without_driver_is_unknown() -> None:
+    assert clock_mhz("cuda", None) is None
 
-    monkeypatch.setattr(device.subprocess, "run", absent)
 
-    assert device_name("cuda") == "cuda"
+def test_unknown_device_is_called_by_its_kind() -> None:
     assert device_name("mps") == "mps"

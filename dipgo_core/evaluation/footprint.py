@@ -1,0 +1,85 @@
+"""What a run takes besides time: peak memory, and energy where the GPU tells it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dipgo_core.evaluation.nvml import Gpu
+from dipgo_core.evaluation.stopwatch import Run
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Most memory held at once during one run, in bytes; None where it is not told.
+
+    allocated, reserved: on the GPU, by tensors and by PyTorch's allocator. resident: of the whole
+    process in host memory, weights and libraries included.
+    """
+
+    allocated: int | None = None
+    reserved: int | None = None
+    resident: int | None = None
+
+
+def peak_memory(run: Run, device: str | torch.device) -> PeakMemory:
+    """Run once and return the peak, counted from what the process holds before it."""
+    gc.collect()
+    if torch.device(device).type != "cuda":
+        return PeakMemory(resident=_peak_resident(run))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return PeakMemory(
+        allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved()
+    )
+
+
+def _peak_resident(run: Run) -> int | None:
+    """Return the process's peak resident set during a run; None where Linux does not reset it."""
+    _return_free_memory()
+    try:
+        _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+    except OSError:
+        return None
+    run()
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system, or an earlier run's peak counts as this one's."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+
+
+def energy_j(run: Run, gpu: Gpu, *, min_seconds: float = 2.0) -> float:
+    """Return the energy one run takes on the whole GPU, in joules.
+
+    The driver's counter ticks some ten times a second: only a sum over seconds means anything, so
+    the run is repeated without a pause for `min_seconds`.
+
+    Raises:
+        DeviceError: the GPU does not count its energy.
+    """
+    before, began, count = gpu.energy_mj(), time.monotonic(), 0
+    while count == 0 or time.monotonic() - began < min_seconds:
+        run()
+        count += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (gpu.energy_mj() - before) / 1000 / count
