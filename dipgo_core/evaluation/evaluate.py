@@ -19,7 +19,7 @@ from torch import Tensor
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.clip_score import clip_scores, load_clip
-from dipgo_core.evaluation.fid import fid_figure, kid_figure, load_extractor
+from dipgo_core.evaluation.fid import fid_figures, kid_figure, load_extractor
 from dipgo_core.evaluation.generate import generate
 from dipgo_core.evaluation.intervals import Figure, bootstrap_mean
 from dipgo_core.evaluation.metrics import METRICS, PAIRED, PER_IMAGE, Role, roles_of
@@ -141,11 +141,11 @@ def load_scorers(
     return scorers
 
 
-def shards_of(protocol: Protocol, shard_size: int) -> tuple[range, ...]:
-    """Return the image indices of each shard, in order."""
+def shards_of(protocol: Protocol, shard_size: int, first: int = 0) -> tuple[range, ...]:
+    """Return the image indices of each shard, in order, from image `first` on."""
     return tuple(
         range(start, min(start + shard_size, protocol.images))
-        for start in range(0, protocol.images, shard_size)
+        for start in range(first, protocol.images, shard_size)
     )
 
 
@@ -161,21 +161,23 @@ def evaluate_shards(
     dense: DenseImages | None = None,
     shard_size: int = 500,
     batch_size: int = 16,
+    first: int = 0,
     done: Collection[int] = (),
     keep_images: bool = False,
 ) -> Iterator[ShardResult]:
     """Yield one result a shard, so that the caller stores it and memory stays that of one shard.
 
     sampler: of this run; few-step baselines differ from the protocol's. dense: needed for psnr and
-    ssim, except by the dense run itself. done: first indices of shards that are stored already and
-    not computed again. keep_images: also return the images, as the dense reference needs them.
+    ssim, except by the dense run itself. first: image to begin with, if those before it are known.
+    done: first indices of shards that are stored already and not computed again. keep_images: also
+    return the images, as the dense reference needs them.
 
     Raises:
         EvaluationError: items, scorers or dense images are not the protocol's; broken images.
     """
     itself = gates is None and sampler.to_json() == protocol.sampler
     _check_inputs(protocol, items, scorers, dense, itself)
-    for shard in shards_of(protocol, shard_size):
+    for shard in shards_of(protocol, shard_size, first):
         if shard.start not in done:
             images, forwards = _images_of(
                 model, protocol, items, shard, sampler, gates, graph, batch_size
@@ -250,7 +252,7 @@ def merge_shards(shards: Sequence[ShardResult], protocol: Protocol) -> ShardResu
 def summarise(
     shards: Sequence[ShardResult], protocol: Protocol, references: Mapping[str, Reference]
 ) -> dict[str, Figure]:
-    """Return each metric's figure, in the protocol's order; pure.
+    """Return each metric's figure, in the protocol's order; with FID also `fid_infinity`. Pure.
 
     references: by role, what features are compared with.
 
@@ -270,16 +272,17 @@ def summarise(
         elif role in FEATURE_ROLES:
             reference = _checked_reference(protocol, role, references)
             rows = whole.features[role]
-            figures[metric] = _distribution_figure(metric, rows, reference, groups, protocol)
+            figures |= _distribution_figures(metric, rows, reference, groups, protocol)
     return {name: replace(figure, protocol=protocol.hash) for name, figure in figures.items()}
 
 
-def _distribution_figure(
+def _distribution_figures(
     metric: str, rows: Array, reference: Reference, groups: Array, protocol: Protocol
-) -> Figure:
+) -> dict[str, Figure]:
     if metric == "fid":
-        return fid_figure(rows, reference, groups)
-    return kid_figure(rows, reference, groups, subset_size=protocol.kid_subset_size)
+        return fid_figures(rows, reference, groups)
+    size = protocol.kid_subset_size
+    return {"kid": kid_figure(rows, reference, groups, subset_size=size)}
 
 
 def groups_of(protocol: Protocol) -> npt.NDArray[np.int64]:

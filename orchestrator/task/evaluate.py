@@ -31,6 +31,7 @@ from dipgo_core.families import num_calls
 from dipgo_core.pipelines import subnet_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
+from orchestrator.task.continued import continued
 from orchestrator.task.work import Outcome, Work, packed, put_shard, stored_shards
 
 
@@ -55,6 +56,7 @@ def run_evaluate(work: Work) -> Outcome:
         "all_or_nothing_share": subnet.gates.all_or_nothing_share,
         "forwards": whole.forwards,
         "n_images": protocol.images,
+        "n_continued": shards[0].stop if "continues" in work.task.options else 0,
         **_macs(work, subnet),
     }
     artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
@@ -66,11 +68,15 @@ def run_evaluate(work: Work) -> Outcome:
 
 
 def _scored_shards(work: Work, scorers: Scorers) -> Iterator[ShardResult]:
-    """Yield every shard; those of an interrupted run are not computed again."""
-    stored = stored_shards(work)
+    """Yield every shard; those of an interrupted run or a lower rung are not computed again."""
+    known = continued(work)
+    first = 0 if known is None else known.stop
+    if known is not None:
+        yield known
+    stored = stored_shards(work, first)
     yield from (ShardResult.from_tensors(arrays) for arrays in stored.values())
     make = _dense_shards if is_dense(work) else _pruned_shards
-    for shard in make(work, scorers, _DenseImages(work), stored):
+    for shard in make(work, scorers, _DenseImages(work), first, stored):
         put_shard(work, shard.start, shard.to_tensors())
         yield shard
 
@@ -81,16 +87,16 @@ def is_dense(work: Work) -> bool:
 
 
 def _dense_shards(
-    work: Work, scorers: Scorers, dense: DenseImages, done: Collection[int]
+    work: Work, scorers: Scorers, dense: DenseImages, first: int, done: Collection[int]
 ) -> Iterator[ShardResult]:
-    for shard in shards_of(work.protocol, work.shard_size):
+    for shard in shards_of(work.protocol, work.shard_size, first):
         if shard.start not in done:
             images = dense(shard.start, shard.stop).to(work.device)
             yield score_images(images, shard, work.protocol, work.items, scorers, None)
 
 
 def _pruned_shards(
-    work: Work, scorers: Scorers, dense: DenseImages, done: Collection[int]
+    work: Work, scorers: Scorers, dense: DenseImages, first: int, done: Collection[int]
 ) -> Iterator[ShardResult]:
     return evaluate_shards(
         work.model,
@@ -103,6 +109,7 @@ def _pruned_shards(
         dense=dense,
         shard_size=work.shard_size,
         batch_size=work.batch_size,
+        first=first,
         done=done,
     )
 

@@ -146,10 +146,10 @@ def packed(arrays: Mapping[str, Any]) -> bytes:
     return data
 
 
-def stored_shards(work: Work) -> dict[int, Arrays]:
+def stored_shards(work: Work, first: int = 0) -> dict[int, Arrays]:
     """Return the shards an interrupted run of this task has finished, by first image."""
     shards = {}
-    for shard in shards_of(work.protocol, work.shard_size):
+    for shard in shards_of(work.protocol, work.shard_size, first):
         data = work.store.get_progress(work.task.key, _shard_name(shard.start))
         if data is None:
             continue
