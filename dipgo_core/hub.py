@@ -24,6 +24,7 @@ Kind = Literal["model", "dataset"]
 
 MAIN: Final = "main"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TIMEOUT_S: Final = 10.0
 
 
@@ -42,6 +43,11 @@ class Repository:
 def is_commit(revision: str | None) -> bool:
     """Return whether a revision is a commit: 40 hexadecimal digits, which never move."""
     return _COMMIT.fullmatch(revision or "") is not None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a repository on the hub: owner/name."""
+    return _ID.fullmatch(name) is not None
 
 
 def split_id(name: str) -> tuple[str, str | None]:
@@ -93,6 +99,17 @@ def resolve_commit(hub_id: str, revision: str | None = None, kind: Kind = "model
             hub_id, repo_type=kind, revision=revision, cache_dir=cache_folder()
         )
     return str(found.resolved)
+
+
+def cached_commit(hub_id: str, revision: str | None = None, kind: Kind = "model") -> str | None:
+    """Return the commit that a revision was when the local cache last saw it; asks nobody."""
+    if revision is not None and is_commit(revision):
+        return revision
+    try:
+        noted = (cache_folder(hub_id, kind) / "refs" / (revision or MAIN)).read_text().strip()
+    except OSError:
+        return None
+    return noted if is_commit(noted) else None
 
 
 def look_up(hub_id: str, commit: str, kind: Kind = "model") -> Repository:

@@ -83,6 +83,7 @@ class PipelineFiles:
 
 #: Components that only a safety checker reads.
 _SAFETY: Final = ("safety_checker", "feature_extractor")
+_WEIGHTS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _SHARD: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -160,7 +161,46 @@ def hub_pipeline_files(hub_id: str, commit: str) -> PipelineFiles:
         HubError: the repository cannot be read, or holds no pipeline of safetensors.
     """
     index = model_index(hub.fetch(hub_id, commit, ["model_index.json"]))
-    files = pipeline_files(index, hub.files_at(hub_id, commit))
+    return _complete(pipeline_files(index, hub.files_at(hub_id, commit)), hub_id, commit)
+
+
+def network_files(names: Iterable[str]) -> PipelineFiles:
+    """Return which of the files `names` a network saved by transformers consists of: its configs,
+    its tokenizer, and model.safetensors, whole or in shards."""
+    there = sorted(name for name in names if "/" not in name and _decides(name))
+    weights = [name for name in there if _WEIGHTS.fullmatch(name)]
+    others = [name for name in there if not name.endswith(".safetensors")]
+    lacking = [] if "config.json" in others else ["config.json"]
+    lacking += absent_shards(weights) if weights else ["model.safetensors"]
+    files = tuple(others + weights)
+    return PipelineFiles(files, files, tuple(lacking))
+
+
+def hub_network(hub_id: str, revision: str | None = None) -> Path:
+    """Return the folder in the hub's cache that holds a network, after fetching what it lacks.
+
+    Raises:
+        HubError: files cannot be fetched, or the repository has none that are read.
+        ModelFilesError: weights in the cache are damaged.
+    """
+    commit = hub.resolve_commit(hub_id, revision)
+    files = hub_network_files(hub_id, commit)
+    folder = hub.fetch(hub_id, commit, files.loaded)
+    check_weights(folder / name for name in files.loaded)
+    return folder
+
+
+def hub_network_files(hub_id: str, commit: str) -> PipelineFiles:
+    """Return which files of a hub repository its network consists of.
+
+    Raises:
+        HubError: the repository cannot be read, or holds no network of safetensors.
+    """
+    files = network_files(hub.files_at(hub_id, commit))
+    return _complete(files, hub_id, commit)
+
+
+def _complete(files: PipelineFiles, hub_id: str, commit: str) -> PipelineFiles:
     if files.missing:
         raise HubError(
             f"{hub_id} at {commit[:12]} has no {hub.listed(files.missing)}. Only safetensors are "

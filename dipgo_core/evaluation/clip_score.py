@@ -15,7 +15,9 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
 from dipgo_core.errors import EvaluationError, ModelFilesError
-from dipgo_core.evaluation.scorers import Scorer, clip_folder, clip_scorer
+from dipgo_core.evaluation.scorers import Scorer, clip_scorer, network_folder
+from dipgo_core.hub import resolve_commit, split_id
+from dipgo_core.model_files import hub_network
 
 _CHUNK = 64  # images or texts the model sees at once
 
@@ -30,20 +32,22 @@ class ClipScorer:
     texts: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load_clip(
-    name: str, *, revision: str | None = None, device: str | torch.device = "cpu"
-) -> ClipScorer:
-    """Load a CLIP by bundled name, local folder or hub id, from safetensors only.
+def load_clip(name: str, *, device: str | torch.device = "cpu") -> ClipScorer:
+    """Load a CLIP by bundled name, local folder or ``owner/name@revision`` on the hub, from
+    safetensors only.
 
     Raises:
         ModelFilesError: files are missing or broken, or the hub cannot be reached; names them.
     """
-    folder = clip_folder(name)
-    scorer = clip_scorer(name, revision)
-    source, pinned = (name, revision) if folder is None else (str(folder), None)
+    folder = network_folder(name)
+    if folder is None:
+        hub_id, revision = split_id(name)
+        commit = resolve_commit(hub_id, revision)
+        name, folder = f"{hub_id}@{commit}", hub_network(hub_id, commit)
+    scorer = clip_scorer(name)
     try:
-        model = CLIPModel.from_pretrained(source, revision=pinned, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(source, revision=pinned)
+        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFilesError(
             f"the CLIP scorer {name} cannot be loaded: {error}\nIt needs config.json, "

@@ -6,17 +6,21 @@ import csv
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from dipgo_core.errors import EvaluationError, nearest
+from dipgo_core import hub
+from dipgo_core.errors import DipgoError, EvaluationError, nearest
 from dipgo_core.items import Item
 from dipgo_core.zoo import captions
 
 BUNDLED = "bundled:"
+_QUOTED = re.compile(r'"([^"]|"")*"')
 _HUB_KEYS = ("hub", "file", "revision", "split", "config", "column", "rows")
 _FILE_KEYS = ("file", "column", "rows")
 _LABEL_KEYS = ("labels",)
@@ -30,11 +34,12 @@ def read_items(
     source: a file (one prompt a line, .jsonl, .csv, .tsv, .json of COCO captions, .parquet);
     "bundled:calibration" or "bundled:test"; or a mapping {file, column, rows},
     {hub, file, revision, split, config, column, rows}, or {labels: number of classes}, every class
-    once.
+    once. Where `rows` is given, no more than these are read.
     folder: where relative paths start.
 
     Raises:
         EvaluationError: the source is missing, empty, broken, or lacks the column.
+        HubError: the hub does not have it, or is out of reach.
     """
     if isinstance(source, Mapping):
         return _read_mapping(source, folder)
@@ -43,12 +48,19 @@ def read_items(
     return _read_file(_located(source, folder), column=None, rows=None)
 
 
-def label_items(labels: Mapping[str, int], count: int | None = None) -> tuple[Item, ...]:
+def label_items(
+    labels: Mapping[str, int], count: int | None = None, *, chosen: Sequence[int] = ()
+) -> tuple[Item, ...]:
     """Return one item a class, in order of label; with `count`, that many spread evenly.
 
-    Images walk through the items in turn, so that n images show every class equally often.
+    Images walk through the items in turn, so that n images show every class equally often, or once
+    more than others where the classes do not divide n.
 
     labels: text to label, as a label-conditioned pipeline holds them; synonyms count once.
+    chosen: only these labels.
+
+    Raises:
+        EvaluationError: the model has no classes, or not one of the chosen ones.
     """
     texts: dict[int, str] = {}
     for text, label in labels.items():
@@ -56,6 +68,13 @@ def label_items(labels: Mapping[str, int], count: int | None = None) -> tuple[It
     items = [Item(texts[label], label) for label in sorted(texts)]
     if not items:
         raise EvaluationError("the model has no class labels (id2label is empty); give prompts")
+    if unknown := sorted(set(chosen) - set(texts)):
+        raise EvaluationError(
+            f"the model has no class {hub.listed(map(str, unknown))}; its labels are "
+            f"{min(texts)} to {max(texts)}"
+        )
+    if chosen:
+        return tuple(Item(texts[label], label) for label in chosen)
     if count is None or count >= len(items):
         return tuple(items)
     return tuple(items[i * len(items) // count] for i in range(count))
@@ -101,18 +120,23 @@ def items_sha256(items: Sequence[Item]) -> str:
 
 
 def check_disjoint(calibration: Sequence[Item], test: Sequence[Item]) -> None:
-    """Check that no test item was seen in calibration.
+    """Check that no test item was seen in calibration; case, spaces and the ways in which Unicode
+    writes one letter make no difference.
 
     Raises:
         EvaluationError: an item is in both; names the first.
     """
-    seen = {item.prompt.strip(): i for i, item in enumerate(calibration)}
+    seen = {_normal(item.prompt): i for i, item in enumerate(calibration)}
     for i, item in enumerate(test):
-        if (place := seen.get(item.prompt.strip())) is not None:
+        if (place := seen.get(_normal(item.prompt))) is not None:
             raise EvaluationError(
                 f"calibration and test overlap: {item.prompt!r} is calibration item {place} and "
                 f"test item {i}; a search must not see test prompts, remove it from one of them"
             )
+
+
+def _normal(prompt: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def item_of_image(index: int, num_items: int) -> int:
@@ -163,7 +187,11 @@ def _read_file(path: Path, *, column: str | None, rows: int | None) -> tuple[Ite
         items = list(islice(read(path, column), rows))
     except FileNotFoundError as error:
         raise EvaluationError(f"no prompt file at {path}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise EvaluationError(
+            f"cannot read prompts from {path}: byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from error
+    except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
     return _checked(items, str(path))
 
@@ -177,33 +205,50 @@ def _checked(items: Sequence[Item], source: str) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _text_rows(path: Path, column: str | None) -> Iterable[Item]:
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
-        if line.strip():
-            yield Item(line.strip())
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Return number and text of the lines that are not blank, one at a time."""
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, line.strip()
 
 
-def _jsonl_rows(path: Path, column: str | None) -> Iterable[Item]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+def _text_rows(path: Path, column: str | None) -> Iterator[Item]:
+    return (Item(line) for _, line in _lines(path))
+
+
+def _jsonl_rows(path: Path, column: str | None) -> Iterator[Item]:
+    for number, line in _lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise EvaluationError(f"{path}:{number} is not JSON: {error}") from error
         if isinstance(row, str):
-            yield Item(row)
+            yield Item(row.strip())
         elif isinstance(row, dict):
             yield _item(row, column, f"{path}:{number}")
         else:
             raise EvaluationError(f"{path}:{number} must be a text or an object, got {row!r}")
 
 
-def _csv_rows(path: Path, column: str | None) -> Iterable[Item]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _csv_rows(path: Path, column: str | None) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream, delimiter=delimiter):
+        for row in csv.DictReader(stream, strict=True):
             yield _item(row, column, str(path))
+
+
+def _tsv_rows(path: Path, column: str | None) -> Iterator[Item]:
+    """Tabs part the cells, and nothing else does: PartiPrompts has prompts that begin with a
+    quotation mark. A cell that is quoted as a whole is what stands inside."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
+            yield _item({key: _unquoted(cell) for key, cell in row.items()}, column, str(path))
+
+
+def _unquoted(cell: Any) -> Any:
+    if not isinstance(cell, str) or not _QUOTED.fullmatch(cell):
+        return cell
+    return cell[1:-1].replace('""', '"')
 
 
 def _coco_rows(path: Path, column: str | None) -> Iterable[Item]:
@@ -218,47 +263,55 @@ def _coco_rows(path: Path, column: str | None) -> Iterable[Item]:
     return [Item(str(first[image]).strip()) for image in sorted(first)]
 
 
-def _parquet_rows(path: Path, column: str | None) -> Iterable[Item]:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Item]:
+    """Only the columns asked for are read, and only as many rows as are taken."""
     parquet = _optional("pyarrow.parquet", "pyarrow", f"reading {path}")
     if not path.is_file():
         raise FileNotFoundError(path)
-    batches = parquet.ParquetFile(path).iter_batches(batch_size=1000)
-    return (_item(row, column, str(path)) for batch in batches for row in batch.to_pylist())
+    with parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        wanted = {_column_of(names, column, str(path)), *({"label"} & set(names))}
+        for batch in file.iter_batches(batch_size=1000, columns=sorted(wanted)):
+            for row in batch.to_pylist():
+                yield _item(row, column, str(path))
 
 
 def _read_hub(
     source: Mapping[str, Any], *, column: str | None, rows: int | None
 ) -> tuple[Item, ...]:
-    name = source["hub"]
+    name, revision = source["hub"], source.get("revision")
+    commit = hub.resolve_commit(name, revision, "dataset")
     if source.get("file"):
-        return _read_file(_hub_file(source), column=column, rows=rows)
+        folder = hub.fetch(name, commit, [source["file"]], "dataset")
+        return _read_file(folder / source["file"], column=column, rows=rows)
+    table = _data_set(source, commit, streaming=rows is not None)
+    try:
+        items = [_item(row, column, name) for row in islice(table, rows)]
+    except DipgoError:
+        raise
+    except Exception as error:  # a streamed table is read here
+        raise _unloadable(name, error) from error
+    return _checked(items, name)
+
+
+def _data_set(source: Mapping[str, Any], commit: str, *, streaming: bool) -> Iterable[Any]:
+    """Load a split through the package datasets; streaming reads no more than is taken."""
+    name = source["hub"]
     datasets = _optional("datasets", "datasets", f"reading the hub data set {name}")
     try:
-        table = datasets.load_dataset(
-            name, source.get("config"), revision=source.get("revision"), split=_split(source)
+        table: Iterable[Any] = datasets.load_dataset(
+            name, source.get("config"), revision=commit, split=_split(source), streaming=streaming
         )
     except Exception as error:  # the library raises many kinds, network ones among them
-        raise EvaluationError(
-            f"cannot load the data set {name} ({error}); without network, give a local file"
-        ) from error
-    taken = range(len(table) if rows is None else min(rows, len(table)))
-    return _checked([_item(table[i], column, name) for i in taken], name)
+        raise _unloadable(name, error) from error
+    return table
 
 
-def _hub_file(source: Mapping[str, Any]) -> Path:
-    """Fetch one file of a data set; needs neither its loading script nor the package datasets."""
-    name, file = source["hub"], source["file"]
-    hub = _optional("huggingface_hub", "huggingface_hub", f"fetching {file} of {name}")
-    try:
-        fetched = hub.hf_hub_download(
-            name, file, repo_type="dataset", revision=source.get("revision")
-        )
-    except Exception as error:  # the library raises many kinds, network ones among them
-        raise EvaluationError(
-            f"cannot fetch {file} of the data set {name} ({error}); without network, give a local "
-            "file"
-        ) from error
-    return Path(fetched)
+def _unloadable(name: str, error: Exception) -> EvaluationError:
+    return EvaluationError(
+        f"cannot load the data set {name} ({error}); name one `file` of it, which `dipgo-sweep "
+        "prefetch` fetches, or give a local file"
+    )
 
 
 def _split(source: Mapping[str, Any]) -> str:
@@ -266,15 +319,22 @@ def _split(source: Mapping[str, Any]) -> str:
 
 
 def _item(row: Mapping[str, Any], column: str | None, source: str) -> Item:
+    text = row[_column_of([key for key in row if key is not None], column, source)]
+    if text is None:
+        raise EvaluationError(f"{source} has a row without {column or 'prompt'}; remove it")
+    return Item(str(text).strip(), _label(row.get("label"), source))
+
+
+def _column_of(names: Sequence[str], column: str | None, source: str) -> str:
+    """Return the column of this name, whatever its case."""
     wanted = column or "prompt"
-    present = {str(key).lower(): key for key in row if key is not None}
-    key = present.get(wanted.lower())
-    if key is None or row[key] is None:
+    present = {str(name).lower(): name for name in names}
+    if wanted.lower() not in present:
         raise EvaluationError(
-            f"{source} has no column {wanted!r}; it has {', '.join(map(str, row)) or 'none'}: name "
-            "one with `column`"
+            f"{source} has no column {wanted!r}; it has {', '.join(map(str, names)) or 'none'}: "
+            "name one with `column`"
         )
-    return Item(str(row[key]).strip(), _label(row.get("label"), source))
+    return present[wanted.lower()]
 
 
 def _label(value: Any, source: str) -> int | None:
@@ -291,15 +351,15 @@ def _optional(module: str, package: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise EvaluationError(
-            f"{purpose} needs the package {package!r}, which is not installed: install it, or "
-            "give a .jsonl, .csv or text file"
+            f"{purpose} needs the package {package!r}, which is not installed: "
+            "`pip install 'dipgo-sweep[datasets]'`, or give a .jsonl, .csv or text file"
         ) from error
 
 
 _READERS: dict[str, Callable[[Path, str | None], Iterable[Item]]] = {
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
-    ".tsv": _csv_rows,
+    ".tsv": _tsv_rows,
     ".json": _coco_rows,
     ".parquet": _parquet_rows,
 }

@@ -15,6 +15,8 @@ from typing import Any
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
 from dipgo_core.evaluation.metrics import Role
+from dipgo_core.hub import MAIN, is_hub_id, split_id
+from dipgo_core.model_files import check_weights
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
 TINY_FEATURES = "tiny-features"
@@ -97,24 +99,32 @@ def inception_file(name: str = INCEPTION) -> Path:
     return path
 
 
-def clip_scorer(name: str, revision: str | None = None) -> Scorer:
-    """Return the CLIP scorer called `name`: "tiny-clip", a local folder, or a hub id.
+def clip_scorer(name: str) -> Scorer:
+    """Return the CLIP scorer called `name`: "tiny-clip", a local folder, or ``owner/name`` on the
+    hub, of which ``owner/name@revision`` names a commit.
 
     A folder is digested by its files; a hub id by its revision, so that no download is needed.
 
     Raises:
-        ModelFilesError: the name is a path without a model in it.
+        ModelFilesError: the name is a path without a model in it, or its weights are damaged.
     """
-    folder = clip_folder(name)
+    folder = network_folder(name)
     resize = "the model's own image processor"
     if folder is None:
-        return Scorer(name, f"hub:{name}@{revision or 'main'}", resize)
+        hub_id, revision = split_id(name)
+        return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}", resize)
+    check_weights(sorted(folder.glob("*.safetensors")))
     bundled = name in ZOO_MODELS
     return Scorer(name if bundled else folder.name, folder_sha256(folder), resize)
 
 
-def clip_folder(name: str) -> Path | None:
-    """Return the local folder of a CLIP model, or None where `name` is a hub id.
+def hub_scorer(name: str) -> bool:
+    """Return whether a scorer's name means a repository on the hub."""
+    return network_folder(name) is None and is_hub_id(split_id(name)[0])
+
+
+def network_folder(name: str) -> Path | None:
+    """Return the local folder of a network that transformers loads, or None where `name` is none.
 
     Raises:
         ModelFilesError: a folder was named, and it is missing or holds no config.json.
@@ -127,8 +137,8 @@ def clip_folder(name: str) -> Path | None:
         return None
     if not (folder / "config.json").is_file():
         raise ModelFilesError(
-            f"no CLIP model in {folder}: config.json is missing; name a folder written by "
-            "save_pretrained, a hub id, or 'tiny-clip'"
+            f"no network in {folder}: config.json is missing; name a folder written by "
+            "save_pretrained, a hub id, or a bundled name"
         )
     return folder
 

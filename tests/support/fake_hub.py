@@ -15,7 +15,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_reader"
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/(.+))?)?")
+_API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)"
+    r"(?:/(revision|tree|auth-check|paths-info)(?:/([^/]+)(?:/(.+))?)?)?"
+)
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -84,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_POST(self) -> None:
+        self._answer(with_body=True)
+
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
@@ -101,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse("EntryNotFound")
 
     def _api(self, match: re.Match[str], with_body: bool) -> None:
-        kind, repo_id, what, revision = match.groups()
+        kind, repo_id, what, revision, folder = match.groups()
         repo = self.served.repos.get((kind.removesuffix("s"), repo_id))
         found = None if repo is None else repo.files(revision or "main")
         if repo is None:
@@ -110,14 +116,28 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse("RevisionNotFound")
         elif what == "auth-check":
             self._json({}, with_body) if self._allowed(repo) else self._refuse("GatedRepo", 403)
-        elif what == "tree":
-            rows = [
-                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
-                for name, data in found[1].items()
-            ]
-            self._json(rows, with_body)
+        elif what in ("tree", "paths-info"):
+            asked = self._asked_paths() if what == "paths-info" else None
+            self._tree(found[1], asked, folder)
         else:
             self._json(_info(repo, *found), with_body)
+
+    def _tree(
+        self, files: Mapping[str, bytes], asked: list[str] | None, folder: str | None
+    ) -> None:
+        rows = [
+            {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+            for name, data in files.items()
+            if (asked is None or name in asked) and name.startswith(f"{folder}/" if folder else "")
+        ]
+        if folder and not rows:
+            self._refuse("EntryNotFound")
+        else:
+            self._json(rows, with_body=True)
+
+    def _asked_paths(self) -> list[str]:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        return list(json.loads(body)["paths"])
 
     def _file(self, match: re.Match[str], with_body: bool) -> None:
         dataset, repo_id, revision, name = match.groups()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 from tiny import tiny_tokenizer
 from transformers import (
     CLIPConfig,
@@ -109,10 +110,28 @@ def test_corrupt_weights_are_one_clear_error(folder: Path, tmp_path: Path) -> No
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"torn")
 
-    with pytest.raises(ModelFilesError, match="cannot be loaded.*"):
+    with pytest.raises(ModelFilesError, match="damaged weights: .*model.safetensors"):
         load_clip(str(tmp_path))
 
 
-def test_hub_id_without_network_names_the_files() -> None:
-    with pytest.raises(ModelFilesError, match=r"owner/clip cannot be loaded[\s\S]*model.safetens"):
+def test_hub_id_is_loaded_at_its_commit(folder: Path, fake_hub: FakeHub) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = fake_hub.put("owner/clip", {**files, "open_clip_model.safetensors": b"another"})
+    loaded = load_clip("owner/clip")
+    assert (loaded.scorer.id, loaded.scorer.digest) == ("owner/clip", f"hub:owner/clip@{commit}")
+    assert load_clip(f"owner/clip@{commit}").scorer == loaded.scorer
+    assert fake_hub.downloads["owner/clip/open_clip_model.safetensors"] == 0
+
+
+def test_hub_repository_without_a_config_is_refused_before_weights_are_fetched(
+    folder: Path, fake_hub: FakeHub
+) -> None:
+    fake_hub.put("owner/clip", {"open_clip_pytorch_model.bin": b"p", "tokenizer.json": b"{}"})
+    with pytest.raises(ModelFilesError, match="owner/clip at .* has no config.json, model.safet"):
+        load_clip("owner/clip")
+    assert not fake_hub.downloads
+
+
+def test_hub_id_without_network_says_what_to_do() -> None:
+    with pytest.raises(ModelFilesError, match=r"owner/clip cannot be read .*name a local folder"):
         load_clip("owner/clip")

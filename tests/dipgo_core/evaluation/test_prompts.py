@@ -102,13 +102,6 @@ def test_bad_sources_are_refused(tmp_path: Path, source: object, rule: str) -> N
         read_items(source, folder=tmp_path)
 
 
-def test_hub_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-
-    with pytest.raises(EvaluationError, match="needs the package 'datasets'"):
-        read_items({"hub": "owner/name"})
-
-
 def test_disjointness_names_the_first_overlap() -> None:
     with pytest.raises(EvaluationError, match="'b ' is calibration item 1 and test item 2"):
         check_disjoint([Item("a"), Item("b")], [Item("x"), Item("y"), Item("b "), Item("a")])
@@ -148,3 +141,94 @@ def test_any_first_items_are_spread_over_the_whole_set() -> None:
     assert sorted(ordered, key=lambda item: items.index(item)) == items
     found = {item.prompt.split(",")[0] for item in ordered[:60]}
     assert len(found) == 10  # as a random sample would: 0.9^60 x 10 = 2 % to miss one
+
+
+# --- what real files look like ---
+
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    'A wall that says "Fly".\tOutdoor Scenes\tComplex\t\n'
+    '"G I G G L E" painted on a wall\tIllustrations\tWriting & Symbols\t\n'
+    " a sloth \tAnimals\tBasic\tDALL-E\n"
+)
+
+
+def test_parti_prompts_may_begin_with_a_quotation_mark(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text(PARTI, encoding="utf-8")
+    assert [item.prompt for item in read_items(tmp_path / "p.tsv")] == [
+        'A wall that says "Fly".',
+        '"G I G G L E" painted on a wall',
+        "a sloth",
+    ]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_byte_order_mark_and_windows_lines_change_nothing(tmp_path: Path, name: str) -> None:
+    text = "\ufeff" + FILES[name].replace("\n", "\r\n")
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_items(tmp_path / name) == tuple(Item(prompt) for prompt in PROMPTS)
+
+
+def test_lines_end_only_where_lines_end(tmp_path: Path) -> None:
+    prompt = "a\u2028b\x0bc\x85d"  # all of these are line ends to str.splitlines
+    (tmp_path / "p.txt").write_text(f"{prompt}\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": prompt}, ensure_ascii=False), encoding="utf-8"
+    )
+    assert read_items(tmp_path / "p.txt") == read_items(tmp_path / "p.jsonl") == (Item(prompt),)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "rest"),
+    [
+        ("p.txt", b"one\ntwo\n", b"\xff\xfe" * 9000),
+        ("p.jsonl", b'"one"\n"two"\n', b"{torn" * 9000),
+        ("p.csv", b"prompt\none\ntwo\n", b'"open ' * 9000),
+        ("p.tsv", b"prompt\none\ntwo\n", b"\xff" * 90000),
+    ],
+)
+def test_no_more_is_read_than_rows(tmp_path: Path, name: str, start: bytes, rest: bytes) -> None:
+    (tmp_path / name).write_bytes(start + b"\n" * 20000 + rest)
+    items = read_items({"file": str(tmp_path / name), "rows": 2})
+    assert [item.prompt for item in items] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.csv", b'prompt\n"a cat\na dog\n', "unexpected end of data"),
+        ("p.txt", "a cat".encode("utf-16"), "byte 0 is not UTF-8; save it as UTF-8"),
+        ("p.parquet", b"PAR1 torn", "cannot read prompts from .*p.parquet"),
+        ("p.csv", b"prompt,label\n,3\n", "item 0 of .* has no text"),
+        ("p.csv", b"id,prompt\n1\n", "has a row without prompt"),
+    ],
+)
+def test_broken_files_are_one_clear_error(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(EvaluationError, match=message):
+        read_items(tmp_path / name)
+
+
+def test_parquet_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"Prompt": ["a", "b"], "label": [3, None], "image": [b"x" * 100] * 2}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    assert read_items(tmp_path / "p.parquet") == (Item("a", 3), Item("b"))
+    with pytest.raises(EvaluationError, match="no column 'text'; it has Prompt, label, image"):
+        read_items({"file": str(tmp_path / "p.parquet"), "column": "text"})
+
+
+@pytest.mark.parametrize("twin", ["A RED  cat", "a red\u00a0cat ", "\uff41 red cat"])
+def test_same_prompt_in_other_letters_overlaps(twin: str) -> None:
+    with pytest.raises(EvaluationError, match="calibration item 0 and test item 1"):
+        check_disjoint([Item("a red cat")], [Item("a dog"), Item(twin)])
+
+
+def test_chosen_classes_are_shown_equally_often() -> None:
+    items = label_items({f"class {i}": i for i in range(1000)}, chosen=(207, 360, 11))
+    shown = [items[item_of_image(i, len(items))].label for i in range(300)]
+    assert {label: shown.count(label) for label in shown} == {207: 100, 360: 100, 11: 100}
+    with pytest.raises(EvaluationError, match="no class 1000; its labels are 0 to 9"):
+        label_items({str(i): i for i in range(10)}, chosen=(3, 1000))

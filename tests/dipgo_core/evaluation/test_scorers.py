@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError
 from dipgo_core.evaluation.scorers import (
-    clip_folder,
     clip_scorer,
     features_scorer,
     file_sha256,
     folder_sha256,
+    hub_scorer,
     inception_file,
+    network_folder,
 )
 from dipgo_core.zoo import zoo_path
 
@@ -60,12 +62,28 @@ def test_unknown_feature_scorer_lists_the_known_ones() -> None:
 
 
 def test_hub_clip_is_known_by_id_and_revision() -> None:
-    assert clip_scorer("owner/clip", "abc").digest == "hub:owner/clip@abc"
+    assert clip_scorer("owner/clip@abc") == replace(
+        clip_scorer("owner/clip"), digest="hub:owner/clip@abc"
+    )
     assert clip_scorer("owner/clip").digest == "hub:owner/clip@main"
-    assert clip_folder("owner/clip") is None
+    assert network_folder("owner/clip") is None
 
 
-def test_clip_folder_without_config_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/clip", True),
+        ("owner/clip@main", True),
+        ("tiny-clip", False),
+        ("inception-v3-compat", False),
+        ("inception-v3-compat:weights/own.pth", False),
+    ],
+)
+def test_hub_scorers_are_told_from_others(name: str, expected: bool) -> None:
+    assert hub_scorer(name) is expected
+
+
+def test_network_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError, match=r"config.json is missing"):
         clip_scorer(str(tmp_path))
 
