@@ -39,6 +39,11 @@ DEFAULT_METRICS: Final[tuple[Metric, ...]] = ("fid", "kid", "clip", "psnr", "ssi
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
 MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4, "cmmd": 2}
 
+#: Rungs of a race: each decision but the first one gets less of what may be decided wrongly.
+MAX_RUNGS: Final = 5
+MAX_IMAGES: Final = 10_000_000
+DEFAULT_IMAGES: Final = 1000
+
 _DEFAULT_DRAWS: Final = 3
 
 
@@ -102,14 +107,15 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
     """Read `evaluate`; scorers and prompts default to what fits the model."""
     with Fields(node, issues) as section:
         prompts = read_prompts(section, issues, context, "test")
-        images = section.get("images", _images, 1000)
+        rungs = _rungs(section)
         scorers = _scorers(section.section("scorers"), issues, context)
         default = tuple(m for m in DEFAULT_METRICS if m != "clip" or scorers.clip is not None)
         metrics = section.get("metrics", many(choice(METRICS)), default)
-        _check_metrics(section, metrics, images, scorers, context)
+        _check_metrics(section, metrics, rungs, scorers, context)
         return EvaluateSettings(
             prompts=prompts,
-            images=images,
+            images=rungs[-1],
+            rungs=rungs if len(rungs) > 1 else (),
             scorers=scorers,
             reference=_reference(section.child("reference"), issues, context, scorers),
             metrics=metrics,
@@ -121,26 +127,61 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
         )
 
 
-def _images(node: Node, issues: Issues) -> int | None:
-    if isinstance(node.value, Mapping) and "rungs" in node.value:
-        issues.add(node.issue("rungs (racing) are not there yet; give one number of images"))
+def _rungs(section: Fields) -> tuple[int, ...]:
+    """Read `images`, one number or a race's rungs; `rungs` is another name for a list."""
+    rungs: tuple[int, ...] = (DEFAULT_IMAGES,)
+    rungs = section.get("rungs", _race, rungs)
+    images = section.get("images", _images, rungs)
+    named = section.child("rungs")
+    if named is not None and section.child("images") is not None:
+        section.issues.add(named.issue("says the same as images: give one of them", at_key=True))
+    return images
+
+
+def _images(node: Node, issues: Issues) -> tuple[int, ...] | None:
+    if isinstance(node.value, tuple):
+        return _race(node, issues)
+    images = whole(1, MAX_IMAGES)(node, issues)
+    return None if images is None else (images,)
+
+
+def _race(node: Node, issues: Issues) -> tuple[int, ...] | None:
+    rungs = many(whole(1, MAX_IMAGES), at_least=2)(node, issues)
+    if rungs is None or len(rungs) < 2:
         return None
-    return whole(1, 10_000_000)(node, issues)
+    if len(rungs) > MAX_RUNGS or list(rungs) != sorted(rungs):
+        reject(node, issues, f"must list 2 to {MAX_RUNGS} rising numbers of images")
+        return None
+    return rungs
 
 
 def _check_metrics(
-    section: Fields, metrics: tuple[Metric, ...], images: int, scorers: Scorers, context: Context
+    section: Fields,
+    metrics: tuple[Metric, ...],
+    rungs: tuple[int, ...],
+    scorers: Scorers,
+    context: Context,
 ) -> None:
+    place = section.child("rungs") or section.place("images")
     for metric, least in MIN_IMAGES.items():
+        images = rungs[-1] if metric == "fid" else rungs[0]
         if metric in metrics and images < least:
-            rule = f"must be at least {least} for {metric}, got {images}"
-            section.issues.add(section.place("images").issue(rule))
+            section.issues.add(place.issue(f"must be at least {least} for {metric}, got {images}"))
+    _check_race(place, metrics, rungs, section.issues)
     for metric in metrics:
         role = IMAGE_METRICS[metric].role if metric in IMAGE_METRICS else None
         if role is not None and getattr(scorers, role) is None:
             rule = f"{metric} means nothing for {context.name}"
             move = f"give evaluate.scorers.{role}, or leave {metric} out"
             section.issues.add(section.place("metrics").issue(f"{rule}: {move}"))
+
+
+def _check_race(
+    place: Node, metrics: tuple[Metric, ...], rungs: tuple[int, ...], issues: Issues
+) -> None:
+    if len(rungs) > 1 and "fid" in metrics and "kid" not in metrics:
+        rule = "a race judges fid by kid: add kid to evaluate.metrics, or give one number of images"
+        issues.add(place.issue(rule))
 
 
 def _scorers(node: Node, issues: Issues, context: Context) -> Scorers:

@@ -237,7 +237,15 @@ BROKEN = [
     ("baselines: [{uniform: {draws: 2}}]", "6:24: baselines.0.uniform.draws: unknown key"),
     ("evaluate: {images: 1}", "6:20: evaluate.images: must be at least 2 for fid, got 1", "kid"),
     ("evaluate: {images: 3}", "6:20: evaluate.images: must be at least 4 for kid, got 3"),
-    ("evaluate: {images: {rungs: [1]}}", "6:20: evaluate.images: rungs (racing) are not there yet"),
+    ("evaluate: {images: [9, 9]}", "6:24: evaluate.images.1: is listed twice"),
+    ("evaluate: {images: [9]}", "6:20: evaluate.images: must list 2 to"),
+    ("evaluate: {images: [9, 8]}", "6:20: evaluate.images: must list 2 to 5 rising numbers"),
+    ("evaluate: {rungs: [4, 5, 6, 7, 8, 9]}", "6:19: evaluate.rungs: must list 2 to 5 rising"),
+    ("evaluate: {images: [3, 9]}", "6:20: evaluate.images: must be at least 4 for kid, got 3"),
+    ("evaluate: {rungs: [3, 9]}", "6:19: evaluate.rungs: must be at least 4 for kid, got 3"),
+    ("evaluate: {rungs: 9}", "6:19: evaluate.rungs: must be a list"),
+    ("evaluate: {images: 9, rungs: [4, 9]}", "6:23: evaluate.rungs: says the same as images"),
+    ("evaluate: {images: [4, 9], metrics: [fid]}", "6:20: evaluate.images: a race judges fid by"),
     ("evaluate: {metrics: [fid, fdi]}", "6:27: evaluate.metrics.1: must be one of fid, kid"),
     ("evaluate: {prompts: none.txt}", "6:21: evaluate.prompts: no such file: none.txt"),
     (
@@ -253,6 +261,22 @@ BROKEN = [
     ("evaluate: {scorers: {features: x}}", "6:32: evaluate.scorers.features: must be one of"),
     ("evaluate: {seed: 1, seed: 2}", "6:21: evaluate.seed: key 'seed' is already given on line 6"),
 ]
+
+
+@pytest.mark.parametrize("line", ["images: [8, 16, 32]", "rungs: [8, 16, 32]"])
+def test_images_may_be_the_rungs_of_a_race(load: Load, line: str) -> None:
+    evaluate = load(SMALL + f"evaluate: {{{line}}}\n").models[0].evaluate
+    assert (evaluate.rungs, evaluate.images) == ((8, 16, 32), 32)
+
+
+def test_rungs_may_be_given_on_the_command_line(load: Load) -> None:
+    load(SMALL)
+    sweep = load_sweep("s.yaml", ["evaluate.images=[64,256]"])
+    assert sweep.models[0].evaluate.rungs == (64, 256)
+
+
+def test_one_number_of_images_is_no_race(load: Load) -> None:
+    assert load(SMALL + "evaluate: {images: 8}\n").models[0].evaluate.rungs == ()
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: case[0])
