@@ -11,12 +11,14 @@ from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
-from orchestrator.facts import ModelFacts, gather_facts, known_items
+from orchestrator.facts import ModelFacts, known_items
 from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
+from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.task import run_task
+from orchestrator.task.latency_process import stop_measuring
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +78,33 @@ class Audience(Protocol):
     def finish(self, result: RunResult) -> None: ...
 
 
-def latency_device(sweep: SweepFile) -> str:
-    """Return the name of the device that latencies of this sweep are keyed on."""
+def local_device(sweep: SweepFile) -> str:
+    """Return the name of the device that this machine would measure latencies on."""
     return device_name("cuda" if sweep.resources.latency.gpus else "cpu")
 
 
-def plan_sweep(sweep: SweepFile, store: Store, *, offline: bool = True) -> Plan:
-    """Plan a sweep against its store, without torch; `offline`: also without network.
+def latency_device(sweep: SweepFile, executor: Executor) -> str:
+    """Return the name of the device that latencies of this sweep are keyed on in a run.
 
-    What only the machine that ran it can know, such as its device, is taken from that run.
+    Raises:
+        TaskError: the executor has no device that fits.
     """
-    path = store.sweep_folder(sweep.name) / LAST_RUN
-    last = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    facts = gather_facts(sweep, offline=offline, known=last.get("items"))
-    device = last.get("device") or latency_device(sweep)
+    measured = any("latency" in model.evaluate.metrics for model in sweep.models)
+    return executor.latency_device(sweep.resources.latency) if measured else local_device(sweep)
+
+
+def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
+    """Plan a sweep against its store, without torch and without network.
+
+    What only the machine that ran it can know, such as its device, is taken from that run, and so
+    are the commits that branches on the hub were then.
+
+    Raises:
+        PreflightError: something is missing that is needed whatever the network has.
+    """
+    last = _last_run(sweep, store)
+    sweep, facts = as_last_run(sweep, last)
+    device = last.get("device") or local_device(sweep)
     records = store.records()
     plan = build_plan(sweep, records, facts=facts, device=device)
     failed = [task.key for task in plan.tasks if _has_failed(task, store)]
@@ -112,15 +127,21 @@ def run_sweep(
 ) -> RunResult:
     """Run whatever of the sweep is not in the store yet; to go on after any stop, run it again.
 
-    facts: as `gather_facts` gives them, looked up if None.
+    facts: as `gather_facts` gives them; if None they are looked up, and what a run needs checked.
 
     Raises:
+        PreflightError: something that the run needs is missing or does not fit.
         StoreError: another driver runs this sweep, or the store is damaged.
     """
-    with store.lease(sweep.name):
-        facts = gather_facts(sweep) if facts is None else facts
-        _write_inputs(sweep, store, facts)
-        source = SweepTasks(sweep, store, facts, audience, on_event)
+    with store.lease(sweep.name), executor:
+        last = _last_run(sweep, store)
+        if facts is None:
+            ready = prepare(sweep, last=last)
+        else:
+            ready = Ready(sweep=sweep, facts=facts, commits={})
+        device = latency_device(sweep, executor)
+        _write_inputs(sweep, store, ready, device)
+        source = SweepTasks(ready.sweep, store, ready.facts, device, audience, on_event)
         audience.start(sweep, source.plan)
         on_event(Event(kind="planned", plan=source.plan))
         try:
@@ -141,17 +162,26 @@ def _execute(executor: Executor, source: SweepTasks, run_task: RunTask, store: S
         executor.run(source, run_task, store)
     except KeyboardInterrupt:
         return True
+    finally:
+        stop_measuring()
     return False
 
 
-def _write_inputs(sweep: SweepFile, store: Store, facts: Mapping[str, ModelFacts]) -> None:
-    """Keep prompts for the workers, and the resolved sweep beside its results."""
-    for each in facts.values():
+def _last_run(sweep: SweepFile, store: Store) -> dict[str, Any]:
+    path = store.sweep_folder(sweep.name) / LAST_RUN
+    noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return noted
+
+
+def _write_inputs(sweep: SweepFile, store: Store, ready: Ready, device: str) -> None:
+    """Keep prompts for the workers, the sweep as its file says it, and what it was resolved to."""
+    for each in ready.facts.values():
         for items in (each.test, each.calibration):
             store.put_blob(items.blob())
     folder = store.sweep_folder(sweep.name)
     _keep(folder / "sweep.json", {**sweep.to_json(), "digest": sweep.digest})
-    _keep(folder / LAST_RUN, {"device": latency_device(sweep), "items": known_items(sweep, facts)})
+    known = known_items(ready.sweep, ready.facts)
+    _keep(folder / LAST_RUN, {"device": device, "items": known, "commits": dict(ready.commits)})
 
 
 def _keep(path: Path, value: Mapping[str, Any]) -> None:
@@ -171,13 +201,14 @@ class SweepTasks:
         sweep: SweepFile,
         store: Store,
         facts: Mapping[str, ModelFacts],
+        device: str,
         audience: Audience,
         on_event: OnEvent,
     ) -> None:
         self._sweep = sweep
         self._store = store
         self._facts = facts
-        self._device = latency_device(sweep)
+        self._device = device
         self._audience = audience
         self._on_event = on_event
         self._records = store.records()

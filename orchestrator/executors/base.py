@@ -6,10 +6,14 @@ import logging
 import platform
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
+from dipgo_core.errors import TaskError
+from dipgo_core.evaluation.device import device_name
 from orchestrator.records import Record, Task
 from orchestrator.store import Store
+from orchestrator.sweep_settings import TaskResources
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +46,44 @@ class TaskSource(Protocol):
 
 
 class Executor(Protocol):
-    """Runs tasks until the source is finished; a failed task never stops the others."""
+    """Runs tasks until the source is finished; a failed task never stops the others.
+
+    It is used inside a `with` block, which it leaves as it found the world.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def latency_device(self, resources: TaskResources) -> str:
+        """Return the name of the device that latency tasks with these resources will run on.
+
+        Raises:
+            TaskError: there is no such device.
+        """
 
     def run(self, source: TaskSource, run_task: RunTask, store: Store) -> None: ...
+
+
+def local_device(resources: TaskResources) -> str:
+    """Return the name of this machine's device.
+
+    Raises:
+        TaskError: another accelerator is asked for.
+    """
+    name = device_name("cuda" if resources.gpus else "cpu")
+    wanted = resources.accelerator
+    if wanted is not None and wanted.split("-")[0].lower() not in name.lower():
+        raise TaskError(
+            f"resources.latency.accelerator asks for {wanted!r}, this machine has {name!r}: leave "
+            "it out, or run on a cluster that has one (--address)"
+        )
+    return name
 
 
 def attempt(

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from functools import partial
+from types import TracebackType
+from typing import Self
 
-from orchestrator.executors.base import RunTask, TaskSource, attempt
+from orchestrator.executors.base import RunTask, TaskSource, attempt, local_device
 from orchestrator.store import Store
+from orchestrator.sweep_settings import TaskResources
 
 
 class InProcessExecutor:
     """Runs one task at a time. Ctrl-C ends the run; finished tasks are kept."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave nothing: nothing was entered."""
+
+    def latency_device(self, resources: TaskResources) -> str:
+        """Return the name of this machine's device."""
+        return local_device(resources)
 
     def run(self, source: TaskSource, run_task: RunTask, store: Store) -> None:
         """Run tasks until the source is finished.

@@ -10,24 +10,38 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dipgo_core.errors import TaskError
+from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import (
     OnProgress,
     RunTask,
     TaskSource,
     attempt,
     failure_record,
+    local_device,
 )
-from orchestrator.records import Task
+from orchestrator.executors.placement import (
+    NODE,
+    Bundle,
+    Node,
+    bundle_of,
+    declares_nodes,
+    latency_nodes,
+    most_common,
+    narrowed,
+)
 from orchestrator.store import Store
+from orchestrator.sweep_settings import TaskResources
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +49,7 @@ _PROGRESS_EVERY_S = 2.0
 _STORE_MEMORY_BYTES = 128 * 2**20  # nothing but task keys travels through Ray
 _LOST_WORKER_RETRIES = 2
 _STARTS = 3
+_ANSWER_SECONDS = 180.0
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even when silenced
@@ -57,6 +72,37 @@ class RayTuneExecutor:
     def __init__(self, address: str | None = None, num_cpus: int | None = None) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS")
         self.num_cpus = num_cpus
+        self._entered = ExitStack()
+        self._connected = False
+        self._latency_needs: Bundle = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the cluster, or stop the one that was started here."""
+        self._connected = False
+        self._entered.close()
+
+    def latency_device(self, resources: TaskResources) -> str:
+        """Ask the cluster's nodes; latency tasks go to those of one device from now on.
+
+        Raises:
+            TaskError: no node fits, or none answers.
+        """
+        if self.address is None and not ray.is_initialized():
+            return local_device(resources)  # of the cluster that `run` will start here
+        self._connect()
+        nodes = latency_nodes(ray.nodes(), resources)
+        devices = _devices(nodes, "cuda" if resources.gpus else "cpu")
+        device = most_common(list(devices.values()))
+        self._latency_needs = narrowed(nodes, devices, device)
+        return device
 
     def run(self, source: TaskSource, run_task: RunTask, store: Store) -> None:
         """Run tasks until the source is finished.
@@ -66,25 +112,24 @@ class RayTuneExecutor:
         """
         if source.finished:
             return
-        with _environment(), self._cluster(), tempfile.TemporaryDirectory() as folder:
-            _fit(source, run_task, store, folder)
+        self._connect()
+        with tempfile.TemporaryDirectory() as folder:
+            _fit(source, run_task, store, folder, self._latency_needs)
         if not source.finished:
             raise KeyboardInterrupt
 
-    @contextmanager
-    def _cluster(self) -> Iterator[None]:
-        """Connect to a cluster, and leave only what was entered here."""
-        if ray.is_initialized():
-            yield
+    def _connect(self) -> None:
+        """Connect to the cluster, once; what is there already is used, and left as it is."""
+        if self._connected:
             return
-        if self.address is None:
-            _start_local(self.num_cpus)
-        else:
-            _connect(self.address)
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        self._entered.enter_context(_environment())
+        if not ray.is_initialized():
+            self._entered.callback(ray.shutdown)
+            if self.address is None:
+                _start_local(self.num_cpus)
+            else:
+                _connect(self.address)
+        self._connected = True
 
 
 def _start_local(num_cpus: int | None) -> None:
@@ -98,6 +143,7 @@ def _start_local(num_cpus: int | None) -> None:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
+                resources={NODE: 1.0},
                 include_dashboard=False,
                 object_store_memory=_STORE_MEMORY_BYTES,
                 **_QUIET,
@@ -128,11 +174,37 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _fit(source: TaskSource, run_task: RunTask, store: Store, folder: str) -> None:
+def _devices(nodes: Sequence[Node], kind: str) -> dict[str, str]:
+    """Return the name of each node's device, by node id.
+
+    Raises:
+        TaskError: a node does not answer.
+    """
+    asked = ray.remote(device_name)
+    answers = {
+        node["NodeID"]: asked.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(kind)
+        for node in nodes
+    }
+    try:
+        names = ray.get(list(answers.values()), timeout=_ANSWER_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise TaskError(
+            f"a node of the cluster does not say which device it has: {error}\nIs dipgo-sweep "
+            "installed on all of them, in this version?"
+        ) from error
+    return dict(zip(answers, names, strict=True))
+
+
+def _fit(
+    source: TaskSource, run_task: RunTask, store: Store, folder: str, latency_needs: Bundle
+) -> None:
     """Let Tune run every task that the source has."""
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(2, round(_cluster_cpus())))
     tuner = tune.Tuner(
-        tune.with_resources(_trial(run_task, store), _resources(store)),
+        tune.with_resources(_trial(run_task, store), _resources(store, latency_needs)),
         tune_config=tune.TuneConfig(
             search_alg=_ReadyTasks(source, store), num_samples=-1, reuse_actors=True
         ),
@@ -172,27 +244,26 @@ def _reporter() -> OnProgress:
     return report
 
 
-def _resources(store: Store) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
-    """Return what Tune asks for the resources of a trial (asked in the driver only)."""
+def _resources(
+    store: Store, latency_needs: Bundle
+) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """Return what Tune asks for the resources of a trial (asked in the driver only).
+
+    Tune keeps an idle worker only for a trial that asks for the same, so no idle worker stands in
+    the way of one that must be alone.
+    """
+    by_node = declares_nodes(ray.nodes())
 
     def of_task(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         task = store.get_task(config["task"])
-        cpus = _whole_node_cpus(task) if task.exclusive else task.cpus
-        bundle = {"CPU": float(cpus), "GPU": float(task.gpus)}
-        return tune.PlacementGroupFactory([{k: v for k, v in bundle.items() if v}])
+        bundle = bundle_of(task, ray.nodes(), latency_needs, by_node=by_node)
+        return tune.PlacementGroupFactory([bundle])
 
     return of_task
 
 
 def _cluster_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1.0))
-
-
-def _whole_node_cpus(task: Task) -> float:
-    """Return the CPUs of the largest node that fits the task: whoever gets them all is alone."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = [node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= task.gpus]
-    return max(fitting, default=task.cpus) or task.cpus
 
 
 class _ReadyTasks(Searcher):  # type: ignore[misc]  # Tune calls only what derives from Searcher

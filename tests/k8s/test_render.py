@@ -11,6 +11,8 @@ import jsonschema
 import pytest
 import yaml
 
+from orchestrator.executors.placement import NODE
+
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
 SCHEMAS = ROOT.parent / "shared" / "data" / "kuberay-v1.7.0-crd-schemas.json"
@@ -172,6 +174,14 @@ def test_sweep_of_the_base_is_the_repositorys() -> None:
     assert copy.read_text() == original.read_text(), (
         "run: cp sweeps/quickstart.yaml k8s/base/quickstart.yaml"
     )
+
+
+def test_every_ray_node_declares_what_a_latency_task_takes_whole(job: dict[str, Any]) -> None:
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        quoted = group["rayStartParams"]["resources"]  # KubeRay puts it into a shell command
+        assert json.loads(json.loads(quoted)) == {NODE: 1}
 
 
 def test_ray_version_is_the_tested_one(job: dict[str, Any]) -> None:

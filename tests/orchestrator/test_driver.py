@@ -16,6 +16,7 @@ import pytest
 
 from dipgo_core.errors import StoreError
 from orchestrator import driver
+from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import Budget, Resources, TaskResources
@@ -182,13 +183,13 @@ def test_plan_sweep_finds_latencies_of_another_machine(
 ) -> None:
     sweep = tiny_sweep(baselines=ALL_BASELINES)
     run(sweep, store)
-    monkeypatch.setattr(driver, "gather_facts", lambda *args, **known: tiny_facts(sweep))
-    monkeypatch.setattr(driver, "latency_device", lambda sweep: "a laptop")
+    monkeypatch.setattr(driver, "as_last_run", lambda *args: (sweep, tiny_facts(sweep)))
+    monkeypatch.setattr(driver, "local_device", lambda sweep: "a laptop")
     assert driver.plan_sweep(sweep, store).complete  # with the device of the run
 
 
 def test_run_sweep_shows_what_is_done_when_the_executor_breaks(store: FolderStore) -> None:
-    class Broken:
+    class Broken(InProcessExecutor):
         def run(self, source: Any, run_task: Any, store: Any) -> None:
             raise StoreError("disk full")
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from dipgo_core.errors import TaskError
+from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.executors.placement import NODE
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
+from orchestrator.sweep_settings import TaskResources
 
 
 class ListSource:
@@ -70,19 +74,22 @@ def fake_run_task() -> RunTask:
 
     def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
         import os
+        import time
 
         if task.inputs.get("fail"):
             raise ValueError(f"number {task.inputs['number']} is unlucky")
         if task.inputs.get("die"):
             os._exit(1)
         on_progress({"search_step": 1})
+        began = time.time()
+        time.sleep(task.inputs.get("seconds", 0))
         assert all(store.has_record(need) for need in task.needs)
         record = Record(
             key=task.key,
             kind=task.kind,
             state="done",
             inputs=task.inputs,
-            outputs={"square": task.inputs["number"] ** 2},
+            outputs={"square": task.inputs["number"] ** 2, "span": [began, time.time()]},
             host={"pid": os.getpid()},
         )
         store.put_record(record)
@@ -105,6 +112,7 @@ def ray_executor() -> Iterator[Executor]:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=128 * 2**20,
+            resources={NODE: 1.0},
         )
         yield RayTuneExecutor()
         ray.shutdown()
@@ -124,7 +132,8 @@ def run(executor: Executor, tmp_path: Path) -> Callable[[list[Task]], ListSource
         store = FolderStore(tmp_path / "store")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own
-            executor.run(source, fake_run_task(), store)
+            with executor:
+                executor.run(source, fake_run_task(), store)
         return source
 
     return run
@@ -191,7 +200,8 @@ def test_ray_executor_reuses_workers(ray_executor: Executor, tmp_path: Path) -> 
     source = ListSource([task(number) for number in range(10)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+        with ray_executor:
+            ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
     pids = {record.host["pid"] for record in source.records.values()}
     assert len(source.records) == 10
     assert len(pids) <= 3  # two slots; a worker is started anew at most while another is kept
@@ -202,6 +212,33 @@ def test_ray_executor_survives_a_lost_worker(ray_executor: Executor, tmp_path: P
     source = ListSource([lost, task(2, lost), task(3)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+        with ray_executor:
+            ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
     assert [record.outputs["square"] for record in source.records.values()] == [9]
     assert set(source.errors) == {lost.key, task(2, lost).key}
+
+
+def test_executor_knows_the_device_of_latencies(executor: Executor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with executor:
+            assert executor.latency_device(TaskResources()) == device_name()
+
+
+def test_executor_refuses_an_accelerator_that_is_not_there(executor: Executor) -> None:
+    abacus = TaskResources(gpus=1, accelerator="ABACUS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with executor, pytest.raises(TaskError, match="ABACUS"):
+            executor.latency_device(abacus)
+
+
+def test_exclusive_task_is_alone_on_its_node(run: Callable[..., ListSource]) -> None:
+    alone = Task(kind="latency", inputs={"number": 0, "seconds": 0.3}, exclusive=True)
+    others = [task(number, seconds=0.3) for number in range(1, 5)]
+    spans = {
+        record.key: record.outputs["span"]
+        for record in run([*others[:2], alone, *others[2:]]).records.values()
+    }
+    began, ended = spans.pop(alone.key)
+    assert all(end <= began or ended <= start for start, end in spans.values())
