@@ -2,7 +2,8 @@
 
 DipgoError
 ├── ConfigError              a setting is wrong: names the setting, the value and the rule
-│   └── SweepFileError       errors of a sweep file, each with file, line, column and field
+│   ├── SweepFileError       errors of a sweep file, each with file, line, column and field
+│   └── PreflightError       what a sweep needs is missing or does not fit; lists all of it
 ├── UnknownModelError        a model, family, scorer or bundled name that does not exist
 ├── ModelFilesError          weights or configs that cannot be found or read
 │   └── HubError             what the model hub refuses or does not have
@@ -38,6 +39,10 @@ class SweepFileError(ConfigError):
     def __init__(self, message: str, errors: tuple[Any, ...] = ()) -> None:
         super().__init__(message)
         self.errors = errors
+
+
+class PreflightError(ConfigError):
+    """A sweep cannot be run as the world is; the message lists every reason."""
 
 
 class UnknownModelError(DipgoError):

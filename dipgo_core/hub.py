@@ -135,6 +135,16 @@ def look_up(hub_id: str, commit: str, kind: Kind = "model") -> Repository:
     )
 
 
+def check_access(hub_id: str, kind: Kind = "model") -> None:
+    """Ask the hub whether the token given (or none) may fetch the files of a repository.
+
+    Raises:
+        HubError: it may not, or the hub is out of reach.
+    """
+    with _told(hub_id, kind, hub_id):
+        _api().auth_check(hub_id, repo_type=kind)
+
+
 def may_read(hub_id: str, kind: Kind = "model") -> bool:
     """Ask the hub whether the token given (or none) may fetch the files of a repository.
 
@@ -142,8 +152,7 @@ def may_read(hub_id: str, kind: Kind = "model") -> bool:
         HubUnreachableError: the hub is out of reach.
     """
     try:
-        with _told(hub_id, kind, hub_id):
-            _api().auth_check(hub_id, repo_type=kind)
+        check_access(hub_id, kind)
     except HubUnreachableError:
         raise
     except HubError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError, PreflightError
 from dipgo_core.evaluation.metrics import DISTRIBUTION, Role, roles_of
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
@@ -33,6 +34,8 @@ from orchestrator.sweep_settings import (
     SweepFile,
     SweepModel,
 )
+
+T = TypeVar("T")
 
 IMAGENET_CLASSES = 1000
 BUNDLED = "bundled"
@@ -79,16 +82,38 @@ KnownItems = Mapping[str, Sequence[Any]]
 def gather_facts(
     sweep: SweepFile, *, offline: bool = False, known: KnownItems | None = None
 ) -> dict[str, ModelFacts]:
-    """Look up the facts of every model, by its name in the sweep.
+    """Return the facts of every model, by its name in the sweep, as `find_facts` does.
+
+    Raises:
+        PreflightError: prompts, weights, scorers or statistics are missing, or do not fit; lists
+            all of it.
+    """
+    facts, problems = find_facts(sweep, offline=offline, known=known)
+    if problems:
+        raise refusal(sweep, problems)
+    return facts
+
+
+def find_facts(
+    sweep: SweepFile, *, offline: bool = False, known: KnownItems | None = None
+) -> tuple[dict[str, ModelFacts], list[str]]:
+    """Look up the facts of every model; return those that are whole, and a line for each problem.
 
     offline: let prompts that need the network pass as unread; `known` ones keep the digest they had
     when the sweep ran.
-
-    Raises:
-        DipgoError: prompts, weights, scorers or statistics are missing, or splits overlap.
     """
     unread = None if not offline else (known or {})
-    return {model.name: _facts(model, unread) for model in sweep.models}
+    problems: list[str] = []
+    found = {model.name: _facts(model, unread, problems) for model in sweep.models}
+    return {name: facts for name, facts in found.items() if facts is not None}, problems
+
+
+def refusal(sweep: SweepFile, problems: Iterable[str]) -> PreflightError:
+    """Return one error that lists every problem of a sweep once."""
+    lines = list(dict.fromkeys(problems))
+    noun = "problem" if len(lines) == 1 else "problems"
+    text = "\n".join(f"  {line}" for line in lines)
+    return PreflightError(f"{sweep.name} cannot be run, {len(lines)} {noun}:\n{text}")
 
 
 def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, list[Any]]:
@@ -103,25 +128,50 @@ def source_key(source: PromptSource) -> str:
     return content_key(asdict(source))
 
 
-def _facts(model: SweepModel, unread: KnownItems | None) -> ModelFacts:
-    test = _item_set(model, model.evaluate, unread)
-    calibration = _item_set(model, model.calibration, unread)
-    if find_family(model.family).conditioning == "prompt":
-        check_disjoint(calibration.items or (), test.items or ())
-    size = image_size(model)
-    metrics = model.evaluate.metrics
-    compares = bool(set(DISTRIBUTION) & set(metrics))
-    reference, value = _reference(model.evaluate.reference) if compares else ("dense", "")
+def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) -> ModelFacts | None:
+    before = len(problems)
+
+    def look(field: str, find: Callable[[], T]) -> T | None:
+        try:
+            return find()
+        except DipgoError as error:
+            problems.append(f"{model.name}: {field}: {error}")
+            return None
+
+    test = look("evaluate.prompts", lambda: _item_set(model, model.evaluate, unread))
+    calibration = look(
+        "search.calibration.prompts", lambda: _item_set(model, model.calibration, unread)
+    )
+    if test and calibration and find_family(model.family).conditioning == "prompt":
+        look(
+            "search.calibration.prompts",
+            lambda: check_disjoint(calibration.items or (), test.items or ()),
+        )
+    weights = look("id", lambda: weights_digest(model.settings))
+    size = look("id", lambda: image_size(model)) if weights else None
+    reference = look("evaluate.reference", lambda: _reference_of(model))
+    scorers = {
+        role: look(f"evaluate.scorers.{role}", partial(scorer_of, role, name))
+        for role, name in scorer_names(model).items()
+    }
+    if len(problems) > before or not (test and calibration and weights and size and reference):
+        return None
     return ModelFacts(
-        weights_sha256=weights_digest(model.settings),
+        weights_sha256=weights,
         height=size,
         width=size,
         test=test,
         calibration=calibration,
-        scorers={role: scorer_of(role, name) for role, name in scorer_names(model).items()},
-        reference=reference,
-        reference_value=value,
+        scorers={role: scorer for role, scorer in scorers.items() if scorer is not None},
+        reference=reference[0],
+        reference_value=reference[1],
     )
+
+
+def _reference_of(model: SweepModel) -> tuple[str, str]:
+    """Return a protocol's name of what distributions are compared with, and where it lies."""
+    compares = bool(set(DISTRIBUTION) & set(model.evaluate.metrics))
+    return _reference(model.evaluate.reference) if compares else ("dense", "")
 
 
 def scorer_names(model: SweepModel) -> dict[Role, str]:
@@ -180,7 +230,7 @@ def _item_set(
         sha256, count = unread.get(key, (key, source.rows or 1))
         return ItemSet(sha256=sha256, count=count)
     items = in_order(_read(model, source))
-    check_enough(items, split, model.name)
+    check_enough(items, split)
     return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
 
 
@@ -192,7 +242,7 @@ def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
     return with_labels(items, class_labels(model)) if labelled else items
 
 
-def check_enough(items: Sequence[Item], split: EvaluateSettings | Calibration, model: str) -> None:
+def check_enough(items: Sequence[Item], split: EvaluateSettings | Calibration) -> None:
     """Check that no prompt has to be shown more often than the sweep file allows.
 
     Raises:
@@ -202,7 +252,7 @@ def check_enough(items: Sequence[Item], split: EvaluateSettings | Calibration, m
     if each is not None and split.images > each * len(items):
         wanted = -(-split.images // len(items))
         raise EvaluationError(
-            f"{model}: evaluate.images is {split.images}, but the prompt set has {len(items)} "
+            f"evaluate.images is {split.images}, but the prompt set has {len(items)} "
             f"prompts for {each} image{'s' if each > 1 else ''} each: lower images, give more "
             f"prompts, or set evaluate.images_per_prompt: {wanted}"
         )

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from orchestrator.driver import plan_sweep
+from orchestrator.gains import Comparisons
 from orchestrator.headlines import Headline, headlines
 from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
 from orchestrator.plan import Plan
@@ -25,13 +26,26 @@ class Results:
     plan: Plan
 
     @cached_property
+    def comparisons(self) -> Comparisons:
+        return Comparisons(self.store, self.store.records())
+
+    @cached_property
     def points(self) -> tuple[ResolvedPoint, ...]:
-        quality = self.sweep.objective.quality
-        return resolve_points(self.plan.points, self.store.records(), self.store, quality=quality)
+        return resolve_points(
+            self.plan.points,
+            self.store.records(),
+            self.store,
+            quality=self.sweep.objective.quality,
+            comparisons=self.comparisons,
+        )
 
     @cached_property
     def fronts(self) -> tuple[Front, ...]:
-        return pareto_fronts(self.points, speed=SPEED_OF[self.sweep.objective.speed])
+        return pareto_fronts(
+            self.points,
+            speed=SPEED_OF[self.sweep.objective.speed],
+            differences=self.comparisons.difference,
+        )
 
     @property
     def headline_fronts(self) -> tuple[Front, ...]:
@@ -52,7 +66,7 @@ def open_results(file: Path, overrides: Sequence[str]) -> Results:
     """
     sweep = load_sweep(file, overrides)
     store = open_store(sweep.storage)
-    return Results(sweep, store, plan_sweep(sweep, store, offline=True))
+    return Results(sweep, store, plan_sweep(sweep, store))
 
 
 def write_report_files(results: Results, folder: Path | None) -> tuple[Path, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dipgo_core.errors import EvaluationError
+from dipgo_core.errors import PreflightError
+from dipgo_core.zoo import zoo_path
 from orchestrator.facts import gather_facts, known_items
 from orchestrator.sweep_file import SweepFile, load_sweep
 
@@ -29,10 +31,10 @@ def test_hub_prompts_keep_the_digest_they_had_when_the_sweep_ran(repository: Pat
         assert (facts.calibration.sha256, facts.calibration.count) == ("b" * 64, 9)
 
 
-def sweep_on(tmp_path: Path, *lines: str) -> SweepFile:
+def sweep_on(tmp_path: Path, *lines: str, models: str = "[tiny-sd]") -> SweepFile:
     (tmp_path / "prompts.txt").write_text("a red hat\na blue bag\na green shoe\n")
     text = "\n".join(
-        ["schema_version: 1", "name: x", "models: [tiny-sd]", "targets: [0.5]", *lines]
+        ["schema_version: 1", "name: x", f"models: {models}", "targets: [0.5]", *lines]
     )
     file = tmp_path / "x.yaml"
     file.write_text(text + "\n")
@@ -42,7 +44,7 @@ def sweep_on(tmp_path: Path, *lines: str) -> SweepFile:
 def test_a_prompt_set_shorter_than_the_images_is_refused(tmp_path: Path) -> None:
     sweep = sweep_on(tmp_path, "evaluate: {prompts: prompts.txt, images: 7}")
 
-    with pytest.raises(EvaluationError, match=r"images is 7, .* 3 prompts .*images_per_prompt: 3"):
+    with pytest.raises(PreflightError, match=r"images is 7, .* 3 prompts .*images_per_prompt: 3"):
         gather_facts(sweep)
 
 
@@ -50,10 +52,39 @@ def test_prompts_may_be_shown_several_times_if_asked_for(tmp_path: Path) -> None
     asked = "evaluate: {prompts: prompts.txt, images: 7, images_per_prompt: 3}"
 
     assert gather_facts(sweep_on(tmp_path, asked))["tiny-sd-ddim-10"].test.count == 3
-    assert gather_facts(sweep_on(tmp_path, "evaluate: {images: 700}"))["tiny-sd-ddim-10"].test.count == 100
+    assert (
+        gather_facts(sweep_on(tmp_path, "evaluate: {images: 700}"))["tiny-sd-ddim-10"].test.count
+        == 100
+    )
 
 
 def test_items_do_not_depend_on_the_number_of_images(tmp_path: Path) -> None:
     few, many = (sweep_on(tmp_path, f"evaluate: {{images: {n}}}") for n in (10, 50))
 
     assert gather_facts(few)["tiny-sd-ddim-10"].test == gather_facts(many)["tiny-sd-ddim-10"].test
+
+
+def test_all_problems_of_all_models_are_told_together(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a red hat\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{}")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
+    broken = shutil.copytree(zoo_path("tiny-sd"), tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    sweep = sweep_on(
+        tmp_path,
+        "search: {calibration: {prompts: bundled:calibration}}",
+        "evaluate: {prompts: short.txt, images: 4, scorers: {clip: torn}}",
+        models=f"[tiny-sd, {broken}]",
+    )
+    with pytest.raises(PreflightError) as caught:
+        gather_facts(sweep)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "x cannot be run, 5 problems:"
+    assert [line.split(": ")[:2] for line in lines[1:]] == [
+        ["  tiny-sd-ddim-10", "evaluate.prompts"],
+        ["  tiny-sd-ddim-10", "evaluate.scorers.clip"],
+        ["  broken-ddim-50", "evaluate.prompts"],
+        ["  broken-ddim-50", "id"],
+        ["  broken-ddim-50", "evaluate.scorers.clip"],
+    ]

@@ -1,0 +1,169 @@
+"""What a sweep takes from the model hub, and the sweep with commits for revisions. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from dipgo_core import hub
+from dipgo_core.errors import HubError
+from dipgo_core.evaluation.image_reward_files import VOCABULARY, VOCABULARY_ID, WEIGHTS
+from dipgo_core.evaluation.metrics import Role
+from dipgo_core.evaluation.scorers import hub_scorer
+from dipgo_core.families import Scorers
+from dipgo_core.model_files import hub_network_files, hub_pipeline_files, model_folder
+from orchestrator.facts import scorer_names
+from orchestrator.sweep_settings import PromptSource, SweepFile, SweepModel
+
+NeedKind = Literal["model", "scorer", "prompts", "vocabulary"]
+
+#: Kinds whose revision a sweep file can say.
+PINNABLE: Final[tuple[NeedKind, ...]] = ("model", "scorer", "prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubNeed:
+    """One repository that a sweep needs. users: ``model: field``, each place that asks for it.
+
+    role: of a scorer. file: the one file of a prompt set; None: the package datasets reads it.
+    """
+
+    kind: NeedKind
+    id: str
+    revision: str | None
+    role: Role | None = None
+    file: str | None = None
+    users: tuple[str, ...] = ()
+
+    @property
+    def repository(self) -> hub.Kind:
+        return "dataset" if self.kind == "prompts" else "model"
+
+    @property
+    def key(self) -> str:
+        """What tells one revision of one repository from another."""
+        return revision_key(self.id, self.revision, self.repository)
+
+    @property
+    def pinned(self) -> bool:
+        return hub.is_commit(self.revision)
+
+    def files(self, commit: str) -> tuple[str, ...]:
+        """Return the files that are read of it; () for prompts that `datasets` reads.
+
+        Raises:
+            HubError: the repository cannot be read, or lacks what is needed of it.
+        """
+        if self.kind == "model":
+            return hub_pipeline_files(self.id, commit).loaded
+        if self.kind == "scorer" and self.role != "image_reward":
+            return hub_network_files(self.id, commit).loaded
+        return () if self.file is None else (self.file,)
+
+
+#: Revisions and what they resolve to, by `revision_key`.
+Commits = Mapping[str, str]
+
+
+def revision_key(hub_id: str, revision: str | None, kind: hub.Kind) -> str:
+    """Return ``model:owner/name@revision``."""
+    return f"{kind}:{hub_id}@{revision or hub.MAIN}"
+
+
+def hub_needs(sweep: SweepFile) -> tuple[HubNeed, ...]:
+    """Return everything that a sweep takes from the hub, each once, with all who need it."""
+    found: dict[HubNeed, list[str]] = {}
+    for model in sweep.models:
+        for field, need in _needs_of(model):
+            found.setdefault(need, []).append(f"{model.name}: {field}")
+    return tuple(replace(need, users=tuple(users)) for need, users in found.items())
+
+
+def _needs_of(model: SweepModel) -> Iterator[tuple[str, HubNeed]]:
+    settings = model.settings
+    if model_folder(settings.id) is None:
+        yield "id", HubNeed(kind="model", id=settings.id, revision=settings.revision)
+    for role, name in scorer_names(model).items():
+        if hub_scorer(name):
+            yield from _scorer_needs(role, name)
+    for field, source in (
+        ("evaluate.prompts", model.evaluate.prompts),
+        ("search.calibration.prompts", model.calibration.prompts),
+    ):
+        if source.kind == "hub":
+            yield (
+                field,
+                HubNeed(
+                    kind="prompts", id=source.value, revision=source.revision, file=source.file
+                ),
+            )
+
+
+def _scorer_needs(role: Role, name: str) -> Iterator[tuple[str, HubNeed]]:
+    field = f"evaluate.scorers.{role}"
+    hub_id, revision = hub.split_id(name)
+    file = WEIGHTS if role == "image_reward" else None
+    yield field, HubNeed(kind="scorer", id=hub_id, revision=revision, role=role, file=file)
+    if role == "image_reward":
+        yield (
+            field,
+            HubNeed(kind="vocabulary", id=VOCABULARY_ID, revision=None, file=VOCABULARY),
+        )
+
+
+def resolve_needs(needs: Sequence[HubNeed]) -> tuple[dict[str, str], list[str]]:
+    """Return the commit of each need by its key, and a line for each that has none."""
+    commits: dict[str, str] = {}
+    problems: list[str] = []
+    for need in needs:
+        try:
+            commits[need.key] = hub.resolve_commit(need.id, need.revision, need.repository)
+        except HubError as error:
+            problems.append(f"{', '.join(need.users)}: {error}")
+    return commits, problems
+
+
+def cached_commits(needs: Sequence[HubNeed]) -> dict[str, str]:
+    """Return the commits that the hub's local cache knows, without asking the hub."""
+    found = {need.key: hub.cached_commit(need.id, need.revision, need.repository) for need in needs}
+    return {key: commit for key, commit in found.items() if commit is not None}
+
+
+def with_commits(sweep: SweepFile, commits: Commits) -> SweepFile:
+    """Return the sweep with each revision that has a commit written as that commit."""
+    return replace(sweep, models=tuple(_pinned(model, commits) for model in sweep.models))
+
+
+def _pinned(model: SweepModel, commits: Commits) -> SweepModel:
+    settings = model.settings
+    commit = commits.get(revision_key(settings.id, settings.revision, "model"))
+    evaluate = replace(
+        model.evaluate,
+        scorers=_pinned_scorers(model, commits),
+        prompts=_pinned_prompts(model.evaluate.prompts, commits),
+    )
+    calibration = replace(
+        model.calibration, prompts=_pinned_prompts(model.calibration.prompts, commits)
+    )
+    return replace(
+        model,
+        settings=replace(settings, revision=commit) if commit else settings,
+        evaluate=evaluate,
+        calibration=calibration,
+    )
+
+
+def _pinned_scorers(model: SweepModel, commits: Commits) -> Scorers:
+    pinned: dict[str, str] = {}
+    for role, name in scorer_names(model).items():
+        hub_id, revision = hub.split_id(name)
+        commit = commits.get(revision_key(hub_id, revision, "model"))
+        if commit and hub_scorer(name):
+            pinned[role] = f"{hub_id}@{commit}"
+    return replace(model.evaluate.scorers, **pinned)
+
+
+def _pinned_prompts(source: PromptSource, commits: Commits) -> PromptSource:
+    commit = commits.get(revision_key(source.value, source.revision, "dataset"))
+    return replace(source, revision=commit) if source.kind == "hub" and commit else source

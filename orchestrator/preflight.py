@@ -1,0 +1,131 @@
+"""Before a sweep spends anything: what it needs is there and fits, or one error lists why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dipgo_core import hub
+from dipgo_core.errors import DipgoError
+from dipgo_core.evaluation.lpips_files import backbone_file
+from dipgo_core.evaluation.scorers import INCEPTION, inception_file
+from dipgo_core.model_files import check_weights
+from orchestrator.facts import ModelFacts, find_facts, refusal, scorer_names
+from orchestrator.hub_needs import (
+    PINNABLE,
+    Commits,
+    HubNeed,
+    cached_commits,
+    hub_needs,
+    resolve_needs,
+    with_commits,
+)
+from orchestrator.sweep_settings import SweepFile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A sweep that can be run. sweep: every hub revision a commit; commits: what they were."""
+
+    sweep: SweepFile
+    facts: Mapping[str, ModelFacts]
+    commits: Commits
+
+
+def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready:
+    """Resolve revisions, gather facts, and check that nothing is missing that will be loaded.
+
+    last: what the last run noted; a branch that moved since is told.
+
+    Raises:
+        PreflightError: something is missing, damaged or does not fit; lists all of it.
+    """
+    needs = hub_needs(sweep)
+    commits, problems = resolve_needs(needs)
+    _warn_of_moves(needs, commits, (last or {}).get("commits", {}))
+    resolved = with_commits(sweep, commits)
+    facts, unfit = find_facts(resolved, offline=bool(problems))
+    problems += unfit
+    problems += [line for need in needs for line in _absent(need, commits)]
+    problems += missing_files(sweep)
+    if problems:
+        raise refusal(sweep, problems)
+    noted = {need.key: commits[need.key] for need in needs if need.kind in PINNABLE}
+    return Ready(sweep=resolved, facts=facts, commits=noted)
+
+
+def as_last_run(
+    sweep: SweepFile, last: Mapping[str, Any]
+) -> tuple[SweepFile, Mapping[str, ModelFacts]]:
+    """Return sweep and facts as the last run had them, or as the hub's cache has, without network.
+
+    Raises:
+        PreflightError: prompts, weights, scorers or statistics are missing or do not fit.
+    """
+    needs = hub_needs(sweep)
+    resolved = with_commits(sweep, {**cached_commits(needs), **last.get("commits", {})})
+    facts, problems = find_facts(resolved, offline=True, known=last.get("items"))
+    if problems:
+        raise refusal(sweep, problems)
+    return resolved, facts
+
+
+def _warn_of_moves(needs: Sequence[HubNeed], commits: Commits, before: Commits) -> None:
+    for need in needs:
+        old, new = before.get(need.key), commits.get(need.key)
+        if old and new and old != new:
+            logger.warning(
+                "%s of %s moved from %s to %s since the last run: what depends on it (%s) is "
+                "computed again; `dipgo-sweep pin` keeps it where it is",
+                need.revision or hub.MAIN,
+                need.id,
+                old[:12],
+                new[:12],
+                ", ".join(need.users),
+            )
+
+
+def _absent(need: HubNeed, commits: Commits) -> list[str]:
+    """Return why what a need stands for cannot be loaded, if it is known by now."""
+    commit = commits.get(need.key)
+    if commit is None:
+        return []
+    return _failure(", ".join(need.users), lambda: _check_need(need, commit))
+
+
+def _check_need(need: HubNeed, commit: str) -> None:
+    files = need.files(commit)
+    folder = hub.snapshot_folder(need.id, commit, need.repository)
+    present = [name for name in files if (folder / name).is_file()]
+    check_weights(folder / name for name in present)
+    if len(present) == len(files):
+        return
+    if hub.offline():
+        hub.fetch(need.id, commit, files, need.repository)  # says what is missing
+    hub.check_access(need.id, need.repository)
+
+
+def missing_files(sweep: SweepFile) -> list[str]:
+    """Return a line for each scorer whose published file, which is not on the hub, is missing."""
+    lines: list[str] = []
+    for model in sweep.models:
+        for role, name in scorer_names(model).items():
+            place = f"{model.name}: evaluate.scorers.{role}"
+            if role == "features" and name.partition(":")[0] == INCEPTION:
+                lines += _failure(place, partial(inception_file, name))
+            if role == "lpips":
+                lines += _failure(place, partial(backbone_file, name))
+    return lines
+
+
+def _failure(place: str, check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except DipgoError as error:
+        return [f"{place}: {error}"]
+    return []
