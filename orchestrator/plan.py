@@ -84,6 +84,11 @@ class Point:
     dropped: Dropped | None = None
 
     @property
+    def evaluate_keys(self) -> tuple[str, ...]:
+        """Its evaluations on the test set, from the lowest rung to the highest planned so far."""
+        return (*self.lower_keys, *([] if self.evaluate_key is None else [self.evaluate_key]))
+
+    @property
     def task_keys(self) -> tuple[str, ...]:
         """Tasks whose records make this point complete."""
         keys = (self.evaluate_key, self.latency_key, *self.throughput_keys, self.calibration_key)

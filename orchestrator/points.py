@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 from dipgo_core.evaluation.intervals import Figure
 from dipgo_core.gates import GateTable
+from orchestrator.bars import best_of, calibration_figures, judged_by
 from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
-from orchestrator.metrics import IMAGE_FIGURES, MAX_PSNR, QUALITIES, figure_text
-from orchestrator.plan import Point
+from orchestrator.metrics import IMAGE_FIGURES, QUALITIES, figure_text
+from orchestrator.plan import Dropped, Point
 from orchestrator.records import Record
 from orchestrator.speeds import speed_of
 from orchestrator.store import Store
 
-State = Literal["done", "failed", "pending"]
+State = Literal["done", "failed", "pending", "dropped"]
 Records = Mapping[str, Record]
 
 
@@ -35,7 +36,8 @@ class ResolvedPoint:
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
     chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
     of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
-    every task the point rests on.
+    every task the point rests on. dropped: where a race ended for this point, and by metric the
+    point that surely beats it; its figures are those of the n_images it had until then.
     """
 
     key: str
@@ -90,6 +92,7 @@ class ResolvedPoint:
     evaluate_key: str | None = None
     latency_key: str | None = None
     task_keys: tuple[str, ...] = ()
+    dropped: Dropped | None = None
 
     @property
     def is_searched(self) -> bool:
@@ -171,17 +174,16 @@ def resolve_points(
     to compute each gain once in a run.
     """
     comparisons = comparisons or Comparisons(store, records)
-    known = _with_dense([_measured(point, records, store) for point in points])
+    named: dict[str, str] = {}
+    for point in points:
+        named |= {key: point.key for key in point.evaluate_keys if key not in named}
+    known = _with_dense([_measured(point, records, store, named) for point in points])
     return tuple(_with_gains(point, known, comparisons, quality) for point in known)
 
 
 def calibration_score(point: ResolvedPoint, metric: str) -> float | None:
-    """Return what a choice for `metric` is based on: its own figure on the calibration prompts.
-
-    FID and KID need far more images than a calibration has: PSNR to dense stands in for them.
-    """
-    own = metric if metric in ("clip", "ssim") else "psnr"
-    score: float | None = getattr(point, f"calibration_{own}")
+    """Return what a choice for `metric` is based on: a figure on the calibration prompts."""
+    score: float | None = getattr(point, f"calibration_{judged_by(metric)}")
     return score
 
 
@@ -194,10 +196,8 @@ def best_baseline(
     """
     rivals = [rival for rival in points if rival.method in TRIVIAL and _same_budget(rival, point)]
     scores = [calibration_score(rival, metric) if rival.is_evaluated else None for rival in rivals]
-    known = [score for score in scores if score is not None]
-    if not rivals or len(known) < len(rivals):
-        return None
-    return rivals[known.index(max(known))]
+    best = best_of(scores)
+    return None if best is None else rivals[best]
 
 
 def _same_budget(a: ResolvedPoint, b: ResolvedPoint) -> bool:
@@ -207,11 +207,18 @@ def _same_budget(a: ResolvedPoint, b: ResolvedPoint) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
-    """Read the point's own records."""
+def _measured(
+    point: Point, records: Records, store: Store, named: Mapping[str, str]
+) -> ResolvedPoint:
+    """Read the point's own records. named: evaluation -> point; the highest one done counts."""
     error = point.error or _failure(point, records, store)
-    evaluated = _record(records, point.evaluate_key)
+    done = (key for key in reversed(point.evaluate_keys) if key in records)
+    evaluate_key = next(done, point.evaluate_key)
+    evaluated = _record(records, evaluate_key)
     complete = bool(point.task_keys) and all(key in records for key in point.task_keys)
+    lost = point.dropped and replace(
+        point.dropped, by={metric: named[key] for metric, key in point.dropped.by.items()}
+    )
     resolved = ResolvedPoint(
         key=point.key,
         model=point.model,
@@ -225,12 +232,13 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
         variant=point.variant,
         protocol=point.protocol_hash,
         name=point_name(point),
-        state="done" if complete else "failed" if error else "pending",
+        state=_state(point, complete, error),
         error=None if complete else error,
         keep=point.keep,
         subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
         **_calibration(_record(records, point.calibration_key)),
-        evaluate_key=point.evaluate_key,
+        dropped=lost,
+        evaluate_key=evaluate_key,
         latency_key=point.latency_key,
         task_keys=_task_keys(point),
     )
@@ -241,6 +249,12 @@ def _measured(point: Point, records: Records, store: Store) -> ResolvedPoint:
         return resolved
     others = (records[key] for key in point.throughput_keys if key in records)
     return replace(resolved, **speed_of(timed, others))
+
+
+def _state(point: Point, complete: bool, error: str | None) -> State:
+    if complete:
+        return "done" if point.dropped is None else "dropped"
+    return "failed" if error else "pending"
 
 
 def _task_keys(point: Point) -> tuple[str, ...]:
@@ -377,16 +391,4 @@ def _evaluated(point: ResolvedPoint) -> str:
 
 
 def _calibration(record: Record | None) -> dict[str, Any]:
-    """Return the figures choices are based on; a rival that is the dense run loses nothing."""
-    if record is None:
-        return {}
-    itself = {"psnr": MAX_PSNR, "ssim": 1.0} if "psnr" not in record.outputs["metrics"] else {}
-    return {
-        f"calibration_{name}": itself.get(name, _value(record, name))
-        for name in ("psnr", "ssim", "clip")
-    }
-
-
-def _value(record: Record, metric: str) -> float | None:
-    value = record.outputs["metrics"].get(metric, {}).get("value")
-    return None if value is None else float(value)
+    return {f"calibration_{name}": value for name, value in calibration_figures(record).items()}

@@ -61,6 +61,7 @@ def tiny_sweep(
     models: Sequence[str] = ("tiny",),
     metrics: Sequence[Any] = ("clip", "psnr", "latency"),
     storage: str = "./.dipgo",
+    rungs: Sequence[int] = (),
 ) -> SweepFile:
     """Return a sweep at 10 calls; every argument is an axis of it."""
     return SweepFile(
@@ -77,7 +78,8 @@ def tiny_sweep(
                 calibration=Calibration(prompts=PromptSource(kind="bundled", value="calibration")),
                 evaluate=EvaluateSettings(
                     prompts=PromptSource(kind="bundled", value="test"),
-                    images=16,
+                    images=rungs[-1] if rungs else 16,
+                    rungs=tuple(rungs),
                     scorers=Scorers(features="tiny-features", clip="tiny-clip"),
                     metrics=tuple(metrics),
                 ),
@@ -130,12 +132,30 @@ def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"graph": GRAPH.to_json(), "timesteps": list(range(901, 0, -100))}
     if kind == "search":
         return {"outcome": _outcome(inputs["search"]), "curve": {}, "forwards": 3, "seconds": 0.1}
+    if kind == "race":
+        return _race(inputs)
     share = np.mean([[c == "1" for c in row] for row in inputs["keep"]])
     if kind == "latency":
         names, values = ("latency_ms", "dense_latency_ms", "speedup"), (share, 1, 1 / share)
         return {name: _figure(value) for name, value in zip(names, values, strict=True)}
     metrics = {name: _figure(share) for name in inputs["protocol"]["metrics"]}
-    return {"metrics": metrics, "pruned_ratio": 1 - share, "all_or_nothing_share": 1.0}
+    return {
+        "metrics": metrics,
+        "macs": {"kept": round(1000 * share)},
+        "pruned_ratio": 1 - share,
+        "all_or_nothing_share": 1.0,
+    }
+
+
+def _race(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the fastest beat the slowest that nothing protects."""
+    ordered = sorted(inputs["candidates"], key=lambda c: (c["speed"], c["key"]))
+    bars = {bar for candidate in ordered for bar in candidate["bars"]}
+    free = [c["key"] for c in ordered if not c["protected"] and c["key"] not in bars]
+    lost = {"images": inputs["images"], "by": dict.fromkeys(inputs["metrics"], ordered[-1]["key"])}
+    dropped = {key: lost for key in free[:1] if key != ordered[-1]["key"]}
+    kept = [c["key"] for c in ordered if c["key"] not in dropped]
+    return {"kept": kept, "dropped": dropped, "critical": 3.0, "candidates": len(ordered)}
 
 
 def _figure(value: float) -> dict[str, Any]:
