@@ -7,10 +7,12 @@ from typing import Any
 
 from dipgo_core.errors import StoreError
 from dipgo_core.subnet import SubNet
-from orchestrator.metrics import QUALITIES
-from orchestrator.points import ResolvedPoint
+from orchestrator.metrics import IMAGE_FIGURES
+from orchestrator.points import ResolvedPoint, latency_conditions
 from orchestrator.records import Record
 from orchestrator.sweep_settings import SweepFile
+
+SPEEDS = ("latency_ms", "speedup", "loop_ms", "loop_speedup")
 
 
 def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: SweepFile) -> SubNet:
@@ -38,6 +40,8 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
         "search": _search_settings(point, records),
         "evaluate_key": record.key,
         "protocol": point.protocol,
+        "protocol_fields": record.inputs["protocol"],
+        "latency": _latency_conditions(point, records),
         "versions": {**record.inputs.get("versions", {}), **record.versions},
     }
     document["metrics"] = _metrics(point)
@@ -50,19 +54,30 @@ def _search_settings(point: ResolvedPoint, records: Mapping[str, Record]) -> dic
     return dict(searches[0].inputs["search"]) if searches else None
 
 
+def _latency_conditions(
+    point: ResolvedPoint, records: Mapping[str, Record]
+) -> dict[str, Any] | None:
+    """Return what the latency was measured under; None where it was not."""
+    record = records.get(point.latency_key or "")
+    return None if record is None else latency_conditions(record)
+
+
 def _metrics(point: ResolvedPoint) -> dict[str, Any]:
-    """Return every known figure with its interval, its n and its gain."""
-    names = (*QUALITIES, "latency_ms", "speedup")
-    ends = {f"{name}{end}" for name in names for end in ("", "_low", "_high")}
-    figures = {name: getattr(point, name) for name in sorted(ends)}
+    """Return every known figure with its interval, its n, its scorer and its gain."""
+    figures: dict[str, float | None] = {}
+    for name in (*IMAGE_FIGURES, *SPEEDS):
+        low, high = point.bounds(name)
+        figures |= {name: point.value(name), f"{name}_low": low, f"{name}_high": high}
     gains = {metric: vars(gain) for metric, gain in point.gain.items()}
     known = {name: value for name, value in figures.items() if value is not None}
     return {
+        "protocol": point.protocol,
         **known,
         "macs_speedup": point.macs_speedup,
         "n_images": point.n_images,
+        "n": {name: figure.n for name, figure in point.figures.items()},
         "device": point.device,
-        "scorers": dict(point.scorers),
+        "scorers": {name: f.scorer for name, f in point.figures.items() if f.scorer},
         "gain": gains,
         "verdict": point.verdict,
     }

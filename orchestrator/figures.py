@@ -17,15 +17,18 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-from orchestrator.metrics import FIGURES, wants_log
+from orchestrator.metrics import FIGURES, label_of, wants_log
 from orchestrator.pareto import Front
 from orchestrator.points import ResolvedPoint
+from orchestrator.standing import Dominance
 
 #: Okabe and Ito's palette, told apart with any colour vision; markers differ as well.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C",
 )  # fmt: skip
 INK = "#3b4048"
+#: How much is seen of points that are surely not on a front.
+NOT_ON_FRONT = 0.35
 FAINT = "#c9ced6"
 
 _STYLE: Any = {
@@ -57,7 +60,7 @@ class Mark:
     size: float = 6.5
 
 
-_SEARCH_MARKERS = ("o", "P", "p", "h", "*", "X")
+_SEARCH_MARKERS = ("o", "P", "p", "h", "8", "X")
 
 
 def mark_of(point: ResolvedPoint, strategies: Sequence[str]) -> Mark:
@@ -74,7 +77,7 @@ def mark_of(point: ResolvedPoint, strategies: Sequence[str]) -> Mark:
         ),
         "uniform": Mark("uniform skips", SKY, "s", 6),
         "best_step_mask": Mark("best step mask", VERMILION, "D", 6),
-        "random": Mark("random gates", GREY, "x", 5.5),
+        "random": Mark("random gates", GREY, "v", 5.5),
     }
     return marks[point.method]
 
@@ -111,42 +114,46 @@ def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> Non
     strategies = _strategies(points)
     line = [by_key[key] for key in front.points]
     axes.plot(
-        [getattr(p, speed) for p in line], [getattr(p, quality) for p in line],
+        _values(line, speed), _values(line, quality),
         color=FAINT, linewidth=1.4, zorder=1,
     )  # fmt: skip
-    groups: dict[tuple[Mark, bool], list[ResolvedPoint]] = {}
+    groups: dict[tuple[Mark, Dominance], list[ResolvedPoint]] = {}
     for point in compared:
-        hollow = point.is_searched and point.verdicts.get(quality) != "beats"
-        groups.setdefault((mark_of(point, strategies), hollow), []).append(point)
-    for (mark, hollow), group in groups.items():
-        _draw_group(axes, group, front, mark, hollow)
+        standing = front.standing[point.key]
+        groups.setdefault((mark_of(point, strategies), standing), []).append(point)
+    for (mark, standing), group in groups.items():
+        _draw_group(axes, group, front, mark, standing)
     if front.knee is not None:
         knee = by_key[front.knee]
         axes.plot(
-            getattr(knee, speed), getattr(knee, quality), marker="o", markersize=15,
+            _values([knee], speed), _values([knee], quality), marker="o", markersize=15,
             markerfacecolor="none", markeredgecolor=PURPLE, markeredgewidth=1.4, zorder=2,
         )  # fmt: skip
     _dress(axes, compared, front)
 
 
 def _draw_group(
-    axes: Axes, group: Sequence[ResolvedPoint], front: Front, mark: Mark, hollow: bool
+    axes: Axes, group: Sequence[ResolvedPoint], front: Front, mark: Mark, standing: Dominance
 ) -> None:
-    """Draw points of one kind and their intervals; hollow: not better than the trivial baseline."""
-    values = [np.array([getattr(p, name) for p in group]) for name in front.objectives]
+    """Draw points of one kind and standing, with their intervals."""
+    values = [_values(group, name) for name in front.objectives]
     ends = [np.array([p.interval(name) for p in group]).T for name in front.objectives]
     reach = [
         np.abs(np.clip([value - low, high - value], 0, None))
         for value, (low, high) in zip(values, ends, strict=True)
     ]
-    searched = group[0].is_searched
+    order = 3 + group[0].is_searched + (standing != "no")
     axes.errorbar(
         values[0], values[1], xerr=reach[0], yerr=reach[1],
         fmt=mark.marker, color=mark.colour, markersize=mark.size,
-        markerfacecolor="none" if hollow or mark.marker == "x" else mark.colour,
+        markerfacecolor=mark.colour if standing == "surely" else "none",
         markeredgewidth=1.3, elinewidth=0.8,
-        alpha=0.55 if group[0].method == "random" else 1.0, zorder=4 if searched else 3,
+        alpha=NOT_ON_FRONT if standing == "no" else 1.0, zorder=order,
     )  # fmt: skip
+
+
+def _values(points: Sequence[ResolvedPoint], figure: str) -> npt.NDArray[np.float64]:
+    return np.array([point.value(figure) for point in points], dtype=np.float64)
 
 
 def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
@@ -154,9 +161,9 @@ def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
     speed, quality = front.objectives
     axes.set_title(front.model if front.device is None else f"{front.model} · {front.device}")
     axes.set_xlabel(FIGURES[speed].label)
-    label = FIGURES[quality].label
+    label = label_of(quality, front.scorer)
     axes.set_ylabel(f"{label}, axis turned" if FIGURES[quality].lower_is_better else label)
-    values = [getattr(point, quality) for point in compared]
+    values = _values(compared, quality).tolist()
     if wants_log(quality, values):
         axes.set_yscale("log")
         axes.set_ylim(min(values) / 1.25, max(values) * 1.25)
@@ -181,16 +188,26 @@ def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
                label=m.label)
         for m in marks
     ]  # fmt: skip
-    if strategies:
-        handles.append(
-            Line2D([], [], linestyle="none", marker="o", color=BLUE, markerfacecolor="none",
-                   label="hollow: does not beat the trivial baseline")
-        )  # fmt: skip
+    handles += _standing_handles()
     handles.append(
         Line2D([], [], linestyle="none", marker="o", markersize=12, color=PURPLE,
                markerfacecolor="none", label="knee")
     )  # fmt: skip
     return handles
+
+
+def _standing_handles() -> list[Line2D]:
+    """Return what full, hollow and faint markers mean."""
+    signs = [
+        ("full: surely on the front", INK, INK, 1.0),
+        ("hollow: possibly on it", "none", INK, 1.0),
+        ("faint: not on it", "none", INK, NOT_ON_FRONT),
+    ]
+    return [
+        Line2D([], [], linestyle="none", marker="o", markerfacecolor=fill, markeredgecolor=edge,
+               alpha=alpha, label=label)
+        for label, fill, edge, alpha in signs
+    ]  # fmt: skip
 
 
 def _strategies(points: Iterable[ResolvedPoint]) -> list[str]:

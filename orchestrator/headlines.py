@@ -20,12 +20,15 @@ class Headline:
     chosen_by: only = there was one; calibration = best on calibration prompts
     (`points.calibration_score`), never by a figure of the test set.
     gain, verdict: over the best trivial baseline. gain_random, verdict_random: over the mean of
-    the random draws. None where there is nothing to compare with.
+    the random draws. None where there is nothing to compare with. scorer: id of the network behind
+    the quality metric.
     """
 
     model: str
+    protocol: str
     target: float
     quality: str
+    scorer: str | None
     searched: str
     candidates: int
     chosen_by: Choice
@@ -40,25 +43,27 @@ class Headline:
 
 
 def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, ...]:
-    """Return one headline per model and target that has a finished searched point."""
-    groups: dict[tuple[str, float], list[ResolvedPoint]] = {}
+    """Return one headline per model, protocol and target with a finished searched point."""
+    groups: dict[tuple[str, str, float], list[ResolvedPoint]] = {}
     for point in points:
-        if not point.is_searched or point.state != "done" or getattr(point, quality) is None:
+        if not point.is_searched or point.state != "done" or point.value(quality) is None:
             continue
         assert point.target is not None
-        groups.setdefault((point.model, point.target), []).append(point)
+        groups.setdefault((point.model, point.protocol, point.target), []).append(point)
     return tuple(_headline(*where, group, quality) for where, group in groups.items())
 
 
 def _headline(
-    model: str, target: float, searched: Sequence[ResolvedPoint], quality: str
+    model: str, protocol: str, target: float, searched: Sequence[ResolvedPoint], quality: str
 ) -> Headline:
     best, chosen_by = _choose(searched, quality)
     gain, gain_random = best.gain.get(quality), best.gain_random.get(quality)
     return Headline(
         model=model,
+        protocol=protocol,
         target=target,
         quality=quality,
+        scorer=best.scorer(quality),
         searched=best.key,
         candidates=len(searched),
         chosen_by=chosen_by,

@@ -1,10 +1,13 @@
-"""Fronts of speed against quality, knee, hypervolume, dominance with intervals. No torch."""
+"""Fronts of speed against quality, knee and hypervolume. No torch.
+
+The line of a front follows the figures as they are; what their intervals allow is in `standing`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import moocore
 import numpy as np
@@ -12,9 +15,7 @@ import numpy.typing as npt
 
 from orchestrator.metrics import QUALITIES, larger_is_better
 from orchestrator.points import ResolvedPoint
-
-Speed = Literal["speedup", "macs_speedup"]
-Dominance = Literal["surely", "possibly", "no"]
+from orchestrator.standing import Differences, Dominance, Speed, standings
 
 #: What a speed objective takes from the sweep file's `objective.speed`.
 SPEED_OF: Mapping[str, Speed] = {"latency": "speedup", "macs": "macs_speedup"}
@@ -29,6 +30,7 @@ class Front:
     [0, 1] over the front; points that beat the trivial baseline come before all others.
     reference_point: (1.0, worst quality of all points compared), unless one was given.
     standing: of every compared point, whether it is on the front given the intervals.
+    scorer: id of the network behind the quality metric.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Front:
     hypervolume: float
     reference_point: tuple[float, float]
     standing: Mapping[str, Dominance]
+    scorer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,11 +54,13 @@ def pareto_fronts(
     speed: Speed = "speedup",
     qualities: Sequence[str] = QUALITIES,
     references: Mapping[str, tuple[float, float]] | None = None,
+    differences: Differences | None = None,
 ) -> tuple[Front, ...]:
     """Return one front per (model, protocol, device) and quality metric; protocols never mix.
 
     A group in which nothing but the dense run has the asked speed falls back to MACs speed-up.
     references: quality metric -> reference point of the hypervolume, to compare across sweeps.
+    differences: paired differences; without them only the intervals of both sides count.
     """
     fronts = []
     for (model, protocol, device), group in _groups(points, speed).items():
@@ -66,7 +71,7 @@ def pareto_fronts(
                 continue
             reference = (references or {}).get(quality)
             where = (model, protocol, device if axis == "speedup" else None)
-            fronts.append(_front(compared, where, (axis, quality), reference))
+            fronts.append(_front(compared, where, (axis, quality), reference, differences))
     return tuple(fronts)
 
 
@@ -114,18 +119,6 @@ def reference_point(
     return 1.0, float(larger_is_better(quality, worst))
 
 
-def dominance(a: ResolvedPoint, b: ResolvedPoint, speed: Speed, quality: str) -> Dominance:
-    """Say whether `a` dominates `b`: surely (at the near ends of both intervals), possibly, or no.
-
-    A figure without an interval counts as exact.
-    """
-    a_low, a_high = _box(a, speed, quality)
-    b_low, b_high = _box(b, speed, quality)
-    if _dominates(a_low, b_high):
-        return "surely"
-    return "possibly" if _dominates(a_high, b_low) else "no"
-
-
 def hypervolume_series(
     points: Sequence[ResolvedPoint], front: Front, hours: Mapping[str, float]
 ) -> list[tuple[float, float]]:
@@ -151,38 +144,54 @@ def pareto_json(points: Iterable[ResolvedPoint], fronts: Iterable[Front]) -> dic
 
 @dataclass(frozen=True, kw_only=True)
 class FrontRow:
-    """One point of a front as the CLI shows it; figures already formatted."""
+    """One SubNet on or possibly on a front, as tables show it; figures already formatted.
+
+    names: of every point that is this SubNet. on_line: whether the front's line goes through it.
+    """
 
     key: str
-    name: str
-    target: str
+    names: tuple[str, ...]
     speedup: str
     quality: str
+    standing: Dominance
+    on_line: bool
     gain: str
     verdict: str
     knee: bool
 
 
 def front_table(points: Iterable[ResolvedPoint], front: Front) -> tuple[FrontRow, ...]:
-    """Return the rows of one front, slowest first."""
-    by_key = {point.key: point for point in points}
+    """Return the rows of one front, slowest first: all of its line, and all that may be on it."""
+    groups: dict[str, list[ResolvedPoint]] = {}
+    for point in points:
+        if point.key in front.points or front.standing.get(point.key) in ("surely", "possibly"):
+            groups.setdefault(point.identity, []).append(point)
+    rows = [_front_row(group, front) for group in groups.values()]
+    by_key = {point.key: point for group in groups.values() for point in group}
+    return tuple(sorted(rows, key=lambda r: (by_key[r.key].value(front.objectives[0]), r.key)))
+
+
+def _front_row(group: Sequence[ResolvedPoint], front: Front) -> FrontRow:
+    """Return the row of one SubNet; what is said of it is said of its searched point, if any."""
+    point = next((p for p in group if p.is_searched), group[0])
     speed, quality = front.objectives
-    rows = []
-    for point in (by_key[key] for key in front.points):
-        gain = point.gain.get(quality)
-        rows.append(
-            FrontRow(
-                key=point.key,
-                name=point.name,
-                target="" if point.target is None else f"{point.target:g}",
-                speedup=point.figure_text(speed),
-                quality=point.figure_text(quality),
-                gain="" if gain is None else gain.text(quality),
-                verdict=point.verdicts.get(quality, "") if point.is_searched else "",
-                knee=point.key == front.knee,
-            )
-        )
-    return tuple(rows)
+    gain = point.gain.get(quality)
+    return FrontRow(
+        key=point.key,
+        names=tuple(name_at_target(p) for p in group),
+        speedup=point.figure_text(speed),
+        quality=point.figure_text(quality),
+        standing=front.standing[point.key],
+        on_line=point.key in front.points,
+        gain="" if gain is None else gain.text(quality),
+        verdict=point.verdicts.get(quality, "") if point.is_searched else "",
+        knee=any(p.key == front.knee for p in group),
+    )
+
+
+def name_at_target(point: ResolvedPoint) -> str:
+    """Name a point with its target, without its model."""
+    return point.name if point.target is None else f"{point.name} at {point.target:g}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def _groups(points: Iterable[ResolvedPoint], speed: Speed) -> dict[Group, list[R
 
 
 def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:
-    return any(p.method != "dense" and getattr(p, speed) is not None for p in group)
+    return any(p.method != "dense" and p.value(speed) is not None for p in group)
 
 
 def _is_compared(point: ResolvedPoint, speed: Speed, quality: str) -> bool:
@@ -214,11 +223,12 @@ def _front(
     where: Group,
     objectives: tuple[Speed, str],
     reference: tuple[float, float] | None,
+    differences: Differences | None,
 ) -> Front:
     reference = reference or reference_point(compared, *objectives)
     flags = non_dominated(compared, *objectives)
     best = [point for point, flag in zip(compared, flags, strict=True) if flag]
-    best.sort(key=lambda p: (getattr(p, objectives[0]), p.key))
+    best.sort(key=lambda p: (p.value(objectives[0]), p.key))
     knee = knee_point(best, *objectives)
     return Front(
         model=where[0],
@@ -229,45 +239,19 @@ def _front(
         knee=knee.key if knee else None,
         hypervolume=hypervolume(best, *objectives, reference),
         reference_point=reference,
-        standing=_standings(compared, *objectives),
+        standing=standings(compared, *objectives, differences),
+        scorer=compared[0].scorer(objectives[1]),
     )
 
 
-def _standings(
-    compared: Sequence[ResolvedPoint], speed: Speed, quality: str
-) -> dict[str, Dominance]:
-    """Say of each point whether it is surely, possibly or not on the front, given the intervals."""
-    standing: dict[str, Dominance] = {}
-    for point in compared:
-        others = {dominance(o, point, speed, quality) for o in compared if o.key != point.key}
-        if "surely" in others:
-            standing[point.key] = "no"
-        else:
-            standing[point.key] = "possibly" if "possibly" in others else "surely"
-    return standing
-
-
 def _objectives(point: ResolvedPoint, speed: Speed, quality: str) -> tuple[float, float] | None:
-    x, y = getattr(point, speed), getattr(point, quality)
+    x, y = point.value(speed), point.value(quality)
     return None if x is None or y is None else (float(x), larger_is_better(quality, float(y)))
 
 
 def _matrix(points: Sequence[ResolvedPoint], speed: Speed, quality: str) -> npt.NDArray[np.float64]:
     """Stack (speed, quality), both larger = better."""
     return np.array([_objectives(point, speed, quality) for point in points], dtype=np.float64)
-
-
-def _box(
-    point: ResolvedPoint, speed: Speed, quality: str
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the worst and the best corner of a point's intervals, both larger = better."""
-    x_low, x_high = point.interval(speed)
-    y_ends = sorted(larger_is_better(quality, end) for end in point.interval(quality))
-    return (x_low, y_ends[0]), (x_high, y_ends[1])
-
-
-def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a[0] >= b[0] and a[1] >= b[1] and a != b
 
 
 def _reversed(key: str) -> tuple[int, ...]:

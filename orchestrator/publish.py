@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from orchestrator.driver import RunResult
-from orchestrator.export import export_subnet
+from orchestrator.export import SPEEDS, export_subnet
+from orchestrator.gains import Comparisons
+from orchestrator.metrics import IMAGE_FIGURES, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
 from orchestrator.plan import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
@@ -17,12 +19,14 @@ from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
 
-FIGURES = (
-    *("fid", "kid", "clip", "psnr", "ssim", "latency_ms", "speedup"),
-    *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "calibration_psnr"),
-    *("calibration_ssim", "calibration_clip"),
+COUNTS = (
+    *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "n_images"),
+    *("calibration_psnr", "calibration_ssim", "calibration_clip"),
 )
-PARAMS = ("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device")
+PARAMS = (
+    *("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device"),
+    "protocol",
+)
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
 
@@ -54,8 +58,17 @@ class Publisher:
         """Write the report, log what is not logged yet, and close the runs."""
         objective = self.sweep.objective
         records = self.store.records()
-        points = resolve_points(result.plan.points, records, self.store, quality=objective.quality)
-        fronts = pareto_fronts(points, speed=SPEED_OF[objective.speed])
+        comparisons = Comparisons(self.store, records)
+        points = resolve_points(
+            result.plan.points,
+            records,
+            self.store,
+            quality=objective.quality,
+            comparisons=comparisons,
+        )
+        fronts = pareto_fronts(
+            points, speed=SPEED_OF[objective.speed], differences=comparisons.difference
+        )
         self.points, self.fronts = points, fronts
         try:
             self._write_report(result, points, fronts)
@@ -68,7 +81,7 @@ class Publisher:
         self.tracker.log(self._entries(result.plan, points, records))
         hours = task_hours(result.plan, points, records)
         series = {
-            f"hypervolume/{front.model}/{front.objectives[1]}": [
+            tracking_name(f"hypervolume/{front.model}/{front.objectives[1]}", front.scorer): [
                 (round(3600 * spent), value)
                 for spent, value in hypervolume_series(points, front, hours)
             ]
@@ -134,25 +147,34 @@ def point_entry(
 ) -> Entry:
     """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
     settings = {name: getattr(point, name) for name in PARAMS}
-    figures = {
-        f"{name}{end}": getattr(point, f"{name}{end}", None)
-        for name in FIGURES
-        for end in ("", "_low", "_high")
-    }
-    gains = {f"gain_{metric}": gain.value for metric, gain in point.gain.items()}
-    known = {name: float(v) for name, v in {**figures, **gains}.items() if v is not None}
     where = f" at {point.target:g}" if point.target is not None else ""
-    tags = {"dipgo.verdict": point.verdict or "", "dipgo.error": point.error or ""}
+    tags = {
+        "dipgo.protocol": point.protocol,
+        "dipgo.verdict": point.verdict or "",
+        "dipgo.error": point.error or "",
+    }
     return Entry(
         key=point.key,
         kind="point",
         name=f"{point.model}: {point.name}{where}",
         state="failed" if point.state == "failed" else "done",
         params=_flat({**settings, "loss": point.loss or {}, "sampler": point.sampler}),
-        metrics=known,
+        metrics=tracked_figures(point),
         tags={name: value for name, value in tags.items() if value},
         files=partial(point_files, point, records, store, sweep),
     )
+
+
+def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
+    """Return every figure by the name it is tracked under, which says what network scored it."""
+    found: dict[str, float | None] = {name: getattr(point, name) for name in COUNTS}
+    for name in (*IMAGE_FIGURES, *SPEEDS):
+        scorer, (low, high) = point.scorer(name), point.bounds(name)
+        ends = {"": point.value(name), "_low": low, "_high": high}
+        found |= {tracking_name(name, scorer, end=end): value for end, value in ends.items()}
+    for name, gain in point.gain.items():
+        found[tracking_name(name, point.scorer(name), prefix="gain_")] = gain.value
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def point_files(

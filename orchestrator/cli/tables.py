@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.show import print_table, say
 from orchestrator.headlines import Headline
-from orchestrator.metrics import FIGURES
+from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table
 from orchestrator.points import ResolvedPoint
+from orchestrator.protocol_text import short
 from orchestrator.sweep_settings import SweepFile
 
 if TYPE_CHECKING:
@@ -104,17 +105,21 @@ def print_fronts(points: Sequence[ResolvedPoint], fronts: Iterable[Front]) -> No
 
 
 def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
-    speed, quality = (FIGURES[name] for name in front.objectives)
+    speed, metric = front.objectives
+    quality = label_of(metric, front.scorer)
     by_key = {point.key: point for point in points}
     where = f" on {front.device}" if front.device else ""
     images = max((by_key[key].n_images or 0 for key in front.points), default=0)
-    title = f"{front.model}{where}: {speed.axis} against {quality.axis}, {images} images"
+    title = (
+        f"{front.model}{where}: {FIGURES[speed].label} against {quality}, "
+        f"{FIGURES[metric].better}; {images} images, protocol {short(front.protocol)}"
+    )
     rows = [
         (
-            f"{row.name}{' (knee)' if row.knee else ''}",
-            row.target,
+            " = ".join(row.names) + (" (knee)" if row.knee else ""),
             row.speedup,
             row.quality,
+            row.standing + ("" if row.on_line else ", behind"),
             row.gain,
             row.verdict,
             row.key[:12],
@@ -122,17 +127,30 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
         for row in front_table(points, front)
     ]
     columns = (
-        "point", "target", speed.label, quality.label, "gain over the best baseline", "", "key"
+        "point", FIGURES[speed].label, quality, "on the front", "gain over the best baseline", "",
+        "key",
     )  # fmt: skip
-    print_table(title, columns, rows, right=columns[1:5])
+    print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
 
 
 def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -> None:
-    """Print for each model and target whether the searched SubNet beats its bars."""
+    """Print for each model and target whether the searched SubNet beats its bars.
+
+    Gains by two networks are on two scales: one table each.
+    """
+    by_label: dict[str, list[Headline]] = {}
+    for line in lines:
+        by_label.setdefault(label_of(line.quality, line.scorer), []).append(line)
+    for label, listed in by_label.items():
+        _print_verdicts(points, label, listed)
+
+
+def _print_verdicts(points: Sequence[ResolvedPoint], label: str, lines: Sequence[Headline]) -> None:
     by_key = {point.key: point for point in points}
     rows = [
         (
             line.model,
+            short(line.protocol),
             f"{line.target:g}",
             by_key[line.searched].name,
             *_against(by_key, line),
@@ -141,13 +159,12 @@ def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -
         )
         for line in lines
     ]
-    if not rows:
-        return
     columns = (
-        "model", "target", "SubNet", "best trivial baseline", "gain", "verdict",
+        "model", "protocol", "target", "SubNet", "best trivial baseline", "gain", "verdict",
         "gain over random gates", "verdict",
     )  # fmt: skip
-    print_table("Searched SubNets at equal compute (95 % intervals)", columns, rows)
+    title = f"Searched SubNets at equal compute: gain in {label} (95 % intervals)"
+    print_table(title, columns, rows)
 
 
 def _against(by_key: dict[str, ResolvedPoint], line: Headline) -> tuple[str, str, str]:

@@ -16,9 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.figures import fronts_figure, to_png
-from orchestrator.metrics import FIGURES, QUALITIES
-from orchestrator.pareto import Front
+from orchestrator.metrics import FIGURES, IMAGE_FIGURES, label_of
+from orchestrator.pareto import Front, front_table
 from orchestrator.points import ResolvedPoint
+from orchestrator.protocol_text import short
 from orchestrator.report.front_svg import front_svg, legend_entries
 from orchestrator.report.gates_svg import gates_svg
 from orchestrator.report.sections import (
@@ -27,17 +28,21 @@ from orchestrator.report.sections import (
     gate_cards,
     headline_rows,
     image_rows,
+    latency_tables,
+    point_tables,
     protocols,
     rested_on,
     title,
 )
-from orchestrator.report.tables import points_csv, points_json, report_markdown
+from orchestrator.report.tables import ReportText, points_csv, points_json, report_markdown
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 
 FILES = ("report.html", "pareto.png", "points.csv", "points.json", "report.md")
 #: Metrics of pareto.png; report.html draws all.
 DRAWN = ("fid", "clip", "psnr")
+#: What report.html and report.md say alike.
+SHARED = ("headlines", "tables", "latencies", "protocols", "costs", "failures")
 
 
 def write_report(
@@ -62,16 +67,15 @@ def write_report(
     drawn = [front for front in fronts if front.objectives[1] in DRAWN]
     png = to_png(fronts_figure(points, drawn or fronts))
     texts = {
-        "points.csv": points_csv(points),
+        "points.csv": points_csv(points, fronts),
         "points.json": document,
         "report.md": report_markdown(
-            sweep.name,
-            sweep.objective.quality,
-            content["headlines"],
-            points,
-            fronts,
-            content["costs"],
-            content["failures"],
+            ReportText(
+                name=sweep.name,
+                points=points,
+                fronts=fronts,
+                **{part: content[part] for part in SHARED},
+            )
         ),
         "report.html": _render({**content, "png": _data_uri(png)}),
     }
@@ -106,12 +110,14 @@ def _content(
         "name": sweep.name,
         "digest": sweep.digest,
         "version": version("dipgo-sweep"),
-        "quality": FIGURES[sweep.objective.quality].label,
         "quality_key": sweep.objective.quality,
+        "label_of": label_of,
+        "short": short,
         "legend": [(Markup(icon), label) for icon, label in legend_entries(points)],
         "convention": sweep.macs_convention,
         "states": Counter(point.state for point in points),
         "headlines": rows,
+        "labels": list(dict.fromkeys(row.label for row in rows)),
         "fronts": _front_sections(points, fronts),
         "images": [
             (shown, [(role, name, _data_uri(png)) for role, name, png in shown.rows])
@@ -119,12 +125,9 @@ def _content(
         ],
         "gates": [(card, Markup(gates_svg(card.subnet))) for card in gate_cards(points, records)],
         "points": points,
+        "tables": point_tables(points),
+        "latencies": latency_tables(points, records),
         "figures": FIGURES,
-        "qualities": [q for q in QUALITIES if any(getattr(p, q) is not None for p in points)],
-        "scorers": {
-            q: ", ".join(dict.fromkeys(p.scorers[q] for p in points if q in p.scorers))
-            for q in QUALITIES
-        },
         "methods": list(dict.fromkeys(point.method for point in points)),
         "models": list(dict.fromkeys(point.model for point in points)),
         "costs": costs(records.values()),
@@ -138,7 +141,6 @@ def _front_sections(
     points: Sequence[ResolvedPoint], fronts: Sequence[Front]
 ) -> list[dict[str, Any]]:
     """Return the drawings of each model, protocol and device."""
-    names = {point.key: title(point).partition(": ")[2] for point in points}
     groups: dict[tuple[str, str, str | None], list[Front]] = {}
     for front in fronts:
         groups.setdefault((front.model, front.protocol, front.device), []).append(front)
@@ -148,7 +150,7 @@ def _front_sections(
             "device": device,
             "protocol": protocol,
             "fronts": [
-                (front, names.get(front.knee or "", "none"), Markup(front_svg(points, front)))
+                (front, front_table(points, front), Markup(front_svg(points, front)))
                 for front in group
             ],
         }
@@ -158,8 +160,12 @@ def _front_sections(
 
 def _tip(point: ResolvedPoint) -> dict[str, Any]:
     """Return what a tooltip says of a point."""
-    shown = [f for f in ("speedup", "macs_speedup", *QUALITIES) if getattr(point, f) is not None]
-    lines = [f"{FIGURES[figure].label}: {point.figure_text(figure)}" for figure in shown]
+    names = ("speedup", "macs_speedup", *IMAGE_FIGURES)
+    shown = [figure for figure in names if point.value(figure) is not None]
+    lines = [
+        f"{label_of(figure, point.scorer(figure))}: {point.figure_text(figure)}" for figure in shown
+    ]
+    lines.append(f"n = {point.n_images}, protocol {short(point.protocol)}")
     return {"title": title(point), "method": point.method, "model": point.model, "lines": lines}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
-from orchestrator.metrics import FIGURES, wants_log
+from orchestrator.metrics import FIGURES, label_of, wants_log
 from orchestrator.pareto import Front
 from orchestrator.points import ResolvedPoint
 
@@ -23,7 +24,7 @@ SHAPES: Mapping[str, str] = {
     "right": "M5.5 0L-4 -5V5z",
     "square": "M-4.2 -4.2h8.4v8.4h-8.4z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
-    "cross": "M-4 -4L4 4M-4 4L4 -4",
+    "down": "M0 5.5L-5 -4H5z",
 }
 _SEARCHED = ("circle", "plus", "hexagon")
 
@@ -51,7 +52,7 @@ def shape_of(point: ResolvedPoint, strategies: Sequence[str]) -> str:
         return _SEARCHED[strategies.index(str(point.strategy)) % len(_SEARCHED)]
     if point.method == "few_steps":
         return "left" if point.variant == "leading" else "right"
-    shapes = {"dense": "star", "uniform": "square", "best_step_mask": "diamond", "random": "cross"}
+    shapes = {"dense": "star", "uniform": "square", "best_step_mask": "diamond", "random": "down"}
     return shapes[point.method]
 
 
@@ -65,9 +66,14 @@ def front_svg(points: Sequence[ResolvedPoint], front: Front) -> str:
     by_key = {point.key: point for point in points}
     compared = [by_key[key] for key in front.standing]
     across, up = _scales(compared, front)
-    at = {p.key: (across(getattr(p, speed)), up(getattr(p, quality))) for p in compared}
+    at = {
+        p.key: (across(x), up(y))
+        for p, x, y in zip(
+            compared, values_of(compared, speed), values_of(compared, quality), strict=True
+        )
+    }
     strategies = strategies_of(points)
-    order = sorted(compared, key=lambda p: (p.is_searched, p.method != "random", p.key))
+    order = sorted(compared, key=lambda p: (front.standing[p.key] != "no", p.is_searched, p.key))
     ring = ""
     if front.knee is not None:
         x, y = at[front.knee]
@@ -75,7 +81,7 @@ def front_svg(points: Sequence[ResolvedPoint], front: Front) -> str:
     line = " ".join("{:.1f},{:.1f}".format(*at[key]) for key in front.points)
     return (
         f'<svg class="front" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{FIGURES[quality].label} against {FIGURES[speed].label}">'
+        f'aria-label="{escape(label_of(quality, front.scorer))} against {FIGURES[speed].label}">'
         + _axes(across, up, front)
         + f'<polyline class="line" points="{line}"/>'
         + "".join(_bars(p, front, across, up, at[p.key]) for p in order)
@@ -95,9 +101,9 @@ def legend_entries(points: Sequence[ResolvedPoint]) -> list[tuple[str, str]]:
         label += f", {point.variant}" if point.method == "few_steps" else ""
         kinds[(point.method, shape_of(point, strategies), label)] = None
     entries = [(_icon(method, SHAPES[shape]), label) for method, shape, label in kinds]
-    if strategies:
-        hollow = _icon("search", SHAPES[_SEARCHED[0]], " hollow")
-        entries.append((hollow, "searched, does not beat the best trivial baseline"))
+    signs = {"surely": "surely on the front", "possibly": "possibly on it", "no": "not on it"}
+    for standing, label in signs.items():
+        entries.append((_icon("any", SHAPES["circle"], f" {standing}"), label))
     return [*entries, ('<svg viewBox="-9 -9 18 18"><circle class="knee" r="7"/></svg>', "knee")]
 
 
@@ -109,13 +115,18 @@ def _scales(compared: Sequence[ResolvedPoint], front: Front) -> tuple[Scale, Sca
     """Return the axes; better is up, so that of a lower-is-better metric is turned."""
     speed, quality = front.objectives
     lower_is_better = FIGURES[quality].lower_is_better
-    x_low, x_high = _padded([getattr(p, speed) for p in compared])
-    values = [getattr(p, quality) for p in compared]
+    x_low, x_high = _padded(values_of(compared, speed))
+    values = values_of(compared, quality)
     log = wants_log(quality, values)
     low, high = (min(values) / 1.25, max(values) * 1.25) if log else _padded(values)
     bottom, top = HEIGHT - BOTTOM, TOP
     start, end = (top, bottom) if lower_is_better else (bottom, top)
     return Scale(x_low, x_high, LEFT, WIDTH - RIGHT), Scale(low, high, start, end, log)
+
+
+def values_of(points: Iterable[ResolvedPoint], figure: str) -> list[float]:
+    """Return a figure of points that all have it."""
+    return [value for point in points if (value := point.value(figure)) is not None]
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -156,8 +167,9 @@ def _axes(across: Scale, up: Scale, front: Front) -> str:
         f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{FIGURES[speed].label} →</text>"
     )
-    turned = " (axis turned, lower is better)" if FIGURES[quality].lower_is_better else ""
-    parts.append(f'<text class="axis" x="{LEFT}" y="14">↑ {FIGURES[quality].label}{turned}</text>')
+    turned = ", axis turned" if FIGURES[quality].lower_is_better else ""
+    label = escape(label_of(quality, front.scorer))
+    parts.append(f'<text class="axis" x="{LEFT}" y="14">↑ {label}{turned}</text>')
     return "".join(parts)
 
 
@@ -169,14 +181,14 @@ def _bars(
     lows = [min(max(across(v), LEFT), WIDTH - RIGHT) for v in point.interval(front.objectives[0])]
     ends = [min(max(up(v), TOP), HEIGHT - BOTTOM) for v in point.interval(front.objectives[1])]
     return (
-        f'<path class="bar {point.method}" data-key="{point.key}" d="M{lows[0]:.1f} {y:.1f}'
+        f'<path class="bar {point.method} {front.standing[point.key]}" data-key="{point.key}" '
+        f'd="M{lows[0]:.1f} {y:.1f}'
         f'H{lows[1]:.1f}M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>'
     )
 
 
 def _mark(point: ResolvedPoint, front: Front, at: tuple[float, float], shape: str) -> str:
-    hollow = point.is_searched and point.verdicts.get(front.objectives[1]) != "beats"
     return (
-        f'<path class="mark {point.method}{" hollow" if hollow else ""}" data-key="{point.key}" '
+        f'<path class="mark {point.method} {front.standing[point.key]}" data-key="{point.key}" '
         f'transform="translate({at[0]:.1f} {at[1]:.1f})" d="{SHAPES[shape]}"/>'
     )

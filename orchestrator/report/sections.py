@@ -14,15 +14,19 @@ from safetensors.numpy import load
 
 from dipgo_core.errors import StoreError
 from orchestrator.figures import image_row
+from orchestrator.gains import Gain
 from orchestrator.headlines import Headline, headlines
-from orchestrator.metrics import FIGURES, QUALITIES
-from orchestrator.points import ResolvedPoint
+from orchestrator.metrics import QUALITIES, figure_text, label_of
+from orchestrator.points import ResolvedPoint, columns_of, latency_conditions
+from orchestrator.protocol_text import protocol_rows
 from orchestrator.records import Record
 from orchestrator.store import Store
 
 Records = Mapping[str, Record]
 SAMPLES_FILE = "samples.safetensors"
 ROW_IMAGES = 8
+#: What is shown of a latency measurement.
+TIMED = ("latency_ms", "speedup", "loop_ms", "loop_speedup", "peak_memory_mb", "energy_j")
 
 CHOICES = {
     "only": "",
@@ -41,9 +45,11 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadlineRow:
-    """One model and target: the searched SubNet against its bars."""
+    """One model and target: the searched SubNet against its bars, in the metric named `label`."""
 
+    label: str
     model: str
+    protocol: str
     target: str
     searched: ResolvedPoint
     note: str
@@ -51,6 +57,43 @@ class HeadlineRow:
     against_baseline: Claim | None
     against_random: Claim | None
     others: tuple[Claim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointTable:
+    """All points of one protocol, and the figures that were measured under it.
+
+    columns: (figure, id of its scorer).
+    """
+
+    protocol: str
+    models: tuple[str, ...]
+    columns: tuple[tuple[str, str | None], ...]
+    points: tuple[ResolvedPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolText:
+    """One protocol in words, with the models measured under it."""
+
+    hash: str
+    models: tuple[str, ...]
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """What was timed of one model under the same conditions, in words.
+
+    figures: those that some point has. batches: batch sizes of which throughput is known. rows: a
+    point, and its images per second at each of them.
+    """
+
+    model: str
+    conditions: str
+    figures: tuple[str, ...]
+    batches: tuple[str, ...]
+    rows: tuple[tuple[ResolvedPoint, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +142,79 @@ def _headline_row(line: Headline, by_key: Mapping[str, ResolvedPoint]) -> Headli
     searched = by_key[line.searched]
     others = [metric for metric in QUALITIES if metric != line.quality and metric in searched.gain]
     return HeadlineRow(
+        label=label_of(line.quality, line.scorer),
         model=line.model,
+        protocol=line.protocol,
         target=f"{line.target:g}",
         searched=searched,
         note=CHOICES[line.chosen_by].format(n=line.candidates),
         baseline=None if line.baseline is None else by_key[line.baseline],
-        against_baseline=_claim(searched.gain, line.quality),
-        against_random=_claim(searched.gain_random, line.quality),
+        against_baseline=_claim(searched, searched.gain, line.quality),
+        against_random=_claim(searched, searched.gain_random, line.quality),
         others=tuple(
-            claim for metric in others if (claim := _claim(searched.gain, metric)) is not None
+            claim
+            for metric in others
+            if (claim := _claim(searched, searched.gain, metric)) is not None
         ),
     )
 
 
-def _claim(gains: Mapping[str, Any], metric: str) -> Claim | None:
+def _claim(point: ResolvedPoint, gains: Mapping[str, Gain], metric: str) -> Claim | None:
     gain = gains.get(metric)
     if gain is None:
         return None
-    return Claim(metric=FIGURES[metric].label, verdict=gain.verdict, text=gain.text(metric))
+    label = label_of(metric, point.scorer(metric))
+    return Claim(metric=label, verdict=gain.verdict, text=gain.text(metric))
+
+
+def point_tables(points: Iterable[ResolvedPoint]) -> tuple[PointTable, ...]:
+    """Return one table a protocol: figures of two protocols never share one."""
+    groups: dict[str, list[ResolvedPoint]] = {}
+    for point in points:
+        groups.setdefault(point.protocol, []).append(point)
+    return tuple(
+        PointTable(
+            protocol=protocol,
+            models=tuple(dict.fromkeys(point.model for point in group)),
+            columns=columns_of(group),
+            points=tuple(group),
+        )
+        for protocol, group in groups.items()
+    )
+
+
+def latency_tables(points: Iterable[ResolvedPoint], records: Records) -> tuple[LatencyTable, ...]:
+    """Return one table a model and set of conditions: latencies of two are never compared."""
+    groups: dict[tuple[str, str], list[ResolvedPoint]] = {}
+    for point in points:
+        record = records.get(point.latency_key or "")
+        if record is not None:
+            words = _plain(latency_conditions(record))
+            groups.setdefault((point.model, words), []).append(point)
+    return tuple(
+        _latency_table(model, words, list({p.latency_key: p for p in group}.values()))
+        for (model, words), group in groups.items()
+    )
+
+
+def _latency_table(model: str, words: str, points: Sequence[ResolvedPoint]) -> LatencyTable:
+    batches = sorted({size for point in points for size in point.throughput}, key=int)
+    rows = tuple((point, tuple(_rate(point, size) for size in batches)) for point in points)
+    known = (name for name in TIMED if any(p.value(name) is not None for p in points))
+    return LatencyTable(
+        model=model,
+        conditions=words,
+        figures=tuple(known),
+        batches=tuple(batches),
+        rows=rows,
+    )
+
+
+def _rate(point: ResolvedPoint, batch: str) -> str:
+    rate = point.throughput.get(batch)
+    if rate is None:
+        return ""
+    return figure_text("images_per_second", rate["value"], rate["low"], rate["high"])
 
 
 def image_rows(
@@ -125,7 +223,8 @@ def image_rows(
     """Return dense, searched and best-trivial images of the same seeds, where they were kept."""
     made = []
     for row in rows:
-        dense = [p for p in points if p.method == "dense" and p.model == row.model]
+        where = (row.model, row.protocol)
+        dense = [p for p in points if p.method == "dense" and (p.model, p.protocol) == where]
         shown = [("dense", point) for point in dense[:1]] + [("searched", row.searched)]
         shown += [("best trivial baseline", row.baseline)] if row.baseline else []
         images = [(role, p.name, samples(p, records, store)) for role, p in shown]
@@ -210,20 +309,28 @@ def failures(points: Iterable[ResolvedPoint]) -> tuple[Failure, ...]:
     return tuple(Failure(cause=cause, points=tuple(names)) for cause, names in causes.items())
 
 
-def protocols(points: Iterable[ResolvedPoint], records: Records) -> dict[str, dict[str, str]]:
-    """Return every protocol's fields as text, by hash, with the models measured under it."""
-    found: dict[str, dict[str, str]] = {}
-    models: dict[str, list[str]] = {}
+def protocols(points: Iterable[ResolvedPoint], records: Records) -> tuple[ProtocolText, ...]:
+    """Return every protocol that something was measured under, in words."""
+    measured: dict[str, list[tuple[ResolvedPoint, Record]]] = {}
     for point in points:
         record = records.get(point.evaluate_key or "")
-        if record is None:
-            continue
-        names = models.setdefault(point.protocol, [])
-        names += [point.model] if point.model not in names else []
-        fields = {k: _plain(v) for k, v in record.inputs["protocol"].items()}
-        versions = _plain(record.inputs.get("versions", {}))
-        found[point.protocol] = {"models": "", **fields, "versions": versions}
-    return {key: {**fields, "models": ", ".join(models[key])} for key, fields in found.items()}
+        if record is not None:
+            measured.setdefault(point.protocol, []).append((point, record))
+    return tuple(_protocol(digest, group) for digest, group in measured.items())
+
+
+def _protocol(digest: str, measured: Sequence[tuple[ResolvedPoint, Record]]) -> ProtocolText:
+    fields = measured[0][1].inputs["protocol"]
+    versions = dict.fromkeys(_plain(r.inputs.get("versions", {})) for _, r in measured)
+    batches = {r.outputs["batch_size"] for _, r in measured if r.outputs.get("batch_size")}
+    run = [("library versions", "; or ".join(versions))]
+    if batches:
+        run.append(("batch size of the runs", ", ".join(str(size) for size in sorted(batches))))
+    return ProtocolText(
+        hash=digest,
+        models=tuple(dict.fromkeys(point.model for point, _ in measured)),
+        rows=(*protocol_rows(fields), *run),
+    )
 
 
 def _plain(value: Any) -> str:

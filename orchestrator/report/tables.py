@@ -6,93 +6,161 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.metrics import FIGURES, QUALITIES
-from orchestrator.pareto import Front, pareto_json
-from orchestrator.points import ResolvedPoint
-from orchestrator.report.sections import Claim, Cost, Failure, HeadlineRow
+from orchestrator.metrics import FIGURES, label_of
+from orchestrator.pareto import Front, front_table, pareto_json
+from orchestrator.points import ResolvedPoint, columns_of
+from orchestrator.protocol_text import short
+from orchestrator.report.sections import (
+    Claim,
+    Cost,
+    Failure,
+    HeadlineRow,
+    LatencyTable,
+    PointTable,
+    ProtocolText,
+)
 
-#: Columns of points.csv; gains follow, one group of four a metric.
+#: Columns of points.csv; image figures, gains and standings follow, as far as they were measured.
 COLUMNS = (
     "key", "model", "model_id", "method", "name", "strategy", "target", "seed", "variant", "state",
-    "n_images", "pruned_ratio", "macs", "macs_speedup",
-    "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low", "speedup_high",
-    *(f"{metric}{end}" for metric in QUALITIES for end in ("", "_low", "_high")),
-    "all_or_nothing_share", "calibration_psnr", "calibration_ssim",
-    "calibration_clip", "verdict", "device", "protocol", "subnet", "error",
+    "protocol", "n_images", "pruned_ratio", "macs", "macs_speedup", "device", "latency_usable",
+    "latency_note", "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low",
+    "speedup_high", "loop_ms", "loop_ms_low", "loop_ms_high", "loop_speedup", "loop_speedup_low",
+    "loop_speedup_high", "peak_memory_mb", "energy_j", "all_or_nothing_share", "calibration_psnr",
+    "calibration_ssim", "calibration_clip", "verdict", "subnet", "error",
 )  # fmt: skip
+ENDS = ("", "_low", "_high")
 
 
-def points_csv(points: Iterable[ResolvedPoint]) -> str:
-    """Return one line a point."""
-    gains = [(metric, end) for metric in QUALITIES for end in ("value", "low", "high")]
+def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
+    """Return one line a point; the header names the network behind each figure.
+
+    A figure by two networks has two columns. standing: on the front of that metric.
+    """
+    measured = columns_of(points)
+    gained = [column for column in measured if any(column[0] in p.gain for p in points)]
+    fronted = [c for c in measured if any(f.objectives[1] == c[0] for f in fronts)]
+    sizes = sorted({size for point in points for size in point.throughput}, key=int)
+    header = [
+        *COLUMNS,
+        *(f"images_per_second batch {size}{end}" for size in sizes for end in ENDS),
+        *(_scored(f"{m}{end}", scorer) for m, scorer in measured for end in (*ENDS, "_n")),
+        *(_scored(f"gain_{m}{end}", scorer) for m, scorer in gained for end in ENDS),
+        *(_scored(f"standing_{m}", scorer) for m, scorer in fronted),
+        "baseline_key",
+    ]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"gain_{m}_{end}" for m, end in gains), "baseline_key"])
+    writer.writerow(header)
     for point in points:
-        found = [getattr(point.gain.get(metric), end, None) for metric, end in gains]
         baseline = next((gain.baseline_key for gain in point.gain.values()), None)
-        writer.writerow([*(getattr(point, name) for name in COLUMNS), *found, baseline])
+        row = [getattr(point, name) for name in COLUMNS]
+        row += [point.throughput.get(s, {}).get(e) for s in sizes for e in ("value", "low", "high")]
+        row += [cell for column in measured for cell in _figure_cells(point, column)]
+        row += [cell for column in gained for cell in _gain_cells(point, column)]
+        row += [_standing(point, column, fronts) for column in fronted]
+        writer.writerow([*row, baseline])
     return buffer.getvalue()
+
+
+Column = tuple[str, str | None]
+
+
+def _scored(name: str, scorer: str | None) -> str:
+    return name if scorer is None else f"{name} ({scorer})"
+
+
+def _figure_cells(point: ResolvedPoint, column: Column) -> list[float | None]:
+    figure = point.figures.get(column[0])
+    if figure is None or figure.scorer != column[1]:
+        return [None] * 4
+    return [figure.value, figure.low, figure.high, figure.n]
+
+
+def _gain_cells(point: ResolvedPoint, column: Column) -> list[float | None]:
+    gain = point.gain.get(column[0])
+    if gain is None or point.scorer(column[0]) != column[1]:
+        return [None] * 3
+    return [gain.value, gain.low, gain.high]
+
+
+def _standing(point: ResolvedPoint, column: Column, fronts: Sequence[Front]) -> str | None:
+    for front in fronts:
+        if (front.objectives[1], front.scorer) == column and point.key in front.standing:
+            return front.standing[point.key]
+    return None
 
 
 def points_json(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     return json.dumps(pareto_json(points, fronts), indent=1, allow_nan=False) + "\n"
 
 
-def report_markdown(
-    name: str,
-    quality: str,
-    rows: Sequence[HeadlineRow],
-    points: Sequence[ResolvedPoint],
-    fronts: Sequence[Front],
-    spent: Sequence[Cost],
-    failed: Sequence[Failure],
-) -> str:
-    """Return the report's text: headline, fronts, all points, costs, failures."""
-    parts = [
-        f"# Report of {name}",
-        "",
-        "![Pareto fronts](pareto.png)",
-        "",
-        f"## Searched SubNets against the best trivial baseline ({FIGURES[quality].label})",
-        "",
-        "Gain > 0: the searched SubNet is better; 95 % interval in brackets, paired by prompt. "
-        "Baselines have at least the same compute and are chosen on calibration prompts. "
-        "Speed-up is measured, MACs speed-up is counted.",
-        "",
-        *_headline_table(rows),
-        "",
-        "## Fronts",
-        "",
-        *_front_table(points, fronts),
-        "",
-        "## All points",
-        "",
-        *_point_table(points),
-        "",
-        "## Costs",
-        "",
-        *_table(
-            ("kind", "tasks", "task-seconds", "denoiser forwards"),
-            [(c.kind, str(c.tasks), f"{c.seconds:.0f}", str(c.forwards or "")) for c in spent],
-        ),
-    ]
-    if failed:
-        causes = [(", ".join(f.points), f.cause) for f in failed]
+@dataclass(frozen=True, kw_only=True)
+class ReportText:
+    """What report.md says, as values."""
+
+    name: str
+    headlines: Sequence[HeadlineRow]
+    points: Sequence[ResolvedPoint]
+    fronts: Sequence[Front]
+    tables: Sequence[PointTable]
+    latencies: Sequence[LatencyTable]
+    protocols: Sequence[ProtocolText]
+    costs: Sequence[Cost]
+    failures: Sequence[Failure]
+
+
+def report_markdown(text: ReportText) -> str:
+    """Return the report's text: headlines, fronts, all points, latency, costs, protocols."""
+    parts = [f"# Report of {text.name}", "", "![Pareto fronts](pareto.png)", ""]
+    for label in dict.fromkeys(row.label for row in text.headlines):
+        parts += [f"## Searched SubNets against the best trivial baseline: {label}", ""]
+        parts += _headline_table([row for row in text.headlines if row.label == label])
+        parts += [""]
+    parts += ["## Fronts", "", STANDING, ""]
+    for front in text.fronts:
+        parts += [_front_title(front), "", *_front_table(text.points, front), ""]
+    parts += ["## All points", ""]
+    for table in text.tables:
+        models = ", ".join(table.models)
+        parts += [f"### {models}, protocol {short(table.protocol)}", "", *_point_table(table), ""]
+    parts += _latency_section(text.latencies)
+    spent = [(c.kind, str(c.tasks), f"{c.seconds:.0f}", str(c.forwards or "")) for c in text.costs]
+    parts += ["## Costs", ""]
+    parts += _table(("kind", "tasks", "task-seconds", "denoiser forwards"), spent)
+    if text.failures:
+        causes = [(", ".join(f.points), f.cause) for f in text.failures]
         parts += ["", "## Failed", "", *_table(("points", "cause"), causes)]
-    return "\n".join(parts) + "\n"
+    parts += ["", "## Protocols", "", "Figures of two protocols are never compared.", ""]
+    for one in text.protocols:
+        parts += [f"### {', '.join(one.models)}: `{one.hash}`", "", *_table(("what", "is"), one.rows), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+HEADLINE = (
+    "Gain > 0: the searched SubNet is better; 95 % interval in brackets, paired by prompt. "
+    "Baselines have at least the same compute and are chosen on calibration prompts. "
+    "Speed-up is measured, MACs speed-up is counted."
+)
+STANDING = (
+    "*surely*: no other point may be better in both, given the 95 % intervals of the differences "
+    "(paired by prompt); *possibly*: some other may be; a point that some other surely dominates "
+    "is not listed. Rows in brackets are not on the line through the figures themselves."
+)
 
 
 def _headline_table(rows: Sequence[HeadlineRow]) -> list[str]:
     head = (
-        "model", "target", "searched", "speed-up", "MACs speed-up", "best trivial baseline",
-        "against it", "against random", "chosen",
+        "model", "protocol", "target", "searched", "speed-up", "MACs speed-up",
+        "best trivial baseline", "against it", "against random", "chosen",
     )  # fmt: skip
     body = [
         (
             row.model,
+            short(row.protocol),
             row.target,
             row.searched.name,
             row.searched.figure_text("speedup"),
@@ -104,34 +172,44 @@ def _headline_table(rows: Sequence[HeadlineRow]) -> list[str]:
         )
         for row in rows
     ]
-    return _table(head, body)
+    return [HEADLINE, "", *_table(head, body)]
 
 
 def _claim_text(claim: Claim | None) -> str:
     return "" if claim is None else f"**{claim.verdict}** {claim.text}"
 
 
-def _front_table(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> list[str]:
-    names = {p.key: p.name + ("" if p.target is None else f" at {p.target:g}") for p in points}
+def _front_title(front: Front) -> str:
+    where = f" on {front.device}" if front.device else ""
+    speed, quality = front.objectives
+    axes = f"{FIGURES[speed].label} / {label_of(quality, front.scorer)}"
+    return f"### {front.model}{where}: {axes}, protocol {short(front.protocol)}"
+
+
+def _front_table(points: Sequence[ResolvedPoint], front: Front) -> list[str]:
     body = [
         (
-            front.model,
-            front.device or "",
-            " / ".join(FIGURES[objective].label for objective in front.objectives),
-            ", ".join(names[key] for key in front.points),
-            names.get(front.knee or "", ""),
-            f"{front.hypervolume:.3g}",
-            "({:.3g}, {:.3g})".format(*front.reference_point),
+            " = ".join(row.names) if row.on_line else f"({' = '.join(row.names)})",
+            row.speedup,
+            row.quality,
+            row.standing,
+            f"{row.verdict} {row.gain}".strip(),
+            "knee" if row.knee else "",
         )
-        for front in fronts
+        for row in front_table(points, front)
     ]
-    head = ("model", "device", "objectives", "front, slowest first", "knee", "hypervolume",
-            "reference point")  # fmt: skip
-    return _table(head, body)
+    speed, quality = front.objectives
+    head = (
+        "point", FIGURES[speed].label, label_of(quality, front.scorer), "on the front",
+        "gain over the best baseline", "",
+    )  # fmt: skip
+    volume = f"Hypervolume {front.hypervolume:.3g} from "
+    return [*_table(head, body), "", volume + "({:.3g}, {:.3g}).".format(*front.reference_point)]
 
 
-def _point_table(points: Sequence[ResolvedPoint]) -> list[str]:
-    figures = ("macs_speedup", "speedup", "latency_ms", *QUALITIES)
+def _point_table(table: PointTable) -> list[str]:
+    speeds = ("macs_speedup", "speedup", "latency_ms")
+    figures = (*speeds, *(figure for figure, _ in table.columns))
     body = [
         (
             p.model,
@@ -142,10 +220,28 @@ def _point_table(points: Sequence[ResolvedPoint]) -> list[str]:
             "" if p.pruned_ratio is None else f"{p.pruned_ratio:.3f}",
             *(p.figure_text(figure) for figure in figures),
         )
-        for p in points
+        for p in table.points
     ]
     head = ("model", "point", "target", "state", "n", "pruned ratio")
-    return _table((*head, *(FIGURES[f].label for f in figures)), body)
+    labels = [*(FIGURES[f].label for f in speeds), *(label_of(*c) for c in table.columns)]
+    return _table((*head, *labels), body)
+
+
+def _latency_section(tables: Sequence[LatencyTable]) -> list[str]:
+    if not tables:
+        return []
+    parts = ["## Latency", "", "Figures under other conditions are never compared.", ""]
+    for table in tables:
+        head = ["point", *(FIGURES[figure].label for figure in table.figures)]
+        head += [f"images per second, batch {size}" for size in table.batches]
+        body = [
+            (p.name + ("" if p.target is None else f" at {p.target:g}"),
+             *(p.figure_text(figure) for figure in table.figures), *rates, p.latency_note or "")
+            for p, rates in table.rows
+        ]  # fmt: skip
+        parts += [f"### {table.model}: {table.conditions}", ""]
+        parts += [*_table([*head, "note"], body), ""]
+    return parts
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:

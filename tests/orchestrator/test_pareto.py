@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dipgo_core.evaluation.intervals import Figure, Interval
 from orchestrator.gains import Gain
 from orchestrator.pareto import (
-    dominance,
     front_table,
     hypervolume,
     hypervolume_series,
@@ -18,6 +18,7 @@ from orchestrator.pareto import (
     pareto_json,
 )
 from orchestrator.points import ResolvedPoint
+from orchestrator.standing import dominance, unpaired_gap
 
 CONTRACT = {
     "key", "model", "method", "strategy", "loss", "sampler", "target", "pruned_ratio", "macs",
@@ -27,16 +28,28 @@ CONTRACT = {
 
 
 def point(key: str, speedup: float | None, **changes: Any) -> ResolvedPoint:
+    """Return a point; `clip`, `clip_low`, ... make its figures."""
+    figures = {
+        name: Figure(
+            changes.pop(name),
+            changes.pop(f"{name}_low", None),
+            changes.pop(f"{name}_high", None),
+            64,
+        )
+        for name in ("clip", "fid", "psnr")
+        if name in changes
+    }
     fields: dict[str, Any] = {
         "key": key, "model": "m", "model_id": "m", "method": "search", "strategy": "dipgo",
         "loss": None, "sampler": {}, "target": 0.5, "seed": 0, "variant": None, "protocol": "p",
         "state": "done", "name": key, "device": "cpu", "speedup": speedup, "n_images": 64,
+        "figures": figures,
     }  # fmt: skip
     return ResolvedPoint(**(fields | changes))
 
 
 def beating(key: str, speedup: float, clip: float) -> ResolvedPoint:
-    gain = Gain(value=1.0, low=0.5, high=1.5, baseline_key="b")
+    gain = Gain(value=1.0, low=0.5, high=1.5, baseline_key="b", n=16)
     return point(key, speedup, clip=clip, gain={"clip": gain}, verdicts={"clip": "beats"})
 
 
@@ -48,7 +61,7 @@ def cloud(seed: int, count: int = 40) -> list[ResolvedPoint]:
 @pytest.mark.parametrize("seed", range(5))
 def test_non_dominated_equals_brute_force(seed: int) -> None:
     points = cloud(seed)
-    pairs = [(p.speedup or 0.0, -(p.fid or 0.0)) for p in points]
+    pairs = [(p.speedup or 0.0, -p.figures["fid"].value) for p in points]
     expected = [not any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in pairs) for a in pairs]
     assert non_dominated(points, "speedup", "fid") == expected
 
@@ -80,7 +93,7 @@ def test_hypervolume_of_fid_equals_monte_carlo() -> None:
     drawn = np.random.default_rng(0).uniform((1.0, 0.0), (12.0, 12.0), (200_000, 2))
     covered = np.zeros(len(drawn), dtype=bool)
     for p in points:
-        covered |= (drawn[:, 0] <= (p.speedup or 0)) & (drawn[:, 1] >= (p.fid or 0))
+        covered |= (drawn[:, 0] <= (p.speedup or 0)) & (drawn[:, 1] >= p.figures["fid"].value)
     expected = covered.mean() * 11 * 12
     assert hypervolume(points, "speedup", "fid", reference) == pytest.approx(expected, rel=0.01)
 
@@ -161,7 +174,7 @@ def test_pareto_json_keeps_the_contract() -> None:
     document = json.loads(json.dumps(pareto_json(points, pareto_fronts(points))))
     assert set(document["points"][0]) >= CONTRACT
     assert document["points"][0]["gain"]["clip"] == {
-        "value": 1.0, "low": 0.5, "high": 1.5, "baseline_key": "b",
+        "value": 1.0, "low": 0.5, "high": 1.5, "baseline_key": "b", "n": 16,
     }  # fmt: skip
     assert set(document["fronts"][0]) >= {
         "model", "protocol", "device", "objectives", "points", "knee", "hypervolume",
@@ -175,6 +188,6 @@ def test_front_table_shows_gain_and_knee() -> None:
     points = [beating("a", 2.0, 5.0), point("b", 3.0, clip=1.0, method="uniform")]
     rows = front_table(points, pareto_fronts(points)[0])
     assert [(row.key, row.gain, row.verdict, row.knee) for row in rows] == [
-        ("a", "+1.00 [+0.50, +1.50]", "beats", True),
+        ("a", "+1.0 [+0.5, +1.5]", "beats", True),
         ("b", "", "", False),
     ]

@@ -11,12 +11,9 @@ from safetensors.numpy import load
 from scipy.linalg import sqrtm
 
 from dipgo_core.errors import StoreError
-from dipgo_core.evaluation.intervals import (
-    fid_difference,
-    fid_replicates,
-    kid_difference,
-    kid_replicates,
-)
+from dipgo_core.evaluation.fid_intervals import fid_replicates
+from dipgo_core.evaluation.intervals import difference_of, interval_of
+from dipgo_core.evaluation.mmd_intervals import kid_replicates
 from orchestrator.export import export_subnet
 from orchestrator.gains import Gain
 from orchestrator.headlines import headlines
@@ -105,14 +102,15 @@ def test_gain_in_fid_is_positive_where_fid_is_lower(points: tuple[ResolvedPoint,
         if "fid" not in point.gain:
             continue
         baseline = next(p for p in points if p.key == point.gain["fid"].baseline_key)
-        assert point.fid is not None and baseline.fid is not None
-        assert point.gain["fid"].value == pytest.approx(baseline.fid - point.fid)
+        expected = baseline.figures["fid"].value - point.figures["fid"].value
+        assert point.gain["fid"].value == pytest.approx(expected)
 
 
 def test_same_subnet_gains_exactly_nothing(points: tuple[ResolvedPoint, ...]) -> None:
     baseline_key = pick(points, "search", 0.5)[0].gain["clip"].baseline_key
     baseline = next(p for p in points if p.key == baseline_key)
-    assert baseline.gain["psnr"] == Gain(value=0.0, low=0.0, high=0.0, baseline_key=baseline_key)
+    nothing = Gain(value=0.0, low=0.0, high=0.0, baseline_key=baseline_key, n=64)
+    assert baseline.gain["psnr"] == nothing
     assert baseline.verdicts["psnr"] == "ties"
 
 
@@ -141,7 +139,7 @@ def test_no_gain_in_fid_has_an_interval_with_few_images(tmp_path: Path) -> None:
 def test_verdict_is_what_the_interval_excludes(
     low: float | None, high: float | None, expected: str
 ) -> None:
-    assert Gain(value=0.1, low=low, high=high, baseline_key="b").verdict == expected
+    assert Gain(value=0.1, low=low, high=high, baseline_key="b", n=16).verdict == expected
 
 
 def test_unfinished_baseline_leaves_the_gain_open(
@@ -178,7 +176,7 @@ def test_headline_is_chosen_on_calibration_prompts(points: tuple[ResolvedPoint, 
 
 
 def test_headline_ignores_figures_of_the_test_set(points: tuple[ResolvedPoint, ...]) -> None:
-    worst = min(pick(points, "search", 0.5), key=lambda p: p.clip or 0.0)
+    worst = min(pick(points, "search", 0.5), key=lambda p: p.value("clip") or 0.0)
     known = [
         replace(p, calibration_clip=40.0 if p.key == worst.key else 30.0)
         for p in pick(points, "search", 0.5)
@@ -195,7 +193,8 @@ def test_export_carries_origin_and_figures(
     assert tuple(subnet.gates.to_strings()) == point.keep
     assert subnet.provenance["sweep_digest"] == finished.sweep.digest
     assert subnet.provenance["search"]["loss"]["alpha"] in (0.5, 1.0)
-    assert subnet.metrics["clip"] == point.clip
+    assert subnet.metrics["clip"] == point.value("clip")
+    assert subnet.metrics["scorers"]["clip"] == "tiny"
     assert subnet.from_json(subnet.to_json()) == subnet
 
 
@@ -230,7 +229,7 @@ def test_fid_difference_equals_recomputing_without_each_block() -> None:
         frechet(a[blocks != k], reference) - frechet(b[blocks != k], reference) for k in range(32)
     ]
     whole = frechet(a, reference) - frechet(b, reference)
-    found = fid_difference(sides[0], sides[1])
+    found = interval_of(difference_of(sides[0], sides[1]))
     assert found.value == pytest.approx(32 * whole - 31 * np.mean(left), abs=1e-6)
     spread = np.sqrt(31 / 32 * ((left - np.mean(left)) ** 2).sum())
     assert found.high - found.value == pytest.approx(2.0395 * spread, rel=1e-3)
@@ -250,6 +249,6 @@ def test_kid_difference_equals_the_unbiased_estimators() -> None:
 
     sides = [kid_replicates(x, reference, prompts) for x in (a, b)]
     assert sides[0] is not None and sides[1] is not None
-    found = kid_difference(sides[0], sides[1])
+    found = interval_of(difference_of(sides[0], sides[1]))
     assert found.value == pytest.approx(kid(a) - kid(b))
     assert found.low <= found.value <= found.high

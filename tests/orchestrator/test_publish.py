@@ -65,9 +65,11 @@ def test_publisher_logs_the_figures_of_a_point(finished: Finished, tracker: List
     points = resolve_points(finished.plan.points, records, finished.store)
     point = next(point for point in points if point.method == "search")
     metrics = tracker.entries[point.key].metrics
-    assert metrics["psnr"] == point.psnr
+    assert metrics["psnr"] == point.value("psnr")
     assert metrics["speedup_low"] == point.speedup_low
-    assert metrics["gain_psnr"] == point.gain["psnr"].value
+    assert metrics["gain_clip/tiny"] == point.gain["clip"].value
+    assert metrics["clip_low/tiny"] == point.figures["clip"].low
+    assert tracker.entries[point.key].params["protocol"] == point.protocol
     assert tracker.entries[point.key].params["loss.alpha"] == "1.0"
 
 
@@ -94,7 +96,7 @@ def test_publisher_closes_with_report_and_hypervolume(
     assert closing["state"] == "done"
     assert closing["folder"] == folder
     assert (folder / "report.html").exists()
-    series = closing["series"]["hypervolume/tiny/clip"]
+    series = closing["series"]["hypervolume/tiny/clip/tiny"]
     values = [value for _, value in series]
     assert values == sorted(values)  # a front never shrinks
 
