@@ -1,13 +1,17 @@
 """One evaluation, shard by shard: images, scores of each image, then figures with intervals.
 
+A batch is scored while the next one is generated. Any sharding, batch size and worker gives the
+same noise; final latents agree within 1e-5 of their largest value in float32.
+
 `evaluate_shards` spends the compute and yields what must be kept; `summarise` is pure, so that
 stored shards give the same figures on any machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from typing import Protocol as Interface
 
@@ -20,20 +24,21 @@ from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.clip_score import clip_scores, load_clip
 from dipgo_core.evaluation.fid import fid_figures, kid_figure, load_extractor
-from dipgo_core.evaluation.generate import generate
+from dipgo_core.evaluation.generate import GeneratedBatch, generate
 from dipgo_core.evaluation.intervals import Figure, bootstrap_mean
 from dipgo_core.evaluation.metrics import METRICS, PAIRED, PER_IMAGE, Role, roles_of
+from dipgo_core.evaluation.overlap import Handed, OwnStream, hand_over, overlapped
 from dipgo_core.evaluation.paired import psnr, ssim
 from dipgo_core.evaluation.prompts import item_of_image, items_sha256
 from dipgo_core.evaluation.protocol import Protocol, image_seed
 from dipgo_core.evaluation.reference import Reference
 from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.evaluation.shards import Array, ShardResult, joined
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel
 
-Array = npt.NDArray[Any]
 #: Dense images [start, stop) of the same protocol, uint8.  # (n, 3, H, W)
 DenseImages = Callable[[int, int], Tensor]
 
@@ -77,50 +82,6 @@ SCORES: Final[Mapping[str, Callable[[Batch, Any], Array]]] = {
 FEATURE_ROLES: Final[tuple[Role, ...]] = ("features", "cmmd")
 
 
-@dataclass(frozen=True, eq=False)
-class ShardResult:
-    """What images [start, stop) came to.
-
-    scores: of the per-image metrics that the protocol measures, each (n,) float64.
-    features: by role, each (n, d) float32. samples: those of `sample_indices`
-    that fall into this shard, uint8 (k, 3, H, W). forwards: denoiser forwards spent.
-    """
-
-    start: int
-    stop: int
-    scores: Mapping[str, Array]
-    features: Mapping[str, Array]
-    samples: Array
-    forwards: int
-    images: Array | None = field(default=None, repr=False)
-
-    def to_tensors(self) -> dict[str, Array]:
-        """Return the shard as named arrays, ready for safetensors; images are left out."""
-        facts = np.array([self.start, self.stop, self.forwards], dtype=np.int64)
-        features = {f"features.{role}": rows for role, rows in self.features.items()}
-        return {"facts": facts, "samples": self.samples, **features, **self.scores}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Array]) -> ShardResult:
-        """Return the shard that `to_tensors` wrote.
-
-        Raises:
-            EvaluationError: arrays are missing.
-        """
-        try:
-            start, stop, forwards = (int(value) for value in tensors["facts"])
-            scores = {name: tensors[name] for name in PER_IMAGE if name in tensors}
-            features = {
-                name.removeprefix("features."): rows
-                for name, rows in tensors.items()
-                if name.startswith("features.")
-            }
-            samples = tensors["samples"]
-        except (KeyError, ValueError) as error:
-            raise EvaluationError(f"not a shard of an evaluation: {error!r}") from error
-        return cls(start, stop, scores, features, samples, forwards)
-
-
 def load_scorers(
     protocol: Protocol,
     names: Mapping[Role, str],
@@ -141,14 +102,6 @@ def load_scorers(
     return scorers
 
 
-def shards_of(protocol: Protocol, shard_size: int, first: int = 0) -> tuple[range, ...]:
-    """Return the image indices of each shard, in order, from image `first` on."""
-    return tuple(
-        range(start, min(start + shard_size, protocol.images))
-        for start in range(first, protocol.images, shard_size)
-    )
-
-
 def evaluate_shards(
     model: LoadedModel,
     protocol: Protocol,
@@ -159,32 +112,108 @@ def evaluate_shards(
     gates: GateTable | None = None,
     graph: BlockGraph | None = None,
     dense: DenseImages | None = None,
-    shard_size: int = 500,
+    shards: Sequence[range] | None = None,
     batch_size: int = 16,
-    first: int = 0,
-    done: Collection[int] = (),
-    keep_images: bool = False,
 ) -> Iterator[ShardResult]:
-    """Yield one result a shard, so that the caller stores it and memory stays that of one shard.
+    """Yield one result a shard: a batch is scored while the next one is generated.
 
-    sampler: of this run; few-step baselines differ from the protocol's. dense: needed for psnr and
-    ssim, except by the dense run itself. first: image to begin with, if those before it are known.
-    done: first indices of shards that are stored already and not computed again. keep_images: also
-    return the images, as the dense reference needs them.
+    Neither images nor anything else of a shard stays in memory once it was yielded.
+
+    sampler: of this run; few-step baselines differ from the protocol's. dense: needed for paired
+    metrics, except by the dense run itself. shards: which images to make (see `shards_of`), all in
+    one shard by default.
 
     Raises:
         EvaluationError: items, scorers or dense images are not the protocol's; broken images.
     """
     itself = gates is None and sampler.to_json() == protocol.sampler
     _check_inputs(protocol, items, scorers, dense, itself)
-    for shard in shards_of(protocol, shard_size, first):
-        if shard.start not in done:
-            images, forwards = _images_of(
-                model, protocol, items, shard, sampler, gates, graph, batch_size
+    shards = [range(protocol.images)] if shards is None else shards
+    batches = (
+        batch
+        for shard in shards
+        for batch in generate_images(
+            model,
+            protocol,
+            items,
+            shard,
+            sampler=sampler,
+            gates=gates,
+            graph=graph,
+            batch_size=batch_size,
+        )
+    )
+    return score_shards(batches, shards, protocol, items, scorers, dense, device=model.device)
+
+
+def generate_images(
+    model: LoadedModel,
+    protocol: Protocol,
+    items: Sequence[Item],
+    images: range,
+    *,
+    sampler: SamplerSettings,
+    gates: GateTable | None = None,
+    graph: BlockGraph | None = None,
+    batch_size: int = 16,
+) -> Iterator[GeneratedBatch]:
+    """Yield these images of the protocol a batch at a time; `start` counts from its first image.
+
+    Raises:
+        EvaluationError: the model makes images of another size, or broken ones.
+    """
+    batches = generate(
+        model,
+        [items[item_of_image(i, len(items))] for i in images],
+        [image_seed(protocol.seed, protocol.split, i) for i in images],
+        sampler,
+        gates=gates,
+        graph=graph,
+        batch_size=batch_size,
+    )
+    for batch in batches:
+        if batch.images.shape[-2:] != (protocol.height, protocol.width):
+            raise EvaluationError(
+                f"{model.settings.id} makes images of {tuple(batch.images.shape[-2:])}, the "
+                f"protocol has ({protocol.height}, {protocol.width})"
             )
-            yield score_images(
-                images, shard, protocol, items, scorers, dense, forwards, keep_images=keep_images
-            )
+        yield replace(batch, start=images.start + batch.start)
+
+
+def score_shards(
+    batches: Iterable[GeneratedBatch],
+    shards: Sequence[range],
+    protocol: Protocol,
+    items: Sequence[Item],
+    scorers: Scorers,
+    dense: DenseImages | None,
+    *,
+    device: str | torch.device,
+) -> Iterator[ShardResult]:
+    """Yield one result a shard of batches in order, whoever makes them.
+
+    Scores are made in a thread (and on a CUDA stream) of their own while the next batch is made.
+    """
+    stream = OwnStream(torch.device(device))
+
+    def score(handed: tuple[GeneratedBatch, Handed]) -> ShardResult:
+        batch, images = handed
+        return stream.run(
+            images,
+            lambda pixels: score_images(
+                pixels, batch.start, protocol, items, scorers, dense, batch.forwards
+            ),
+        )
+
+    scored = overlapped(((batch, hand_over(batch.images)) for batch in batches), score)
+    ends = {shard.stop: shard for shard in shards}
+    parts: list[ShardResult] = []
+    with closing(scored):
+        for part in scored:
+            parts.append(part)
+            if part.stop in ends:
+                yield joined(parts, ends[part.stop])
+                parts.clear()
 
 
 def sample_indices(images: int) -> tuple[int, ...]:
@@ -194,74 +223,49 @@ def sample_indices(images: int) -> tuple[int, ...]:
 
 def score_images(
     images: Tensor,
-    shard: range,
+    start: int,
     protocol: Protocol,
     items: Sequence[Item],
     scorers: Scorers,
     dense: DenseImages | None,
     forwards: int = 0,
-    *,
-    keep_images: bool = False,
 ) -> ShardResult:
-    """Return the scores of the images of one shard, whoever generated them.  # (n, 3, H, W)"""
+    """Return the scores of images from `start` on, whoever generated them.  # (n, 3, H, W)"""
+    indices = range(start, start + len(images))
     wanted = [name for name in protocol.metrics if name in PER_IMAGE]
     wanted = [name for name in wanted if dense is not None or name not in PAIRED]
     target = None
     if dense is not None and set(wanted) & set(PAIRED):
-        target = dense(shard.start, shard.stop).to(images.device)
-    prompts = [items[item_of_image(i, len(items))].prompt for i in shard]
+        target = dense(indices.start, indices.stop).to(images.device)
+    prompts = [items[item_of_image(i, len(items))].prompt for i in indices]
     batch = Batch(images, prompts, target)
     scores = {name: SCORES[name](batch, _network(scorers, name)) for name in wanted}
     features: dict[str, Array] = {
         role: scorers[role](images) for role in FEATURE_ROLES if role in scorers
     }
-    pixels = images.cpu().numpy()
-    samples = pixels[[i - shard.start for i in sample_indices(protocol.images) if i in shard]]
-    kept = pixels if keep_images else None
-    return ShardResult(shard.start, shard.stop, scores, features, samples, forwards, kept)
-
-
-def merge_shards(shards: Sequence[ShardResult], protocol: Protocol) -> ShardResult:
-    """Return all shards as one, in order of image.
-
-    Raises:
-        EvaluationError: images are missing or there twice.
-    """
-    ordered = sorted(shards, key=lambda shard: shard.start)
-    expected = 0
-    for shard in ordered:
-        if shard.start != expected:
-            raise EvaluationError(
-                f"images {min(expected, shard.start)} to {max(expected, shard.start) - 1} are "
-                f"{'missing' if shard.start > expected else 'there twice'}: run the sweep again"
-            )
-        expected = shard.stop
-    if expected != protocol.images:
-        raise EvaluationError(f"{expected} images are there, the protocol has {protocol.images}")
-    names, roles = ordered[0].scores.keys(), ordered[0].features.keys()
-    return ShardResult(
-        start=0,
-        stop=expected,
-        scores={name: np.concatenate([s.scores[name] for s in ordered]) for name in names},
-        features={role: np.concatenate([s.features[role] for s in ordered]) for role in roles},
-        samples=np.concatenate([s.samples for s in ordered]),
-        forwards=sum(s.forwards for s in ordered),
-    )
+    shown = [i - start for i in sample_indices(protocol.images) if i in indices]
+    samples = images[shown].cpu().numpy()
+    return ShardResult(start, indices.stop, scores, features, samples, forwards)
 
 
 def summarise(
-    shards: Sequence[ShardResult], protocol: Protocol, references: Mapping[str, Reference]
+    whole: ShardResult, protocol: Protocol, references: Mapping[str, Reference]
 ) -> dict[str, Figure]:
     """Return each metric's figure, in the protocol's order; with FID also `fid_infinity`. Pure.
 
-    references: by role, what features are compared with.
+    whole: all images of the protocol (`merge_shards`). references: by role, what features are
+    compared with.
 
     Metrics that were not measured (psnr and ssim of the dense model itself) are left out.
 
     Raises:
-        EvaluationError: shards that do not cover the protocol, or another reference or scorer.
+        EvaluationError: another number of images, another reference or scorer.
     """
-    whole = merge_shards(shards, protocol)
+    if (whole.start, whole.stop) != (0, protocol.images):
+        raise EvaluationError(
+            f"the protocol has {protocol.images} images, scored are {whole.start} to "
+            f"{whole.stop - 1}"
+        )
     groups = groups_of(protocol)
     figures: dict[str, Figure] = {}
     for metric in protocol.metrics:
@@ -296,38 +300,6 @@ def mean_figure(values: Array, groups: Array, scorer: str | None) -> Figure:
     if interval is None:
         return Figure(float(values.mean()), None, None, len(values), scorer)
     return Figure(interval.value, interval.low, interval.high, len(values), scorer)
-
-
-def _images_of(
-    model: LoadedModel,
-    protocol: Protocol,
-    items: Sequence[Item],
-    shard: range,
-    sampler: SamplerSettings,
-    gates: GateTable | None,
-    graph: BlockGraph | None,
-    batch_size: int,
-) -> tuple[Tensor, int]:
-    batches = generate(
-        model,
-        [items[item_of_image(i, len(items))] for i in shard],
-        [image_seed(protocol.seed, protocol.split, i) for i in shard],
-        sampler,
-        gates=gates,
-        graph=graph,
-        batch_size=batch_size,
-    )
-    parts, forwards = [], 0
-    for batch in batches:
-        parts.append(batch.images)
-        forwards += batch.forwards
-    images = torch.cat(parts)
-    if images.shape[-2:] != (protocol.height, protocol.width):
-        raise EvaluationError(
-            f"{model.settings.id} makes images of {tuple(images.shape[-2:])}, the protocol has "
-            f"({protocol.height}, {protocol.width})"
-        )
-    return images, forwards
 
 
 def _check_inputs(

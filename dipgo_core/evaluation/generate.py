@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
+from dipgo_core.hooks import MethodHook
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, set_sampler, subnet_of
 from dipgo_core.runtime import apply_subnet
@@ -24,11 +25,13 @@ from dipgo_core.subnet import SubNet
 class GeneratedBatch:
     """Images of consecutive items. images: (B, 3, H, W) uint8 on the model's device.
 
-    forwards: denoiser forwards spent; a batch counts as one, a skipped call as none.
+    latents: what they were decoded from, (B, C, h, w). forwards: denoiser forwards spent; a batch
+    counts as one, a skipped call as none.
     """
 
     start: int
     images: Tensor
+    latents: Tensor
     forwards: int
 
 
@@ -45,7 +48,8 @@ def generate(
     """Yield the images of items[i] with noise seeds[i], in order, a batch at a time.
 
     Each image has its own CPU generator, so that its noise depends on no batch; images of other
-    batch sizes agree within the model's numerical noise (latents 1e-5 in float32). With `gates`
+    batch sizes agree within the model's numerical noise (latents within 1e-5 of the largest one in
+    float32, a grey level in 8 bits). With `gates`
     the SubNet runs, and `graph` is needed. The model is left as it was between batches, with the
     sampler's noise scheduler installed.
 
@@ -60,9 +64,9 @@ def generate(
         set_sampler(model, sampler)
         arguments = call_arguments(model, items[part], seeds[part], sampler)
         with apply_subnet(model.pipe, subnet) if subnet else nullcontext():
-            pixels, forwards = _counted_call(model, arguments)
+            pixels, latents, forwards = _watched_call(model, arguments)
         images = to_uint8(pixels, first_index=start)
-        yield GeneratedBatch(start, images, _computed(forwards, subnet))
+        yield GeneratedBatch(start, images, latents, _computed(forwards, subnet))
 
 
 def call_arguments(
@@ -127,18 +131,29 @@ def _subnet(
     return subnet_of(model, graph, sampler, gates)
 
 
-def _counted_call(model: LoadedModel, arguments: dict[str, Any]) -> tuple[Tensor, int]:
+def _watched_call(model: LoadedModel, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Call the pipeline; return its images, their final latents, and the forwards entered."""
     count = 0
+    latents = torch.empty(0)
 
     def entered(*_: object) -> None:
         nonlocal count
         count += 1
 
-    handle = model.denoiser.register_forward_pre_hook(entered)
+    def stepped(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal latents
+        result = step(*args, **kwargs)
+        latents = result[0]
+        return result
+
+    forwards = model.denoiser.register_forward_pre_hook(entered)
+    steps = MethodHook(model.pipe.scheduler, "step", stepped)
     try:
-        return model.pipe(**arguments).images, count
+        images = model.pipe(**arguments).images
     finally:
-        handle.remove()
+        steps.remove()
+        forwards.remove()
+    return images, latents[: len(images)], count  # DiT steps the unconditional half, too
 
 
 def _computed(forwards: int, subnet: SubNet | None) -> int:

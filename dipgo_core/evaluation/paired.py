@@ -18,7 +18,8 @@ from dipgo_core.errors import EvaluationError
 #: PSNR of identical images, whose true value is infinite: without a cap one of them would make a
 #: mean infinite. One grey level off in every hundredth value reads 68 dB; above 100 all is equal.
 MAX_PSNR = 100.0
-_CHUNK = 32  # images in floating point at once
+#: Bytes of images that are in floating point at once: SSIM holds some sixty times as much.
+CHUNK_BYTES = 4 * 2**20
 
 
 def psnr(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:
@@ -60,10 +61,11 @@ def _ssim(images: Tensor, dense: Tensor) -> Tensor:
 def _in_chunks(
     figure: Callable[[Tensor, Tensor], Tensor], images: Tensor, dense: Tensor
 ) -> npt.NDArray[np.float64]:
-    """A shard of large images in floating point would be many times its bytes."""
+    """Bounded by bytes: a batch of large images in floating point would be many times as large."""
+    size = max(1, CHUNK_BYTES // images[0].numel())
     parts = [
-        figure(images[start : start + _CHUNK], dense[start : start + _CHUNK])
-        for start in range(0, len(images), _CHUNK)
+        figure(images[start : start + size], dense[start : start + size])
+        for start in range(0, len(images), size)
     ]
     result: npt.NDArray[np.float64] = torch.cat(parts).cpu().numpy()
     return result

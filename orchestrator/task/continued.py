@@ -5,7 +5,8 @@ from __future__ import annotations
 import safetensors.numpy
 
 from dipgo_core.errors import StoreError
-from dipgo_core.evaluation.evaluate import ShardResult, sample_indices
+from dipgo_core.evaluation.evaluate import sample_indices
+from dipgo_core.evaluation.shards import ShardResult
 from orchestrator.gains import FEATURES_FILE, PER_IMAGE_FILE
 from orchestrator.records import Record
 from orchestrator.task.work import Arrays, Work

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
-import torch
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.evaluation.evaluate import (
     FEATURE_ROLES,
-    DenseImages,
     Scorers,
-    ShardResult,
     evaluate_shards,
     load_scorers,
-    merge_shards,
-    score_images,
-    shards_of,
+    score_shards,
     summarise,
 )
 from dipgo_core.evaluation.fid import folder_reference
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.evaluation.reference import Reference, load_statistics, reference_of
+from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
 from dipgo_core.families import num_calls
 from dipgo_core.pipelines import subnet_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
 from orchestrator.task.continued import continued
-from orchestrator.task.work import Outcome, Work, packed, put_shard, stored_shards
+from orchestrator.task.reference import DenseImages
+from orchestrator.task.work import Outcome, Work, packed, put_shard, stored_shard
 
 
 def run_evaluate(work: Work) -> Outcome:
@@ -43,12 +39,9 @@ def run_evaluate(work: Work) -> Outcome:
         json.dumps(work.task.options["scorers"], sort_keys=True),
         work.device,
     )
-    shards = []
-    for shard in _scored_shards(work, scorers):
-        shards.append(shard)
-        work.report({"images": shard.stop, "of": protocol.images})
-    whole = merge_shards(shards, protocol)
-    figures = summarise(shards, protocol, _references_of(work, scorers))
+    known = continued(work)
+    whole = merge_shards(_scored_shards(work, scorers, known), protocol)
+    figures = summarise(whole, protocol, _references_of(work, scorers))
     subnet = subnet_of(work.model, work.graph, work.sampler, work.gates)
     outputs = {
         "metrics": {name: figure.to_json() for name, figure in figures.items()},
@@ -56,7 +49,8 @@ def run_evaluate(work: Work) -> Outcome:
         "all_or_nothing_share": subnet.gates.all_or_nothing_share,
         "forwards": whole.forwards,
         "n_images": protocol.images,
-        "n_continued": shards[0].stop if "continues" in work.task.options else 0,
+        "n_continued": 0 if known is None else known.stop,
+        "batch_size": work.batch_size,
         **_macs(work, subnet),
     }
     artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
@@ -67,18 +61,25 @@ def run_evaluate(work: Work) -> Outcome:
     return Outcome(outputs, artifacts)
 
 
-def _scored_shards(work: Work, scorers: Scorers) -> Iterator[ShardResult]:
-    """Yield every shard; those of an interrupted run or a lower rung are not computed again."""
-    known = continued(work)
+def _scored_shards(
+    work: Work, scorers: Scorers, known: ShardResult | None
+) -> Iterator[ShardResult]:
+    """Yield every shard; those of an interrupted run or another rung are not computed again."""
     first = 0 if known is None else known.stop
     if known is not None:
         yield known
-    stored = stored_shards(work, first)
-    yield from (ShardResult.from_tensors(arrays) for arrays in stored.values())
+    missing = []
+    for shard in shards_of(work.protocol, work.shard_size, first):
+        stored = stored_shard(work, shard)
+        if stored is None:
+            missing.append(shard)
+        else:
+            yield ShardResult.from_tensors(stored)
     make = _dense_shards if is_dense(work) else _pruned_shards
-    for shard in make(work, scorers, _DenseImages(work), first, stored):
-        put_shard(work, shard.start, shard.to_tensors())
-        yield shard
+    for result in make(work, scorers, missing):
+        put_shard(work, result.start, result.to_tensors())
+        work.report({"images": result.stop, "of": work.protocol.images})
+        yield result
 
 
 def is_dense(work: Work) -> bool:
@@ -86,18 +87,16 @@ def is_dense(work: Work) -> bool:
     return bool(work.gates.keep.all()) and work.sampler.to_json() == work.protocol.sampler
 
 
-def _dense_shards(
-    work: Work, scorers: Scorers, dense: DenseImages, first: int, done: Collection[int]
-) -> Iterator[ShardResult]:
-    for shard in shards_of(work.protocol, work.shard_size, first):
-        if shard.start not in done:
-            images = dense(shard.start, shard.stop).to(work.device)
-            yield score_images(images, shard, work.protocol, work.items, scorers, None)
+def _dense_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Iterator[ShardResult]:
+    """Score the images that the reference has made."""
+    dense = DenseImages(work)
+    batches = (batch for shard in shards for batch in dense.batches(shard, work.batch_size))
+    return score_shards(
+        batches, shards, work.protocol, work.items, scorers, None, device=work.device
+    )
 
 
-def _pruned_shards(
-    work: Work, scorers: Scorers, dense: DenseImages, first: int, done: Collection[int]
-) -> Iterator[ShardResult]:
+def _pruned_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Iterator[ShardResult]:
     return evaluate_shards(
         work.model,
         work.protocol,
@@ -106,39 +105,10 @@ def _pruned_shards(
         sampler=work.sampler,
         gates=None if work.gates.keep.all() else work.gates,
         graph=work.graph,
-        dense=dense,
-        shard_size=work.shard_size,
+        dense=DenseImages(work),
+        shards=shards,
         batch_size=work.batch_size,
-        first=first,
-        done=done,
     )
-
-
-class _DenseImages:
-    """The images of the dense run, read from the reference's artifacts, one of them at a time."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        names = sorted(n for n in work.reference.artifacts if n.startswith("images-"))
-        self._starts = {int(name[7:-12]): name for name in names}  # images-000500.safetensors
-        self._read: tuple[str, torch.Tensor] = ("", torch.empty(0))
-
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
-        """Return the images [start, stop), uint8.  # (n, 3, H, W)"""
-        parts = []
-        while start < stop:
-            first = max(known for known in self._starts if known <= start)
-            part = self._shard(self._starts[first])[start - first : stop - first]
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts)
-
-    def _shard(self, name: str) -> torch.Tensor:
-        if self._read[0] != name:
-            data = self._work.store.get_artifact(self._work.reference, name)
-            images = torch.from_numpy(safetensors.numpy.load(data)["images"])
-            self._read = (name, images)
-        return self._read[1]
 
 
 def _references_of(work: Work, scorers: Scorers) -> dict[str, Reference]:
@@ -165,11 +135,8 @@ def _dense_reference(work: Work, extractor: Any) -> Reference:
     known = (work.reference.key, extractor.scorer.digest)
     if known not in _references:
         _references.clear()
-        dense = _DenseImages(work)
-        parts = [
-            extractor(dense(shard.start, shard.stop))
-            for shard in shards_of(work.protocol, work.shard_size)
-        ]
+        images = DenseImages(work).batches(range(work.protocol.images), work.batch_size)
+        parts = [extractor(batch.images) for batch in images]
         _references[known] = reference_of(np.concatenate(parts), extractor.scorer)
     return _references[known]
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import ModelFilesError, StoreError
-from dipgo_core.evaluation.evaluate import shards_of
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import Protocol, image_seed
 from dipgo_core.gates import GateTable
@@ -146,21 +145,17 @@ def packed(arrays: Mapping[str, Any]) -> bytes:
     return data
 
 
-def stored_shards(work: Work, first: int = 0) -> dict[int, Arrays]:
-    """Return the shards an interrupted run of this task has finished, by first image."""
-    shards = {}
-    for shard in shards_of(work.protocol, work.shard_size, first):
-        data = work.store.get_progress(work.task.key, _shard_name(shard.start))
-        if data is None:
-            continue
-        try:
-            arrays = safetensors.numpy.load(data)
-        except SafetensorError as error:
-            logger.warning("shard %d of %s is damaged: %s", shard.start, work.task.key[:12], error)
-            continue
-        if int(arrays["facts"][1]) == shard.stop:  # else of another shard size
-            shards[shard.start] = arrays
-    return shards
+def stored_shard(work: Work, shard: range) -> Arrays | None:
+    """Return what an interrupted run of this task has kept of a shard; None if nothing."""
+    data = work.store.get_progress(work.task.key, _shard_name(shard.start))
+    if data is None:
+        return None
+    try:
+        arrays: Arrays = safetensors.numpy.load(data)
+    except SafetensorError as error:
+        logger.warning("shard %d of %s is damaged: %s", shard.start, work.task.key[:12], error)
+        return None
+    return arrays if int(arrays["facts"][1]) == shard.stop else None  # else of another shard size
 
 
 def _shard_name(start: int) -> str:

@@ -16,8 +16,10 @@ import torch
 
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import DipgoError, ModelFilesError, TaskError
+from dipgo_core.evaluation.prompts import in_order
 from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.families import Scorers
+from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, decode, load_model
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.subnet import SubNet
@@ -122,11 +124,12 @@ def arrays(store: FolderStore, record: Record, name: str) -> dict[str, Any]:
 
 def stock_images(model: LoadedModel, indices: range) -> np.ndarray[Any, Any]:
     """Call the pipeline as a user would, one image at a time."""
+    items = in_order([Item(prompt) for prompt in PROMPTS])
     images = []
     for i in indices:
         generator = torch.Generator().manual_seed(image_seed(0, "test", i))
         result = model.pipe(
-            PROMPTS[i % 3],
+            items[i % 3].prompt,
             num_inference_steps=4,
             guidance_scale=3.0,
             generator=generator,
@@ -294,16 +297,16 @@ def test_interrupted_evaluation_goes_on_after_its_finished_shards(
     task = next(t for t in tasks_of(plan, "evaluate", "uniform") if "calibration" not in t.label)
     with pytest.raises(Stop):
         run_task(task, store, on_progress=raise_stop)
-    known: list[set[int]] = []
+    made: list[range] = []
     shards = evaluate_task.evaluate_shards
 
     def spied(*args: Any, **kwargs: Any) -> Any:
-        known.append(set(kwargs["done"]))
+        made.extend(kwargs["shards"])
         return shards(*args, **kwargs)
 
     monkeypatch.setattr(evaluate_task, "evaluate_shards", spied)
     assert run_task(task, store).outputs == records[task.key].outputs
-    assert known == [{0}]
+    assert made == [range(3, 5)]
 
 
 def raise_stop(report: Mapping[str, Any]) -> None:

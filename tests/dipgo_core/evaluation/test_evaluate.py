@@ -14,10 +14,8 @@ from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation import evaluate
 from dipgo_core.evaluation.evaluate import (
     Scorers,
-    ShardResult,
     evaluate_shards,
-    merge_shards,
-    shards_of,
+    generate_images,
     summarise,
 )
 from dipgo_core.evaluation.fid import load_extractor
@@ -25,6 +23,7 @@ from dipgo_core.evaluation.prompts import items_sha256
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.evaluation.reference import reference_of
 from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, block_graph
@@ -73,10 +72,14 @@ def brightness_as_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(model, protocol, scorers) -> torch.Tensor:
-    bare = replace(protocol, metrics=(), scorers={})
-    shards = evaluate_shards(model, bare, ITEMS, {}, sampler=DDIM, keep_images=True)
-    return torch.from_numpy(np.concatenate([shard.images for shard in shards]))
+def dense(model, protocol) -> torch.Tensor:
+    return images_of(model, protocol)
+
+
+def images_of(model, protocol, **arguments) -> torch.Tensor:
+    wanted = range(protocol.images)
+    batches = generate_images(model, protocol, ITEMS, wanted, sampler=DDIM, **arguments)
+    return torch.cat([batch.images for batch in batches])
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def gated(model) -> dict[str, object]:
     return {"gates": GateTable.from_calls([0, 2, 4], 6, graph.num_blocks), "graph": graph}
 
 
-def shards(model, protocol, scorers, dense, gated, **arguments) -> list[ShardResult]:
+def shards(model, protocol, scorers, dense, gated, shard_size=10, **arguments) -> list[ShardResult]:
     return list(
         evaluate_shards(
             model,
@@ -94,21 +97,26 @@ def shards(model, protocol, scorers, dense, gated, **arguments) -> list[ShardRes
             scorers,
             sampler=DDIM,
             dense=lambda start, stop: dense[start:stop],
+            shards=shards_of(protocol, shard_size),
             **gated,
             **arguments,
         )
     )
 
 
-def test_figures_do_not_depend_on_shards(model, protocol, scorers, dense, gated) -> None:
+def whole(model, protocol, *args, **sizes) -> ShardResult:
+    return merge_shards(shards(model, protocol, *args, **sizes), protocol)
+
+
+def test_figures_do_not_depend_on_shards_and_batches(
+    model, protocol, scorers, dense, gated
+) -> None:
     features = scorers["features"]
     references = {"features": reference_of(features(dense), features.scorer)}
 
     small, large = (
-        summarise(
-            shards(model, protocol, scorers, dense, gated, shard_size=size), protocol, references
-        )
-        for size in (4, 10)
+        summarise(whole(model, protocol, scorers, dense, gated, **sizes), protocol, references)
+        for sizes in ({"shard_size": 4, "batch_size": 3}, {"shard_size": 10, "batch_size": 16})
     )
 
     assert list(small) == ["fid", "kid", "clip", "psnr", "ssim"]
@@ -120,20 +128,30 @@ def test_figures_do_not_depend_on_shards(model, protocol, scorers, dense, gated)
 
 
 def test_shard_holds_scores_of_its_own_prompts(model, protocol, scorers, dense, gated) -> None:
-    second = shards(model, protocol, scorers, dense, gated, shard_size=4, keep_images=True)[1]
+    second = shards(model, protocol, scorers, dense, gated, shard_size=4)[1]
 
+    images = images_of(model, protocol, **gated)[4:8].numpy()
     lengths = [len(ITEMS[i % 5].prompt) for i in range(4, 8)]
     assert (second.start, second.stop, second.forwards) == (4, 8, 3)
-    brightness = second.images.mean(axis=(1, 2, 3))
-    assert second.scores["clip"] - brightness == pytest.approx(lengths, abs=1e-3)
+    brightness = images.mean(axis=(1, 2, 3))
+    assert second.scores["clip"] - brightness == pytest.approx(lengths, abs=0.01)
     assert second.features["features"].shape == (4, 64)
-    assert np.array_equal(second.samples, second.images)  # the first 8 of 10 images
+    assert np.abs(second.samples.astype(int) - images).max() <= 1  # of the first 8 images
 
 
-def test_done_shards_are_not_computed_again(model, protocol, scorers, dense, gated) -> None:
-    rest = shards(model, protocol, scorers, dense, gated, shard_size=4, done={0, 8})
+def test_only_the_shards_asked_for_are_computed(model, protocol, scorers, dense, gated) -> None:
+    rest = evaluate_shards(
+        model,
+        protocol,
+        ITEMS,
+        scorers,
+        sampler=DDIM,
+        dense=lambda start, stop: dense[start:stop],
+        shards=[range(4, 8)],
+        **gated,
+    )
 
-    assert [shard.start for shard in rest] == [4]
+    assert [(shard.start, shard.stop) for shard in rest] == [(4, 8)]
 
 
 def test_stored_shards_come_back_whole(model, protocol, scorers, dense, gated) -> None:
@@ -161,7 +179,8 @@ def test_merging_finds_missing_and_double_images(protocol) -> None:
     for parts, rule in (
         ([shard(0, 4), shard(5, 10)], "images 4 to 4 are missing"),
         ([shard(0, 4), shard(3, 10)], "images 3 to 3 are there twice"),
-        ([shard(0, 4)], "4 images are there, the protocol has 10"),
+        ([shard(0, 4)], "images 4 to 9 are missing"),
+        ([shard(0, 11)], "images 0 to 10 are there, asked for are 0 to 9"),
     ):
         with pytest.raises(EvaluationError, match=rule):
             merge_shards(parts, protocol)
@@ -195,7 +214,7 @@ def test_image_size_of_another_protocol_is_refused(model, protocol, scorers) -> 
 
 
 def test_another_reference_is_refused(model, protocol, scorers, dense, gated) -> None:
-    parts = shards(model, protocol, scorers, dense, gated)
+    parts = whole(model, protocol, scorers, dense, gated)
     features = scorers["features"](dense)
 
     with pytest.raises(EvaluationError, match="tiny-features need a reference"):
