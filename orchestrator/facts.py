@@ -237,7 +237,7 @@ def _item_set(
 def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
     labelled = find_family(model.family).conditioning == "label"
     if source.kind == "labels":
-        return label_items(class_labels(model), source.rows)
+        return label_items(class_labels(model), source.rows, chosen=source.labels)
     items = read_items(source.source)[: source.rows]
     return with_labels(items, class_labels(model)) if labelled else items
 

@@ -39,7 +39,7 @@ class PromptSource:
 
     kind bundled: `value` is the split (calibration, test). file: `value` is a path that opens from
     the current folder. hub: `value` is the data set's id, `file` one file of it. labels: the
-    classes of the model, `rows` of them spread evenly.
+    classes of the model, `rows` of them spread evenly, or just those of `labels`.
     """
 
     kind: PromptKind
@@ -50,6 +50,7 @@ class PromptSource:
     split: str | None = None
     config: str | None = None
     revision: str | None = None
+    labels: tuple[int, ...] = ()
 
     @property
     def source(self) -> str | dict[str, Any]:

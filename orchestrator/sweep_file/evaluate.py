@@ -8,6 +8,7 @@ from typing import Final, get_args
 from dipgo_core.evaluation.metrics import METRICS as IMAGE_METRICS
 from dipgo_core.evaluation.scorers import INCEPTION, TINY_FEATURES
 from dipgo_core.families import Scorers
+from dipgo_core.hub import split_id
 from dipgo_core.zoo import ZOO_MODELS
 from orchestrator.sweep_file.context import HUB_ID, Context, located
 from orchestrator.sweep_file.fields import (
@@ -211,7 +212,7 @@ def _features(context: Context) -> Reader[str]:
 def _clip(context: Context) -> Reader[str]:
     def read(node: Node, issues: Issues) -> str | None:
         name = text()(node, issues)
-        if name is None or name in ZOO_MODELS or HUB_ID.fullmatch(name):
+        if name is None or name in ZOO_MODELS or HUB_ID.fullmatch(split_id(name)[0]):
             return name
         return located(context, "folder")(node, issues)
 

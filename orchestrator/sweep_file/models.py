@@ -24,6 +24,7 @@ from orchestrator.sweep_file.fields import (
 )
 from orchestrator.sweep_file.identity import Identity, identify
 from orchestrator.sweep_file.overrides import merge
+from orchestrator.sweep_file.pins import check_model_pin, check_prompt_pin, check_scorer_pins
 from orchestrator.sweep_file.prompts import check_splits
 from orchestrator.sweep_file.search import SearchSection, read_search
 from orchestrator.sweep_issues import Issues
@@ -40,7 +41,6 @@ _FLOAT32: Final[DType] = "float32"
 _SPACINGS: Final[tuple[TimestepSpacing, ...]] = get_args(TimestepSpacing)
 _BUNDLED: Final = ", ".join(known.id for known in KNOWN_MODELS if known.bundled)
 _SCHEDULERS: Final = tuple(NOISE_SCHEDULERS)
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -127,7 +127,12 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
     read = _read_sections(nodes, issues, context)
     if identity is None:
         return []
-    check_splits(nodes["evaluate"], read.search.calibration.prompts, read.evaluate.prompts, issues)
+    calibration = read.search.calibration.prompts
+    check_splits(nodes["evaluate"], calibration, read.evaluate.prompts, issues)
+    if not shared.allow_unpinned:
+        check_prompt_pin(nodes["evaluate"], read.evaluate.prompts, issues)
+        check_prompt_pin(_calibration(nodes["search"]), calibration, issues)
+        check_scorer_pins(nodes["evaluate"], read.evaluate, issues)
     for sampler in samplers:
         _check_targets(nodes["targets"], read.targets, sampler, issues)
     several = isinstance(fields.place("sampler").value, tuple)
@@ -148,6 +153,10 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         )
         for model_name, sampler in zip(names, samplers, strict=True)
     ]
+
+
+def _calibration(search: Node) -> Node:
+    return search.value.get("calibration", search) if isinstance(search.value, Mapping) else search
 
 
 def _context(identity: Identity, name: str | None, folder: Path) -> Context:
@@ -175,10 +184,8 @@ def _check_revision(
     place = fields.place("revision")
     if not identity.hub and revision is not None:
         fields.issues.add(place.issue(f"only models on the hub have one, {identity.id} is local"))
-    if identity.hub and not allow_unpinned and not _COMMIT.fullmatch(revision or ""):
-        rule = f"must be a commit (40 hexadecimal digits), got {revision or 'none'}"
-        move = "write the 40-digit commit of the model's page, or set allow_unpinned: true"
-        fields.issues.add(place.issue(f"{rule}; {move}", path=f"{fields.node.path}.revision"))
+    if identity.hub and not allow_unpinned:
+        check_model_pin(place, fields.node.path, revision, fields.issues)
 
 
 # --- samplers ------------------------------------------------------------------------------------

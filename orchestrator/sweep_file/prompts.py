@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from orchestrator.sweep_file.context import Context, hub_rule, located
-from orchestrator.sweep_file.fields import Fields, reject, text, whole
+from orchestrator.sweep_file.fields import Fields, many, reject, text, whole
 from orchestrator.sweep_issues import Issues
 from orchestrator.sweep_settings import PromptSource
 from orchestrator.yaml_source import Node
@@ -101,6 +101,10 @@ def _file_prompts(section: Fields, context: Context) -> PromptSource:
 
 
 def _label_prompts(section: Fields, context: Context) -> PromptSource:
+    labels = section.child("labels")
+    if labels is not None and isinstance(labels.value, tuple):
+        chosen = many(whole(0, 1_000_000))(labels, section.issues)
+        return PromptSource(kind="labels", labels=chosen or ())
     return PromptSource(kind="labels", rows=section.maybe("labels", whole(1, 1_000_000)))
 
 

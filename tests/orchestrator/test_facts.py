@@ -88,3 +88,10 @@ def test_all_problems_of_all_models_are_told_together(tmp_path: Path) -> None:
         ["  broken-ddim-50", "id"],
         ["  broken-ddim-50", "evaluate.scorers.clip"],
     ]
+
+
+def test_chosen_classes_are_the_items_of_a_label_model(tmp_path: Path) -> None:
+    asked = "evaluate: {prompts: {labels: [5, 0]}, images: 8}"
+    facts = gather_facts(sweep_on(tmp_path, asked, models="[tiny-dit]"))
+    (found,) = facts.values()
+    assert {item.label for item in found.test.items or ()} == {0, 5}

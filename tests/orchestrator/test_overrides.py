@@ -90,7 +90,7 @@ def test_model_overrides_merge_and_one_of_mappings_are_replaced(tmp_path: Path) 
         FILE.replace("- tiny-sd", "- {id: tiny-sd, overrides: {evaluate: {prompts: {hub: a/b}},")
         .replace("a/b}},", "a/b}}, search: {loss: {alpha: 3}}, targets: [0.1]}}")
         .replace("targets: [0.5]", "targets: [0.5]\nsearch: {loss: {alpha: 2, tau: 0.1}, steps: 7}")
-        + "evaluate: {prompts: {file: prompts.txt}, images: 64}\n"
+        + "evaluate: {prompts: {file: prompts.txt}, images: 64}\nallow_unpinned: true\n"
     )
     sd, dit, _ = load_sweep(path).models
     (search,) = sd.searches()

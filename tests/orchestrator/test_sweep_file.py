@@ -135,12 +135,45 @@ def test_labels_are_the_prompts_of_a_label_model(load: Load) -> None:
     assert model.evaluate.prompts.kind == model.calibration.prompts.kind == "labels"
 
 
+PINNED = f"""\
+evaluate:
+  prompts: {{hub: a/b, revision: {"cd" * 20}}}
+  scorers: {{clip: laion/clip@{"ef" * 20}}}
+search: {{calibration: {{prompts: {{hub: c/d, revision: {"0a" * 20}}}}}}}
+"""
+
+
 def test_hub_model_with_a_commit_needs_no_permission(load: Load) -> None:
-    prompts = "evaluate: {prompts: {hub: a/b}}\nsearch: {calibration: {prompts: {hub: c/d}}}\n"
     model = f"{{id: owner/model, family: sdxl, revision: {'ab' * 20}}}"
-    (model_read,) = load(SMALL.replace("tiny-sd", model) + prompts).models
+    (model_read,) = load(SMALL.replace("tiny-sd", model) + PINNED).models
     assert model_read.settings.revision == "ab" * 20
     assert model_read.sampler == FAMILIES["sdxl"].sampler
+
+
+@pytest.mark.parametrize(
+    ("written", "field"),
+    [
+        (f", revision: {'cd' * 20}", "evaluate.prompts.revision"),
+        (f", revision: {'0a' * 20}", "search.calibration.prompts.revision"),
+        (f"@{'ef' * 20}", "evaluate.scorers.clip"),
+        (f"scorers: {{clip: laion/clip@{'ef' * 20}}}", "evaluate.scorers.clip"),
+    ],
+)
+def test_prompts_and_scorers_that_move_need_permission_too(
+    load: Load, written: str, field: str
+) -> None:
+    model = f"{{id: owner/model, family: sdxl, revision: {'ab' * 20}}}"
+    text = SMALL.replace("tiny-sd", model) + PINNED.replace(written, "")
+    (issue,) = issues_of(load, text)
+    assert f": {field}: must name a commit (40 hexadecimal digits), got none" in issue
+    assert "`dipgo-sweep pin s.yaml` writes it, or set allow_unpinned: true" in issue
+    assert load(text + "allow_unpinned: true\n")
+
+
+def test_scorer_that_no_metric_needs_may_move(load: Load) -> None:
+    model = f"{{id: owner/model, family: sdxl, revision: {'ab' * 20}}}"
+    text = SMALL.replace("tiny-sd", model) + PINNED.replace(f"@{'ef' * 20}", "")
+    assert load(text.replace("evaluate:", "evaluate:\n  metrics: [psnr]"))
 
 
 def test_local_folder_tells_its_family(load: Load) -> None:
@@ -311,7 +344,7 @@ MODELS = [
     ("[{id: tiny-sd, sampler: {steps: 1}}]", "4:11: targets.0: must be at most 0: the first of 1"),
     ("[{id: tiny-sd, overrides: {target: [1]}}]", "3:36: models.0.overrides.target: unknown key"),
     ("[{id: tiny-sd, overrides: {targets: [1]}}]", "3:46: models.0.overrides.targets.0: must be"),
-    ("[{id: facebook/DiT-XL-2-256}]", "3:10: models.0.revision: must be a commit (40 hexadecimal"),
+    ("[{id: facebook/DiT-XL-2-256}]", "3:10: models.0.revision: must name a commit (40 hex"),
 ]
 
 
