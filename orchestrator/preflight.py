@@ -10,7 +10,7 @@ from typing import Any
 
 from dipgo_core import hub
 from dipgo_core.errors import DipgoError
-from dipgo_core.evaluation.lpips_files import backbone_file
+from dipgo_core.evaluation.lpips_files import checked_backbone
 from dipgo_core.evaluation.scorers import INCEPTION, inception_file
 from dipgo_core.model_files import check_weights
 from orchestrator.facts import ModelFacts, find_facts, refusal, scorer_names
@@ -119,7 +119,7 @@ def missing_files(sweep: SweepFile) -> list[str]:
             if role == "features" and name.partition(":")[0] == INCEPTION:
                 lines += _failure(place, partial(inception_file, name))
             if role == "lpips":
-                lines += _failure(place, partial(backbone_file, name))
+                lines += _failure(place, partial(checked_backbone, name))
     return lines
 
 

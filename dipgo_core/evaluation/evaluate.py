@@ -23,9 +23,14 @@ from torch import Tensor
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.clip_score import clip_scores, load_clip
+from dipgo_core.evaluation.cmmd import load_cmmd
+from dipgo_core.evaluation.cmmd_distance import cmmd_figure
+from dipgo_core.evaluation.dino import dino_distances, load_dino
 from dipgo_core.evaluation.fid import fid_figures, kid_figure, load_extractor
 from dipgo_core.evaluation.generate import GeneratedBatch, generate
+from dipgo_core.evaluation.image_reward import image_rewards, load_image_reward
 from dipgo_core.evaluation.intervals import Figure, bootstrap_mean
+from dipgo_core.evaluation.lpips import load_lpips, lpips_distances
 from dipgo_core.evaluation.metrics import METRICS, PAIRED, PER_IMAGE, Role, roles_of
 from dipgo_core.evaluation.overlap import Handed, OwnStream, hand_over, overlapped
 from dipgo_core.evaluation.paired import psnr, ssim
@@ -69,13 +74,20 @@ class Batch:
 LOADERS: Final[Mapping[Role, Callable[..., LoadedScorer]]] = {
     "features": load_extractor,
     "clip": load_clip,
+    "cmmd": load_cmmd,
+    "lpips": load_lpips,
+    "dino": load_dino,
+    "image_reward": load_image_reward,
 }
 
 #: Scores of each image, by metric; the loaded network is None where the metric needs none.
 SCORES: Final[Mapping[str, Callable[[Batch, Any], Array]]] = {
     "clip": lambda batch, clip: clip_scores(clip, batch.images, batch.prompts),
+    "image_reward": lambda batch, net: image_rewards(net, batch.images, batch.prompts),
     "psnr": lambda batch, _: psnr(batch.images, _dense_of(batch)),
     "ssim": lambda batch, _: ssim(batch.images, _dense_of(batch)),
+    "lpips": lambda batch, net: lpips_distances(net, batch.images, _dense_of(batch)),
+    "dino": lambda batch, net: dino_distances(net, batch.images, _dense_of(batch)),
 }
 
 #: Roles whose network turns images into features that are compared as a set.
@@ -285,6 +297,8 @@ def _distribution_figures(
 ) -> dict[str, Figure]:
     if metric == "fid":
         return fid_figures(rows, reference, groups)
+    if metric == "cmmd":
+        return {"cmmd": cmmd_figure(rows, reference, groups)}
     size = protocol.kid_subset_size
     return {"kid": kid_figure(rows, reference, groups, subset_size=size)}
 

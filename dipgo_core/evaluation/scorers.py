@@ -7,13 +7,25 @@ needs no weights to be loaded, so that a sweep can be planned where no weights a
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
+from dipgo_core.evaluation.image_reward_files import (
+    VOCABULARY,
+    VOCABULARY_ID,
+    WEIGHTS,
+    reward_folder,
+)
+from dipgo_core.evaluation.lpips_files import (
+    backbone_file,
+    backbone_of,
+    heads_file,
+    torch_hub_folder,
+)
 from dipgo_core.evaluation.metrics import Role
 from dipgo_core.hub import MAIN, is_hub_id, split_id
 from dipgo_core.model_files import check_weights
@@ -90,7 +102,7 @@ def inception_file(name: str = INCEPTION) -> Path:
         ModelFilesError: there is no such file; says where to get it and where to put it.
     """
     _, _, file = name.partition(":")
-    path = Path(file).expanduser() if file else _torch_hub_folder() / INCEPTION_FILE
+    path = Path(file).expanduser() if file else torch_hub_folder() / INCEPTION_FILE
     if not path.is_file():
         raise ModelFilesError(
             f"no Inception weights at {path}: fetch {INCEPTION_URL} (91 MB) on a machine with "
@@ -108,8 +120,68 @@ def clip_scorer(name: str) -> Scorer:
     Raises:
         ModelFilesError: the name is a path without a model in it, or its weights are damaged.
     """
+    return _network_scorer(name, "the model's own image processor")
+
+
+def cmmd_scorer(name: str) -> Scorer:
+    """Return the CLIP image tower called `name`, as of `clip_scorer`, that CMMD embeds with.
+
+    Raises:
+        ModelFilesError: the name is a path without a CLIP in it, or its weights are damaged.
+    """
     folder = network_folder(name)
-    resize = "the model's own image processor"
+    if folder is not None:
+        model_type_of("cmmd", folder)
+    return _network_scorer(name, "antialiased bicubic to the model's square")
+
+
+def dino_scorer(name: str) -> Scorer:
+    """Return the DINOv2 called `name`: a folder, or ``owner/name[@revision]`` on the hub.
+
+    Raises:
+        ModelFilesError: the name is a path without a DINOv2 in it, or its weights are damaged.
+    """
+    folder = network_folder(name)
+    if folder is not None:
+        model_type_of("dino", folder)
+    return _network_scorer(name, "the model's own image processor")
+
+
+def lpips_scorer(name: str) -> Scorer:
+    """Return the LPIPS called `name`: "lpips-alex", "lpips-vgg", or "lpips-alex:FILE".
+
+    Its digest is that of the classifier and that of the linear heads. Without a FILE torchvision's
+    published classifier is meant; a FILE is digested, and the same scorer if it is that one.
+
+    Raises:
+        UnknownModelError: no LPIPS has this name.
+        ModelFilesError: the named file does not exist.
+    """
+    kind, _, file = name.partition(":")
+    backbone = backbone_of(name)
+    classifier = file_sha256(backbone_file(name)) if file else backbone.sha256_prefix
+    if classifier.startswith(backbone.sha256_prefix):
+        classifier = backbone.sha256_prefix
+    return Scorer(kind, f"{classifier}+{file_sha256(heads_file(backbone))}", "none")
+
+
+def image_reward_scorer(name: str) -> Scorer:
+    """Return the ImageReward called `name`: a folder, or ``owner/name[@revision]`` on the hub.
+
+    Raises:
+        ModelFilesError: a folder was named that lacks files.
+    """
+    resize = "antialiased bicubic to 224 on the shorter side, then the middle square"
+    folder = reward_folder(name)
+    if folder is None:
+        hub_id, revision = split_id(name)
+        return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}+{VOCABULARY_ID}", resize)
+    parts = (file_sha256(folder / file) for file in (WEIGHTS, VOCABULARY))
+    return Scorer(folder.name, "+".join(parts), resize)
+
+
+def _network_scorer(name: str, resize: str) -> Scorer:
+    folder = network_folder(name)
     if folder is None:
         hub_id, revision = split_id(name)
         return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}", resize)
@@ -118,9 +190,35 @@ def clip_scorer(name: str) -> Scorer:
     return Scorer(name if bundled else folder.name, folder_sha256(folder), resize)
 
 
+#: What a network of transformers calls itself in its config.json, by role.
+MODEL_TYPES: Mapping[Role, tuple[str, ...]] = {
+    "cmmd": ("clip", "clip_vision_model"),
+    "dino": ("dinov2", "dinov2_with_registers"),
+}
+
+
+def model_type_of(role: Role, folder: Path) -> str:
+    """Return what the network in a folder is, of the kinds that a role can use.
+
+    Raises:
+        ModelFilesError: config.json cannot be read, or it is another kind of network.
+    """
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelFilesError(f"{path} cannot be read ({error}): copy it again") from error
+    if found not in MODEL_TYPES[role]:
+        raise ModelFilesError(
+            f"the {role} scorer must be a {' or '.join(MODEL_TYPES[role])}, {folder} holds a "
+            f"{found}: name another folder or hub id"
+        )
+    return str(found)
+
+
 def hub_scorer(name: str) -> bool:
     """Return whether a scorer's name means a repository on the hub."""
-    return network_folder(name) is None and is_hub_id(split_id(name)[0])
+    return is_hub_id(split_id(name)[0]) and not Path(name).is_dir()
 
 
 def network_folder(name: str) -> Path | None:
@@ -167,15 +265,12 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _torch_hub_folder() -> Path:
-    """Return where torch.hub keeps weights, by its documented environment variables."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or str(Path(cache) / "torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
-
-
 #: How a role's scorer is looked up by its name.
 SCORERS: Mapping[Role, Callable[[str], Scorer]] = {
     "features": features_scorer,
     "clip": clip_scorer,
+    "cmmd": cmmd_scorer,
+    "lpips": lpips_scorer,
+    "dino": dino_scorer,
+    "image_reward": image_reward_scorer,
 }
