@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
-from dipgo_core.errors import DipgoError
+from dipgo_core.errors import DipgoError, StoreError
 from dipgo_core.evaluation.fid_intervals import fid_replicates
 from dipgo_core.evaluation.intervals import (
     Interval,
@@ -27,7 +27,7 @@ from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.evaluation.reference import Reference, load_statistics, reference_of
 from orchestrator.facts import reference_path
 from orchestrator.metrics import FIGURES, figure_text
-from orchestrator.records import Record, content_key
+from orchestrator.records import Record
 from orchestrator.store import Store
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,7 @@ class Comparisons:
         self._store = store
         self._records = records
         self._replicates: dict[tuple[str, str, int], Replicates | None] = {}
-        self._references: dict[tuple[str, Role], Reference | None] = {}
-        self._dense: dict[str, Record | None] = {}
+        self._references: dict[tuple[str, int, Role], Reference | None] = {}
 
     def gain(self, metric: str, key: str, baselines: Mapping[str, str]) -> Gain | None:
         """Return the gain of an evaluation over the mean of others in a metric that all have.
@@ -159,10 +158,12 @@ class Comparisons:
         reference = None if role is None or rows is None else self._reference(record, role)
         if rows is None or reference is None:
             return {metric: None}
+        held = [name for name in DISTRIBUTIONS if METRICS[name].role == role]
+        wanted = [name for name in held if name != "fid" or first == self._images(record.key)]
         return {
-            name: resample(rows[:first], reference, groups)
-            for name, resample in DISTRIBUTIONS.items()
-            if METRICS[name].role == role and self._figure(name, record.key) is not None
+            name: DISTRIBUTIONS[name](rows[:first], reference, groups)
+            for name in wanted
+            if self._figure(name, record.key) is not None
         }
 
     def _features(self, record: Record, role: Role) -> Array | None:
@@ -173,31 +174,12 @@ class Comparisons:
         protocol = Protocol.from_json(record.inputs["protocol"])
         if role not in protocol.scorers:
             return None
-        dense = self._dense_run(record) if protocol.reference == "dense" else None
-        where = (protocol.reference if dense is None else dense.key, role)
+        made = record.outputs.get("statistics", {}).get(role, "")
+        where = (made or protocol.reference, protocol.images, role)
         if where not in self._references:
             self._references.clear()
-            self._references[where] = self._load_reference(record, protocol, role, dense)
+            self._references[where] = _load_reference(self._store, record, protocol, role, made)
         return self._references[where]
-
-    def _load_reference(
-        self, record: Record, protocol: Protocol, role: Role, dense: Record | None
-    ) -> Reference | None:
-        scorer = protocol.scorers[role]
-        if protocol.reference != "dense":
-            return _statistics(record, protocol, role, self._store)
-        rows = None if dense is None else self._features(dense, role)
-        return None if rows is None else reference_of(rows, scorer)
-
-    def _dense_run(self, record: Record) -> Record | None:
-        """Return the evaluation of the dense model under the same protocol."""
-        identity = _measured_how(record)
-        if identity not in self._dense:
-            self._dense |= {
-                _measured_how(one): one for one in self._records.values() if _is_dense(one)
-            }
-            self._dense.setdefault(identity, None)
-        return self._dense[identity]
 
     def _common_images(self, *keys: str) -> int:
         return min(self._images(key) for key in keys)
@@ -214,7 +196,8 @@ class Comparisons:
         """Return the arrays of an artifact; none where the record has no such file."""
         if name not in record.artifacts:
             return {}
-        return load(self._store.get_artifact(record, name))
+        arrays: Arrays = load(self._store.get_artifact(record, name))
+        return arrays
 
 
 def prompt_of_image(record: Record) -> npt.NDArray[np.int64]:
@@ -236,10 +219,18 @@ def _kid(rows: Array, reference: Reference, groups: Array) -> Replicates | None:
     return kid_replicates(rows, known, groups, paired=reference.paired)
 
 
+def _cmmd(rows: Array, reference: Reference, groups: Array) -> Replicates | None:
+    if reference.features is None:
+        return None
+    known = reference.features[: len(rows)] if reference.paired else reference.features
+    return cmmd_replicates(rows, known, groups, paired=reference.paired)
+
+
 #: How a metric of all images against all reference images is resampled.
 DISTRIBUTIONS: Mapping[str, Callable[[Array, Reference, Array], Replicates | None]] = {
     "fid": _fid,
     "kid": _kid,
+    "cmmd": _cmmd,
 }
 
 
@@ -249,25 +240,40 @@ def _moved(found: Interval, value: float) -> Interval:
     return Interval(value, found.low + shift, found.high + shift)
 
 
-def _is_dense(record: Record) -> bool:
-    if record.kind != "evaluate":
-        return False
-    inputs = record.inputs
-    whole = all(set(row) == {"1"} for row in inputs["keep"])
-    return whole and inputs["sampler"] == inputs["protocol"]["sampler"]
+def stored_reference(store: Store, key: str, protocol: Protocol, role: Role) -> Reference:
+    """Return the reference made of the features that the statistics task `key` has left.
+
+    Of the dense images those are taken that the protocol compares with, the first ones.
+
+    Raises:
+        StoreError: the features are gone.
+    """
+    record = store.get_record(key)
+    if record is None:
+        raise StoreError(
+            f"the features of the reference images ({key[:12]}) are gone from {store.url}; run the "
+            "sweep again"
+        )
+    rows = load(store.get_artifact(record, FEATURES_FILE))[role]
+    dense = protocol.reference == "dense"
+    return reference_of(
+        rows[: protocol.images] if dense else rows,
+        protocol.scorers[role],
+        id=protocol.reference,
+        paired=dense,
+    )
 
 
-def _measured_how(record: Record) -> str:
-    """Return what evaluations share that are made from the same noise and scored alike."""
-    return content_key({name: record.inputs[name] for name in ("model", "protocol")})
-
-
-def _statistics(record: Record, protocol: Protocol, role: Role, store: Store) -> Reference | None:
-    """Read the statistics the evaluation was compared with; None where they are not at hand."""
+def _load_reference(
+    store: Store, record: Record, protocol: Protocol, role: Role, made: str
+) -> Reference | None:
+    """Read what an evaluation was compared with; None where it is not at hand."""
     try:
+        if made:
+            return stored_reference(store, made, protocol, role)
         path = reference_path(store.get_task(record.key).options["reference"])
         found = load_statistics(path, protocol.scorers[role])
     except (DipgoError, OSError, KeyError) as error:
-        logger.debug("gains in FID and KID get no interval: %s", error)
+        logger.debug("differences in FID and KID get no interval: %s", error)
         return None
     return found if found.id == protocol.reference else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.bars import best_of, calibration_figures, judged_by
+from orchestrator.bars import best_of, calibration_figures, score_for
 from orchestrator.methods import TRIVIAL
 from orchestrator.racing import Candidate
 from orchestrator.records import Record
@@ -61,8 +61,9 @@ def _bars(
     """Return the evaluations of the baselines that this searched point has to beat."""
     rivals = [p for p in points if p.method in TRIVIAL and p.target == point.target]
     known = [
-        calibration_figures(records.get(p.calibration_key or "")) if p.evaluate_key in records
-        else {} for p in rivals
+        calibration_figures(records.get(str(p.calibration_key)))
+        if str(p.evaluate_key) in records else {}
+        for p in rivals
     ]  # fmt: skip
-    best = (best_of([each.get(judged_by(m)) for each in known]) for m in metrics)
+    best = (best_of([score_for(m, each) for each in known]) for m in metrics)
     return {str(rivals[index].evaluate_key) for index in best if index is not None}

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.evaluation.evaluate import (
-    FEATURE_ROLES,
     Scorers,
     evaluate_shards,
-    load_scorers,
     score_shards,
     summarise,
 )
-from dipgo_core.evaluation.fid import folder_reference
-from dipgo_core.evaluation.protocol import Protocol
-from dipgo_core.evaluation.reference import Reference, load_statistics, reference_of
+from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role
+from dipgo_core.evaluation.reference import Reference, load_statistics
 from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
 from dipgo_core.families import num_calls
 from dipgo_core.pipelines import subnet_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
+from orchestrator.gains import stored_reference
 from orchestrator.task.continued import continued
 from orchestrator.task.reference import DenseImages
+from orchestrator.task.scorers import scorers_of
 from orchestrator.task.work import Outcome, Work, packed, put_shard, stored_shard
 
 
 def run_evaluate(work: Work) -> Outcome:
     """Make and score the images of one gate table, shard by shard."""
     protocol = work.protocol
-    scorers = _scorers(
-        json.dumps(protocol.to_json(), sort_keys=True),
-        json.dumps(work.task.options["scorers"], sort_keys=True),
-        work.device,
-    )
+    scorers = scorers_of(work)
     known = continued(work)
     whole = merge_shards(_scored_shards(work, scorers, known), protocol)
-    figures = summarise(whole, protocol, _references_of(work, scorers))
+    references = {role: _reference(work, role) for role in FEATURE_ROLES if role in scorers}
+    figures = summarise(whole, protocol, references)
     subnet = subnet_of(work.model, work.graph, work.sampler, work.gates)
     outputs = {
         "metrics": {name: figure.to_json() for name, figure in figures.items()},
@@ -51,6 +44,7 @@ def run_evaluate(work: Work) -> Outcome:
         "n_images": protocol.images,
         "n_continued": 0 if known is None else known.stop,
         "batch_size": work.batch_size,
+        "statistics": dict(work.task.options["statistics"]),
         **_macs(work, subnet),
     }
     artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
@@ -88,12 +82,20 @@ def is_dense(work: Work) -> bool:
 
 
 def _dense_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Iterator[ShardResult]:
-    """Score the images that the reference has made."""
+    """Score the images that the reference has made; their features are known already."""
     dense = DenseImages(work)
+    known = work.protocol.reference == "dense"
+    features = {
+        role: _reference(work, role).features for role in scorers if known and role in FEATURE_ROLES
+    }
+    others = {role: network for role, network in scorers.items() if role not in features}
     batches = (batch for shard in shards for batch in dense.batches(shard, work.batch_size))
-    return score_shards(
-        batches, shards, work.protocol, work.items, scorers, None, device=work.device
+    scored = score_shards(
+        batches, shards, work.protocol, work.items, others, None, device=work.device
     )
+    for shard in scored:
+        rows = {role: known[shard.start : shard.stop] for role, known in features.items()}
+        yield replace(shard, features={**shard.features, **rows})
 
 
 def _pruned_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Iterator[ShardResult]:
@@ -111,45 +113,21 @@ def _pruned_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Ite
     )
 
 
-def _references_of(work: Work, scorers: Scorers) -> dict[str, Reference]:
-    """Return what the features of each role are compared with."""
-    return {role: _reference(work, scorers[role]) for role in FEATURE_ROLES if role in scorers}
-
-
-def _reference(work: Work, extractor: Any) -> Reference:
-    """Return what features are compared with; kept from task to task."""
-    kind = work.protocol.reference.partition(":")[0]
-    if kind == "dense":
-        return _dense_reference(work, extractor)
-    path = reference_path(work.task.options["reference"])
-    if kind == "statistics":
-        return load_statistics(path, extractor.scorer)
-    known = (work.protocol.reference, extractor.scorer.digest)
+def _reference(work: Work, role: Role) -> Reference:
+    """Return what the features of a role are compared with; kept from task to task."""
+    protocol, options = work.protocol, work.task.options
+    if protocol.reference.startswith("statistics:"):
+        path = reference_path(options["reference"])
+        return load_statistics(path, protocol.scorers[role])
+    known = (options["statistics"][role], protocol.images)
     if known not in _references:
         _references.clear()
-        _references[known] = folder_reference(path, extractor)
+        _references[known] = stored_reference(work.store, known[0], protocol, role)
     return _references[known]
 
 
-def _dense_reference(work: Work, extractor: Any) -> Reference:
-    known = (work.reference.key, extractor.scorer.digest)
-    if known not in _references:
-        _references.clear()
-        images = DenseImages(work).batches(range(work.protocol.images), work.batch_size)
-        parts = [extractor(batch.images) for batch in images]
-        _references[known] = reference_of(np.concatenate(parts), extractor.scorer)
-    return _references[known]
-
-
-#: The reference last used, by its id and the extractor's digest.
-_references: dict[tuple[str, str], Reference] = {}
-
-
-@lru_cache(maxsize=2)
-def _scorers(protocol_json: str, names_json: str, device: str) -> Scorers:
-    """Load scorers once a worker."""
-    protocol = Protocol.from_json(json.loads(protocol_json))
-    return load_scorers(protocol, json.loads(names_json), device=device)
+#: The reference last used, by the key of its features and the number of images compared.
+_references: dict[tuple[str, int], Reference] = {}
 
 
 def _macs(work: Work, subnet: SubNet) -> dict[str, Any]:
