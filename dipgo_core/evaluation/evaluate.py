@@ -31,7 +31,7 @@ from dipgo_core.evaluation.generate import GeneratedBatch, generate
 from dipgo_core.evaluation.image_reward import image_rewards, load_image_reward
 from dipgo_core.evaluation.intervals import Figure, bootstrap_mean
 from dipgo_core.evaluation.lpips import load_lpips, lpips_distances
-from dipgo_core.evaluation.metrics import METRICS, PAIRED, PER_IMAGE, Role, roles_of
+from dipgo_core.evaluation.metrics import FEATURE_ROLES, METRICS, PAIRED, PER_IMAGE, Role
 from dipgo_core.evaluation.overlap import Handed, OwnStream, hand_over, overlapped
 from dipgo_core.evaluation.paired import psnr, ssim
 from dipgo_core.evaluation.prompts import item_of_image, items_sha256
@@ -89,29 +89,6 @@ SCORES: Final[Mapping[str, Callable[[Batch, Any], Array]]] = {
     "lpips": lambda batch, net: lpips_distances(net, batch.images, _dense_of(batch)),
     "dino": lambda batch, net: dino_distances(net, batch.images, _dense_of(batch)),
 }
-
-#: Roles whose network turns images into features that are compared as a set.
-FEATURE_ROLES: Final[tuple[Role, ...]] = ("features", "cmmd")
-
-
-def load_scorers(
-    protocol: Protocol,
-    names: Mapping[Role, str],
-    *,
-    device: str | torch.device = "cpu",
-) -> Scorers:
-    """Load the scorers that the protocol's metrics need, by the names they were planned with.
-
-    names: role -> bundled name, hub id or path.
-
-    Raises:
-        ModelFilesError: weights that are missing or broken.
-        EvaluationError: a scorer is not the one in the protocol.
-    """
-    needed = roles_of(protocol.metrics)
-    scorers = {role: LOADERS[role](names[role], device=device) for role in needed if role in names}
-    _check_scorers(protocol, scorers)
-    return scorers
 
 
 def evaluate_shards(
@@ -331,10 +308,15 @@ def _check_inputs(
     paired = set(PAIRED) & set(protocol.metrics)
     if dense is None and not itself and paired:
         raise EvaluationError(f"{' and '.join(sorted(paired))} need the dense images: give `dense`")
-    _check_scorers(protocol, scorers)
+    check_scorers(protocol, scorers)
 
 
-def _check_scorers(protocol: Protocol, scorers: Scorers) -> None:
+def check_scorers(protocol: Protocol, scorers: Scorers) -> None:
+    """Check that the networks in memory are those of the protocol.
+
+    Raises:
+        EvaluationError: one of them is another, or missing.
+    """
     for role, wanted in protocol.scorers.items():
         loaded = scorers[role].scorer if role in scorers else None
         if loaded != wanted:

@@ -6,6 +6,7 @@ the distance to other images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,18 @@ from torch_fidelity import (
 )
 from torch_fidelity.metric_fid import (
     KEY_METRIC_FID,
-    fid_features_to_statistics,
     fid_statistics_to_metric,
 )
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
 
 from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError
-from dipgo_core.evaluation.intervals import Figure, fid_jackknife, kid_interval
+from dipgo_core.evaluation.fid_intervals import fid_infinity, fid_jackknife, moments
+from dipgo_core.evaluation.intervals import Figure
+from dipgo_core.evaluation.mmd_intervals import mmd_interval, polynomial_kernel
 from dipgo_core.evaluation.reference import Reference, folder_id, image_files, reference_of
 from dipgo_core.evaluation.scorers import (
     INCEPTION,
@@ -129,33 +135,48 @@ def folder_reference(folder: Path, extractor: FeatureExtractor) -> Reference:
     Raises:
         EvaluationError: no images, or one that cannot be read.
     """
-    parts = [extractor(batch) for batch in _read_images(image_files(folder))]
+    parts = [extractor(batch) for batch in read_images(image_files(folder))]
     features = np.concatenate(parts)
     return reference_of(features, extractor.scorer, id=folder_id(folder), paired=False)
 
 
-def fid_figure(features: Features, reference: Reference, groups: npt.ArrayLike) -> Figure:
-    """Return torch-fidelity's FID; with an interval only where n >= 4 x feature dimension.
+def fid_figures(
+    features: Features, reference: Reference, groups: npt.ArrayLike
+) -> dict[str, Figure]:
+    """Return torch-fidelity's FID as `fid` and, where n allows, `fid_infinity`.
 
-    groups: (n,) prompt of each image. The interval is that of the bias-corrected jackknife (what
-    FID would be without its bias from small n), widened to contain the FID shown.
+    `fid` has an interval only where n >= 4 x feature dimension. It bounds the distance of the two
+    distributions, that is FID without its bias from n images (by the block jackknife), and is
+    widened to contain the FID shown, which lies at its upper end where the bias is larger than the
+    spread. `fid_infinity` is there from n >= 8 x feature dimension on: FID extrapolated to
+    infinitely many images, with the same bounds without that widening.
+
+    groups: (n,) prompt of each image.
     """
     check_reference(features, reference)
-    value = _fid(features, reference)
-    moments = (reference.mean, reference.covariance)
+    value, n, scorer = _fid(features, reference), len(features), reference.scorer.id
+    moments_of_reference = (reference.mean, reference.covariance)
     paired = reference.features if reference.paired else None
-    interval = fid_jackknife(
-        features, moments if paired is None else paired, groups, paired=paired is not None
-    )
-    low = None if interval is None else min(interval.low, value)
-    high = None if interval is None else max(interval.high, value)
-    return Figure(value, low, high, len(features), reference.scorer.id)
+    theirs = moments_of_reference if paired is None else paired
+    interval = fid_jackknife(features, theirs, groups, paired=paired is not None)
+    if interval is None:
+        return {"fid": Figure(value, None, None, n, scorer)}
+    low, high = interval.low, interval.high
+    figures = {"fid": Figure(value, min(low, value), max(high, value), n, scorer)}
+    infinity = fid_infinity(features, theirs, groups, paired=paired is not None)
+    if infinity is not None:
+        ends = min(low, infinity), max(high, infinity)
+        figures["fid_infinity"] = Figure(infinity, *ends, n, scorer)
+    return figures
 
 
 def kid_figure(
     features: Features, reference: Reference, groups: npt.ArrayLike, *, subset_size: int
 ) -> Figure:
     """Return torch-fidelity's KID (mean over 100 subsets) with its interval by prompt.
+
+    The interval bounds the distance of the two distributions, that is KID without what images of
+    one prompt, or an image and its dense image, add to it. It is widened to contain the KID shown.
 
     Raises:
         EvaluationError: a reference without features, or too small for the subsets.
@@ -173,10 +194,19 @@ def kid_figure(
         kid_subset_size=subset_size,
         verbose=False,
     )
-    value = result[KEY_METRIC_KID_MEAN]
-    interval = kid_interval(value, features, known, groups, paired=reference.paired)
-    low, high = (None, None) if interval is None else (interval.low, interval.high)
-    return Figure(value, low, high, len(features), reference.scorer.id)
+    value, n, scorer = result[KEY_METRIC_KID_MEAN], len(features), reference.scorer.id
+    interval = mmd_interval(
+        value,
+        features,
+        known,
+        groups,
+        kernel=polynomial_kernel,
+        paired=reference.paired,
+        value_error=result[KEY_METRIC_KID_STD] / math.sqrt(KID_SUBSETS),
+    )
+    if interval is None:
+        return Figure(value, None, None, n, scorer)
+    return Figure(value, min(interval.low, value), max(interval.high, value), n, scorer)
 
 
 def check_reference(features: Features, reference: Reference) -> None:
@@ -200,12 +230,14 @@ def check_reference(features: Features, reference: Reference) -> None:
 
 
 def _fid(features: Features, reference: Reference) -> float:
-    ours = fid_features_to_statistics(torch.from_numpy(features))
-    if reference.features is not None:
-        theirs = fid_features_to_statistics(torch.from_numpy(reference.features))
-    else:
-        theirs = {"mu": reference.mean.astype(ours["mu"].dtype), "sigma": reference.covariance}
-    return float(fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID])
+    theirs = reference.mean if reference.features is None else reference.features.mean(axis=0)
+    ours = features.mean(axis=0)  # in float32, as torch-fidelity takes it
+    distance = fid_statistics_to_metric(
+        {"mu": ours, "sigma": moments(features)[1]},
+        {"mu": theirs.astype(ours.dtype), "sigma": reference.covariance},
+        verbose=False,
+    )
+    return float(distance[KEY_METRIC_FID])
 
 
 def _kid_features(reference: Reference, subset_size: int) -> Features:
@@ -221,8 +253,12 @@ def _kid_features(reference: Reference, subset_size: int) -> Features:
     return reference.features
 
 
-def _read_images(files: Iterable[Path]) -> Iterable[Tensor]:
-    """One batch an image: sizes may differ; extractors resize."""
+def read_images(files: Iterable[Path]) -> Iterable[Tensor]:
+    """Yield images as torch-fidelity reads them, one a batch: sizes may differ, extractors resize.
+
+    Raises:
+        EvaluationError: a file that cannot be read.
+    """
     for path in files:
         try:
             with Image.open(path) as image:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dipgo_core.errors import EvaluationError
+from dipgo_core.evaluation.fid_intervals import moments
 from dipgo_core.evaluation.scorers import Scorer, file_sha256, folder_sha256
 
 KIND = "dipgo.reference"
@@ -50,8 +51,7 @@ def reference_of(
     rows = np.asarray(features, dtype=np.float32)
     if len(rows) < 2:
         raise EvaluationError(f"a reference needs at least 2 images, got {len(rows)}")
-    exact = rows.astype(np.float64)
-    mean, covariance = exact.mean(axis=0), np.cov(exact, rowvar=False)
+    mean, covariance = moments(rows)
     return Reference(id, scorer, len(rows), mean, covariance, rows, paired)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dipgo_core.errors import EvaluationError, ModelFilesError
 from dipgo_core.evaluation.fid import (
     FeatureExtractor,
-    fid_figure,
+    fid_figures,
     folder_reference,
     kid_figure,
     load_extractor,
@@ -70,7 +70,7 @@ def test_fid_and_kid_equal_torch_fidelity(extractor, by_torch_fidelity) -> None:
     real, expected = by_torch_fidelity
     features, reference = extractor(blobs(0, 96, 0.8)), folder_reference(real, extractor)
 
-    fid = fid_figure(features, reference, GROUPS)
+    fid = fid_figures(features, reference, GROUPS)["fid"]
     kid = kid_figure(features, reference, GROUPS, subset_size=48)
 
     assert fid.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
@@ -83,7 +83,7 @@ def test_fid_from_moments_alone_is_the_same(extractor, by_torch_fidelity) -> Non
     whole = folder_reference(real, extractor)
     moments = Reference("statistics:x", whole.scorer, whole.n, whole.mean, whole.covariance)
 
-    fid = fid_figure(extractor(blobs(0, 96, 0.8)), moments, GROUPS)
+    fid = fid_figures(extractor(blobs(0, 96, 0.8)), moments, GROUPS)["fid"]
 
     assert fid.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     with pytest.raises(EvaluationError, match="hold only moments"):
@@ -95,8 +95,8 @@ def test_fid_has_an_interval_only_where_it_can_be_trusted(extractor) -> None:
     reference = reference_of(rng.normal(size=(500, 8)), extractor.scorer, paired=False)
     features = rng.normal(size=(64, 8)).astype(np.float32)
 
-    enough = fid_figure(features, reference, np.arange(64))
-    too_few = fid_figure(features[:31], reference, np.arange(31))
+    enough = fid_figures(features, reference, np.arange(64))["fid"]
+    too_few = fid_figures(features[:31], reference, np.arange(31))["fid"]
 
     assert enough.low <= enough.value <= enough.high
     assert (too_few.low, too_few.high) == (None, None)
@@ -114,7 +114,7 @@ def test_equal_images_are_at_distance_zero(extractor) -> None:
     features = extractor(blobs(0, 96, 0.8))
     reference = reference_of(features, extractor.scorer)
 
-    assert fid_figure(features, reference, GROUPS).value == pytest.approx(0, abs=1e-3)
+    assert fid_figures(features, reference, GROUPS)["fid"].value == pytest.approx(0, abs=1e-3)
 
 
 def test_features_do_not_depend_on_the_batch(extractor) -> None:
@@ -132,7 +132,7 @@ def test_features_that_do_not_fit_are_refused(extractor, columns, rows, rule) ->
     features = np.ones((rows, columns), dtype=np.float32)
 
     with pytest.raises(EvaluationError, match=rule):
-        fid_figure(features, reference, np.arange(rows))
+        fid_figures(features, reference, np.arange(rows))
 
 
 def test_subsets_larger_than_either_side_are_refused(extractor) -> None:
