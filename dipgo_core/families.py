@@ -76,7 +76,7 @@ _INCEPTION: Final = "inception-v3-compat"
 _CLIP_G: Final = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"  # the paper's scorer (section 5)
 _TEXT_TO_IMAGE: Final = Scorers(features=_INCEPTION, clip=_CLIP_G)
 _BY_CLASS: Final = Scorers(features=_INCEPTION, clip=None, image_reward=None)
-_TINY: Final = Scorers(features="tiny-features", clip="tiny-clip")
+_TINY: Final = Scorers(features="tiny-features", clip="tiny-clip", cmmd="tiny-clip")
 
 _SD_SAMPLER: Final = SamplerSettings(scheduler="ddim", steps=50, guidance_scale=7.5)
 _SDXL_SAMPLER: Final = SamplerSettings(scheduler="ddim", steps=50, guidance_scale=5.0)

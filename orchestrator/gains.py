@@ -12,6 +12,7 @@ import numpy.typing as npt
 from safetensors.numpy import load
 
 from dipgo_core.errors import DipgoError, StoreError
+from dipgo_core.evaluation.cmmd_distance import cmmd_replicates
 from dipgo_core.evaluation.fid_intervals import fid_replicates
 from dipgo_core.evaluation.intervals import (
     Interval,
@@ -65,7 +66,7 @@ class Gain:
 
     def text(self, metric: str) -> str:
         """Format as ``+0.42 [+0.10, +0.71]``."""
-        return figure_text(metric, self.value, self.low, self.high, signed=True)
+        return figure_text(metric, self.value, self.low, self.high, n=self.n, signed=True)
 
 
 class Comparisons:

@@ -79,5 +79,6 @@ def _choose(searched: Sequence[ResolvedPoint], quality: str) -> tuple[ResolvedPo
     """Choose by the figure on calibration prompts, which every finished searched point has."""
     if len({point.subnet for point in searched}) == 1:
         return searched[0], "only"
-    best = max(searched, key=lambda point: calibration_score(point, quality) or -math.inf)
-    return best, "calibration"
+    known = [(calibration_score(point, quality), point) for point in searched]
+    best = max(known, key=lambda each: -math.inf if each[0] is None else each[0])
+    return best[1], "calibration"

@@ -10,8 +10,10 @@ from typing import Any
 
 from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
-from dipgo_core.evaluation.metrics import roles_of
+from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role, roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
+from dipgo_core.evaluation.scorers import Scorer
+from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.facts import ModelFacts, scorer_names
 from orchestrator.methods import PointSpec, point_specs, search_label
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
@@ -29,7 +31,7 @@ _RACE = TaskResources()
 @cache
 def numerics_versions(kind: TaskKind) -> dict[str, str]:
     """Return the versions that decide a result: ours, and the minor ones of the libraries."""
-    names = (*_GENERATING, *_SCORING) if kind == "evaluate" else _GENERATING
+    names = (*_GENERATING, *_SCORING) if kind in ("evaluate", "statistics") else _GENERATING
     return {"dipgo": str(NUMERICS_VERSION), **{name: _minor(version(name)) for name in names}}
 
 
@@ -76,7 +78,7 @@ class ModelTasks:
     def calibration_protocol(self) -> Protocol:
         """How points are measured on calibration prompts, where every choice is made."""
         wanted = self.protocol.metrics
-        metrics = ("psnr", *(metric for metric in ("ssim", "clip") if metric in wanted))
+        metrics = tuple(m for m in CALIBRATION_METRICS if m == "psnr" or m in wanted)
         return replace(
             self._images_protocol("calibration"),
             metrics=metrics,
@@ -145,6 +147,35 @@ class ModelTasks:
             label=f"dense images, {split}",
         )
 
+    @cached_property
+    def statistics(self) -> Mapping[Role, Task]:
+        """Features of the reference images, by role; those of a statistics file need no task."""
+        if self.facts.reference.startswith("statistics:"):
+            return {}
+        known = {role: one for role, one in self.protocol.scorers.items() if role in FEATURE_ROLES}
+        return {role: self._statistics(role, scorer) for role, scorer in known.items()}
+
+    def _statistics(self, role: Role, scorer: Scorer) -> Task:
+        """The key of a folder's features says nothing of the model: all models share them."""
+        dense = self.facts.reference == "dense"
+        task = self._task(
+            "statistics",
+            self.model.sampler,
+            {"images": self.facts.reference, "role": role, "scorer": scorer.to_json()},
+            needs=(self.reference("test").key,) if dense else (),
+            options={
+                **self._batch("test"),
+                "scorer": scorer_names(self.model)[role],
+                "reference": self.facts.reference_value,
+            },
+            label=f"reference features, {scorer.id}",
+        )
+        if dense:
+            protocol = self._images_protocol("test").to_json()
+            return replace(task, inputs={**task.inputs, "protocol": protocol})
+        shared = {k: v for k, v in task.inputs.items() if k not in ("model", "sampler")}
+        return replace(task, inputs=shared, affinity="")
+
     def search(self, settings: SearchSettings) -> Task:
         """One search; it serves every target."""
         return next(task for known, task in self._searches if known == settings)
@@ -184,6 +215,9 @@ class ModelTasks:
         """
         test = split == "test"
         protocol = self._protocols_json[rung] if test else self.calibration_protocol_json
+        statistics = {
+            role: task.key for role, task in self.statistics.items() if role in protocol["scorers"]
+        }
         return self._task(
             "evaluate",
             sampler,
@@ -193,11 +227,16 @@ class ModelTasks:
                 "granularity": self.granularity,
                 "macs_convention": self.sweep.macs_convention,
             },
-            needs=(self.reference(split).key, *([] if continues is None else [continues])),
+            needs=(
+                self.reference(split).key,
+                *statistics.values(),
+                *([] if continues is None else [continues]),
+            ),
             options={
                 **self._batch(split),
                 "scorers": scorer_names(self.model),
                 "reference": self.facts.reference_value,
+                "statistics": statistics,
                 **({} if continues is None else {"continues": continues}),
             },
             label=label if test else f"{label}, calibration",
@@ -277,7 +316,11 @@ class ModelTasks:
         needs: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Task:
-        resources: TaskResources = _RACE if kind == "race" else getattr(self.sweep.resources, kind)
+        resources: TaskResources = (
+            _RACE
+            if kind == "race"
+            else getattr(self.sweep.resources, "evaluate" if kind == "statistics" else kind)
+        )
         model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
         return Task(
             kind=kind,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dipgo_core.evaluation.intervals import Figure
 from dipgo_core.gates import GateTable
-from orchestrator.bars import best_of, calibration_figures, judged_by
+from orchestrator.bars import CALIBRATION_METRICS, best_of, calibration_figures, score_for
 from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
 from orchestrator.metrics import IMAGE_FIGURES, QUALITIES, figure_text
@@ -85,6 +85,9 @@ class ResolvedPoint:
     calibration_psnr: float | None = None
     calibration_ssim: float | None = None
     calibration_clip: float | None = None
+    calibration_lpips: float | None = None
+    calibration_dino: float | None = None
+    calibration_image_reward: float | None = None
     gain: Mapping[str, Gain] = field(default_factory=dict)
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     verdict: Verdict | None = None
@@ -182,9 +185,9 @@ def resolve_points(
 
 
 def calibration_score(point: ResolvedPoint, metric: str) -> float | None:
-    """Return what a choice for `metric` is based on: a figure on the calibration prompts."""
-    score: float | None = getattr(point, f"calibration_{judged_by(metric)}")
-    return score
+    """Return what a choice for `metric` is based on, larger = better: a calibration figure."""
+    figures = {name: getattr(point, f"calibration_{name}") for name in CALIBRATION_METRICS}
+    return score_for(metric, figures)
 
 
 def best_baseline(

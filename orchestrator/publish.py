@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.driver import RunResult
 from orchestrator.export import SPEEDS, export_subnet
 from orchestrator.gains import Comparisons
@@ -21,7 +22,7 @@ from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
 
 COUNTS = (
     *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "n_images"),
-    *("calibration_psnr", "calibration_ssim", "calibration_clip"),
+    *(f"calibration_{metric}" for metric in CALIBRATION_METRICS),
 )
 PARAMS = (
     *("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device"),

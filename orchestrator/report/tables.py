@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table, pareto_json
 from orchestrator.points import ResolvedPoint, columns_of
@@ -29,8 +30,8 @@ COLUMNS = (
     "protocol", "n_images", "pruned_ratio", "macs", "macs_speedup", "device", "latency_usable",
     "latency_note", "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low",
     "speedup_high", "loop_ms", "loop_ms_low", "loop_ms_high", "loop_speedup", "loop_speedup_low",
-    "loop_speedup_high", "peak_memory_mb", "energy_j", "all_or_nothing_share", "calibration_psnr",
-    "calibration_ssim", "calibration_clip", "verdict", "subnet", "error",
+    "loop_speedup_high", "peak_memory_mb", "energy_j", "all_or_nothing_share", "verdict", "subnet",
+    "error",
 )  # fmt: skip
 ENDS = ("", "_low", "_high")
 
@@ -44,8 +45,10 @@ def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     gained = [column for column in measured if any(column[0] in p.gain for p in points)]
     fronted = [c for c in measured if any(f.objectives[1] == c[0] for f in fronts)]
     sizes = sorted({size for point in points for size in point.throughput}, key=int)
+    calibrated = _calibrated(points)
     header = [
         *COLUMNS,
+        *calibrated,
         *(f"images_per_second batch {size}{end}" for size in sizes for end in ENDS),
         *(_scored(f"{m}{end}", scorer) for m, scorer in measured for end in (*ENDS, "_n")),
         *(_scored(f"gain_{m}{end}", scorer) for m, scorer in gained for end in ENDS),
@@ -57,13 +60,19 @@ def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     writer.writerow(header)
     for point in points:
         baseline = next((gain.baseline_key for gain in point.gain.values()), None)
-        row = [getattr(point, name) for name in COLUMNS]
+        row = [getattr(point, name) for name in (*COLUMNS, *calibrated)]
         row += [point.throughput.get(s, {}).get(e) for s in sizes for e in ("value", "low", "high")]
         row += [cell for column in measured for cell in _figure_cells(point, column)]
         row += [cell for column in gained for cell in _gain_cells(point, column)]
         row += [_standing(point, column, fronts) for column in fronted]
         writer.writerow([*row, baseline])
     return buffer.getvalue()
+
+
+def _calibrated(points: Sequence[ResolvedPoint]) -> list[str]:
+    """Return the columns of calibration figures that some point has."""
+    names = (f"calibration_{metric}" for metric in CALIBRATION_METRICS)
+    return [name for name in names if any(getattr(p, name) is not None for p in points)]
 
 
 Column = tuple[str, str | None]
@@ -136,7 +145,12 @@ def report_markdown(text: ReportText) -> str:
         parts += ["", "## Failed", "", *_table(("points", "cause"), causes)]
     parts += ["", "## Protocols", "", "Figures of two protocols are never compared.", ""]
     for one in text.protocols:
-        parts += [f"### {', '.join(one.models)}: `{one.hash}`", "", *_table(("what", "is"), one.rows), ""]
+        parts += [
+            f"### {', '.join(one.models)}: `{one.hash}`",
+            "",
+            *_table(("what", "is"), one.rows),
+            "",
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -13,7 +13,7 @@ from orchestrator.sweep_issues import Issues
 from orchestrator.yaml_source import Node
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_BUNDLED_SCORERS: Final = Scorers(features="tiny-features", clip="tiny-clip")
+_BUNDLED_SCORERS: Final = Scorers(features="tiny-features", clip="tiny-clip", cmmd="tiny-clip")
 
 
 @dataclass(frozen=True, kw_only=True)

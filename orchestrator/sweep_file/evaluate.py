@@ -6,24 +6,21 @@ from collections.abc import Mapping
 from typing import Final, get_args
 
 from dipgo_core.evaluation.metrics import METRICS as IMAGE_METRICS
-from dipgo_core.evaluation.scorers import INCEPTION, TINY_FEATURES
+from dipgo_core.evaluation.scorers import TINY_FEATURES
 from dipgo_core.families import Scorers
-from dipgo_core.hub import split_id
-from dipgo_core.zoo import ZOO_MODELS
-from orchestrator.sweep_file.context import HUB_ID, Context, located
+from orchestrator.sweep_file.context import Context, located
 from orchestrator.sweep_file.fields import (
     MAX_SEED,
     Fields,
-    Reader,
     axis,
     choice,
     many,
     number,
     reject,
-    text,
     whole,
 )
 from orchestrator.sweep_file.prompts import read_prompts
+from orchestrator.sweep_file.scorers import read_scorers
 from orchestrator.sweep_issues import Issues
 from orchestrator.sweep_settings import (
     Baseline,
@@ -109,16 +106,18 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
     with Fields(node, issues) as section:
         prompts = read_prompts(section, issues, context, "test")
         rungs = _rungs(section)
-        scorers = _scorers(section.section("scorers"), issues, context)
+        scorers = read_scorers(section.section("scorers"), issues, context)
         default = tuple(m for m in DEFAULT_METRICS if m != "clip" or scorers.clip is not None)
         metrics = section.get("metrics", many(choice(METRICS)), default)
         _check_metrics(section, metrics, rungs, scorers, context)
+        reference = _reference(section.child("reference"), issues, context, scorers)
+        _check_cmmd(section, metrics, reference)
         return EvaluateSettings(
             prompts=prompts,
             images=rungs[-1],
             rungs=rungs if len(rungs) > 1 else (),
             scorers=scorers,
-            reference=_reference(section.child("reference"), issues, context, scorers),
+            reference=reference,
             metrics=metrics,
             seed=section.get("seed", whole(0, MAX_SEED), 0),
             batch_size=section.get("batch_size", whole(1, 4096), 16),
@@ -185,40 +184,6 @@ def _check_race(
         issues.add(place.issue(rule))
 
 
-def _scorers(node: Node, issues: Issues, context: Context) -> Scorers:
-    default = context.scorers
-    with Fields(node, issues) as section:
-        return Scorers(
-            features=section.get("features", _features(context), default.features),
-            clip=section.maybe("clip", _clip(context)) or default.clip,
-        )
-
-
-def _features(context: Context) -> Reader[str]:
-    valid = choice((TINY_FEATURES, INCEPTION))
-
-    def read(node: Node, issues: Issues) -> str | None:
-        kind, colon, file = str(node.value).partition(":")
-        if not (isinstance(node.value, str) and kind == INCEPTION and colon):
-            return valid(node, issues)
-        found = context.locate(file) if file else None
-        if found is None:
-            issues.add(node.issue(f"no such file: {file} (write {INCEPTION}:FILE)"))
-        return None if found is None else f"{INCEPTION}:{found}"
-
-    return read
-
-
-def _clip(context: Context) -> Reader[str]:
-    def read(node: Node, issues: Issues) -> str | None:
-        name = text()(node, issues)
-        if name is None or name in ZOO_MODELS or HUB_ID.fullmatch(split_id(name)[0]):
-            return name
-        return located(context, "folder")(node, issues)
-
-    return read
-
-
 def _reference(node: Node | None, issues: Issues, context: Context, scorers: Scorers) -> Reference:
     """Read ``dense``, ``{folder: PATH}`` or ``{statistics: PATH or bundled}``."""
     if node is None or node.value == "dense":
@@ -238,6 +203,13 @@ def _reference(node: Node | None, issues: Issues, context: Context, scorers: Sco
             return Reference(kind="statistics", value="bundled")
         value = located(context, "file")(child, issues) or ""
         return Reference(kind="statistics", value=value)
+
+
+def _check_cmmd(section: Fields, metrics: tuple[Metric, ...], reference: Reference) -> None:
+    if "cmmd" in metrics and reference.kind == "statistics":
+        rule = "statistics hold no CLIP embeddings, which cmmd compares"
+        move = "use dense or a folder of images, or leave cmmd out of evaluate.metrics"
+        section.issues.add(section.place("reference").issue(f"{rule}: {move}"))
 
 
 def _check_bundled_statistics(node: Node, issues: Issues, scorers: Scorers) -> None:

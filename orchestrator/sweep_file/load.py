@@ -45,7 +45,10 @@ from orchestrator.yaml_source import Node, parse_yaml
 MAX_POINTS: Final = 100_000
 
 _CONVENTIONS: Final[tuple[Convention, ...]] = get_args(Convention)
-_QUALITIES: Final[tuple[Metric, ...]] = ("clip", "fid", "kid", "ssim", "psnr")
+_QUALITIES: Final[tuple[Metric, ...]] = (
+    *("clip", "fid", "kid", "ssim", "psnr"),
+    *("cmmd", "image_reward", "lpips", "dino"),
+)
 _SPEEDS: Final[tuple[Literal["latency", "macs"], ...]] = ("latency", "macs")
 
 
