@@ -13,6 +13,7 @@ import moocore
 import numpy as np
 import numpy.typing as npt
 
+from dipgo_core.evaluation.metrics import PAIRED
 from orchestrator.metrics import QUALITIES, larger_is_better
 from orchestrator.points import ResolvedPoint
 from orchestrator.standing import Differences, Dominance, Speed, standings
@@ -214,7 +215,7 @@ def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:
 
 def _is_compared(point: ResolvedPoint, speed: Speed, quality: str) -> bool:
     """Whether both figures are known; the dense run has no distance to itself."""
-    itself = point.method == "dense" and quality in ("psnr", "ssim")
+    itself = point.method == "dense" and quality in PAIRED
     return not itself and _objectives(point, speed, quality) is not None
 
 
