@@ -46,6 +46,8 @@ class Node:
 
     path: dotted, list entries by index (``models.0.sampler.steps``). key_line, key_column: where
     the key of this value stands, or the value itself if it has none.
+    span, key_start: where value and key lie in the text, in characters; of a mapping or list where
+    it begins. flow: written in braces or brackets. Only those who edit a file need these.
     """
 
     value: Scalar | tuple[Node, ...] | Mapping[str, Node]
@@ -55,6 +57,9 @@ class Node:
     column: int
     key_line: int
     key_column: int
+    span: tuple[int, int] = (-1, -1)
+    key_start: int = -1
+    flow: bool = False
 
     def issue(self, message: str, *, at_key: bool = False, path: str | None = None) -> SweepIssue:
         """Return the issue `message` at this node."""
@@ -157,7 +162,13 @@ class _Document:
         mark = event.start_mark
         line, column = (mark.line + 1, mark.column + 1) if mark and self.placed else (0, 0)
         key_line, key_column = (key.line, key.column) if key else (line, column)
-        return Node(Unreadable(), path, self.source, line, column, key_line, key_column)
+        span = (mark.index, event.end_mark.index) if mark and event.end_mark else (-1, -1)
+        return Node(
+            *(Unreadable(), path, self.source, line, column, key_line, key_column),
+            span=span,
+            key_start=key.span[0] if key else span[0],
+            flow=bool(getattr(event, "flow_style", False)),
+        )
 
     def _count(self, node: Node, depth: int) -> None:
         self.count += 1
@@ -250,8 +261,14 @@ class _Document:
                 name: self._copy(item, item, join(path, name), depth + 1)
                 for name, item in value.items()
             }
-        keys = (place.key_line, place.key_column)
-        return Node(value, path, node.source, node.line, node.column, *keys)
+        return replace(
+            node,
+            value=value,
+            path=path,
+            key_line=place.key_line,
+            key_column=place.key_column,
+            key_start=place.key_start,
+        )
 
 
 def resolve(text: str) -> str | int | float | bool | None:
