@@ -166,13 +166,13 @@ def _listen(lines: TextIO, requests: queue.SimpleQueue[str]) -> None:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    task, store = Task.from_json(request["task"]), request["store"]
     from orchestrator.store import open_store
     from orchestrator.task.latency import measure
     from orchestrator.task.work import Work
 
     try:
-        task = Task.from_json(request["task"])
-        work = Work(task, open_store(request["store"]), lambda report: None)
+        work = Work(task, open_store(store), lambda report: None)
         return {"outputs": measure(work, int(request["parent"]))}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
