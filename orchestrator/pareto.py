@@ -6,7 +6,7 @@ The line of a front follows the figures as they are; what their intervals allow 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import moocore
@@ -31,7 +31,8 @@ class Front:
     [0, 1] over the front; points that beat the trivial baseline come before all others.
     reference_point: (1.0, worst quality of all points compared), unless one was given.
     standing: of every compared point, whether it is on the front given the intervals.
-    scorer: id of the network behind the quality metric.
+    scorer: id of the network behind the quality metric. disturbed: points that have no measured
+    speed because their measurement was disturbed, and by what.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Front:
     reference_point: tuple[float, float]
     standing: Mapping[str, Dominance]
     scorer: str | None = None
+    disturbed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +74,8 @@ def pareto_fronts(
                 continue
             reference = (references or {}).get(quality)
             where = (model, protocol, device if axis == "speedup" else None)
-            fronts.append(_front(compared, where, (axis, quality), reference, differences))
+            front = _front(compared, where, (axis, quality), reference, differences)
+            fronts.append(replace(front, disturbed=_disturbed(group, speed)))
     return tuple(fronts)
 
 
@@ -211,6 +214,12 @@ def _groups(points: Iterable[ResolvedPoint], speed: Speed) -> dict[Group, list[R
 
 def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:
     return any(p.method != "dense" and p.value(speed) is not None for p in group)
+
+
+def _disturbed(group: Sequence[ResolvedPoint], speed: Speed) -> dict[str, str]:
+    if speed != "speedup":
+        return {}
+    return {p.key: p.latency_note or "" for p in group if p.latency_usable is False}
 
 
 def _is_compared(point: ResolvedPoint, speed: Speed, quality: str) -> bool:

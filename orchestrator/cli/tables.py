@@ -18,7 +18,7 @@ from orchestrator.sweep_settings import SweepFile
 if TYPE_CHECKING:
     from orchestrator.cli.sweeps import Results
 
-KINDS = ("reference", "search", "evaluate", "latency", "race")
+KINDS = ("reference", "statistics", "search", "evaluate", "latency", "race")
 
 
 def print_sweep(file: Path, sweep: SweepFile) -> None:
@@ -131,6 +131,8 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
         "key",
     )  # fmt: skip
     print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
+    for key, reason in front.disturbed.items():
+        say(f"no measured speed of {by_key[key].name} ({key[:12]}): {reason}")
 
 
 def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -> None:

@@ -134,6 +134,15 @@ def test_unfinished_points_are_left_out() -> None:
     assert pareto_fronts(points)[0].points == ("a",)
 
 
+def test_disturbed_measurement_is_on_no_front_and_names_its_reason() -> None:
+    noisy = {"latency_usable": False, "latency_note": "batch 1: a busy GPU"}
+    points = [point("a", 2.0, clip=1.0), point("b", None, clip=2.0, **noisy)]
+    front = pareto_fronts(points)[0]
+    assert front.points == ("a",)
+    assert front.disturbed == {"b": "batch 1: a busy GPU"}
+    assert not pareto_fronts(points, speed="macs_speedup")[0].disturbed
+
+
 def test_fronts_without_latency_fall_back_to_counted_macs() -> None:
     points = [point("a", None, clip=1.0, macs_speedup=2.0, device=None)]
     front = pareto_fronts(points)[0]
