@@ -41,6 +41,7 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
         "evaluate_key": record.key,
         "protocol": point.protocol,
         "protocol_fields": record.inputs["protocol"],
+        "weights_sha256": record.inputs["model"]["weights_sha256"],
         "latency": _latency_conditions(point, records),
         "versions": {**record.inputs.get("versions", {}), **record.versions},
     }

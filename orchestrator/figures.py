@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from orchestrator.metrics import FIGURES, label_of, wants_log
 from orchestrator.pareto import Front
 from orchestrator.points import ResolvedPoint
+from orchestrator.protocol_text import short
 from orchestrator.standing import Dominance
 
 #: Okabe and Ito's palette, told apart with any colour vision; markers differ as well.
@@ -159,7 +160,14 @@ def _values(points: Sequence[ResolvedPoint], figure: str) -> npt.NDArray[np.floa
 def _dress(axes: Axes, compared: Sequence[ResolvedPoint], front: Front) -> None:
     """Title, labels and scales; better is always up and to the right."""
     speed, quality = front.objectives
-    axes.set_title(front.model if front.device is None else f"{front.model} · {front.device}")
+    axes.set_title(
+        front.model if front.device is None else f"{front.model} · {front.device}", pad=14
+    )
+    n = max(point.figures[quality].n for point in compared)
+    known = any(point.bounds(quality) != (None, None) for point in compared)
+    note = f"n = {n}{'' if known else ', no intervals'}, protocol {short(front.protocol)}"
+    axes.annotate(note, (1, 1), xycoords="axes fraction", xytext=(0, 3),
+                  textcoords="offset points", ha="right", va="bottom", fontsize=6.5)  # fmt: skip
     axes.set_xlabel(FIGURES[speed].label)
     label = label_of(quality, front.scorer)
     axes.set_ylabel(f"{label}, axis turned" if FIGURES[quality].lower_is_better else label)

@@ -131,7 +131,7 @@ def figure_text(
         return ""
     exact = FIGURES[figure].decimals
     if FIGURES[figure].counted or (low is not None and low == high):
-        return _written(value, exact, signed)
+        return "0" if signed and value == 0 else _written(value, exact, signed)
     if low is None or high is None:
         size = math.floor(math.log10(abs(value))) if value else 0
         known = "" if n is None else f" (n={n})"
@@ -139,6 +139,11 @@ def figure_text(
     decimals = decimals_of((high - low) / 2)
     parts = [_written(part, decimals, signed) for part in (value, low, high)]
     return "{} [{}, {}]".format(*parts)
+
+
+def ratio_text(value: float, low: float | None, high: float | None) -> str:
+    """Format the ratio of two speeds with its interval, such as ``1.08 [1.03, 1.13]``."""
+    return figure_text("speedup", value, low, high)
 
 
 def _written(value: float, decimals: int, signed: bool) -> str:

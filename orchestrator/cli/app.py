@@ -164,6 +164,29 @@ def pareto(
 
 
 @app.command()
+def compare(
+    sides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[FILE] A B",
+            help="Two sweep files, two SubNet files, or a sweep file and the keys of two points.",
+        ),
+    ],
+    override: Overrides = None,
+    model: ModelName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two points, or two sweeps point by point: under one protocol, or not at all."""
+    from orchestrator.cli.compare import compare_named, comparisons_json, print_comparisons
+
+    found = compare_named(sides, override or [], model)
+    if as_json:
+        print_json(comparisons_json(found))
+    else:
+        print_comparisons(found)
+
+
+@app.command()
 def report(
     file: SweepPath,
     override: Overrides = None,
@@ -247,6 +270,31 @@ def models(as_json: AsJson = False) -> None:
         print_json(models_json())
     else:
         print_models()
+
+
+@app.command()
+def prefetch(
+    file: SweepPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and fetch nothing.")] = False,
+) -> None:
+    """List what a sweep needs from the model hub, and fetch what is not here yet, once."""
+    from orchestrator.cli.prefetch import prefetch_and_show
+
+    raise typer.Exit(prefetch_and_show(file, override or [], as_json=as_json, dry_run=dry_run))
+
+
+@app.command()
+def pin(
+    file: SweepPath,
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and write nothing.")] = False,
+) -> None:
+    """Write the commit of every revision on the hub into the sweep file; nothing else changes."""
+    from orchestrator.cli.pin import pin_and_show
+
+    pin_and_show(file, as_json=as_json, dry_run=dry_run)
 
 
 @app.command()

@@ -22,16 +22,21 @@ def choose_point(
         TargetError: nothing was searched at the target, or it is not finished.
     """
     if point is not None:
-        return _by_key(results.points, point)
+        return point_by_key(results.points, point)
     name = _model(results, model)
     return _knee(results, name) if target is None else _headline(results, name, target)
 
 
-def _by_key(points: Sequence[ResolvedPoint], start: str) -> ResolvedPoint:
+def point_by_key(points: Sequence[ResolvedPoint], start: str) -> ResolvedPoint:
+    """Return the one point whose key begins so.
+
+    Raises:
+        ConfigError: no or several points fit.
+    """
     found = [point for point in points if point.key.startswith(start)]
     if len(found) != 1:
         raise ConfigError(
-            f"--point {start!r} fits {len(found)} points of this sweep; "
+            f"the key {start!r} fits {len(found)} points of this sweep; "
             "`dipgo-sweep pareto FILE --json` lists their keys"
         )
     return found[0]

@@ -23,6 +23,7 @@ COMMANDS = [
     "validate",
     "status",
     "pareto",
+    "compare",
     "report",
     "export",
     "generate",

@@ -1,0 +1,339 @@
+"""compare: two ways to run one model, figure by figure, under one protocol or not at all. No torch.
+
+Differences are B - A of a quality, B / A of a speed. Paired wherever both sides' arrays are there:
+each resample draws the same prompts on both sides. From two files alone they are unpaired: such an
+interval is wider than it need be, for both sides share prompts and noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from dipgo_core.errors import ConfigError, EvaluationError
+from dipgo_core.evaluation.intervals import (
+    Figure,
+    Interval,
+    Replicates,
+    difference_of,
+    interval_of,
+)
+from dipgo_core.evaluation.protocol import Protocol
+from dipgo_core.subnet import SubNet
+from orchestrator.gains import Comparisons
+from orchestrator.metrics import FIGURES, IMAGE_FIGURES, QUALITIES, label_of
+from orchestrator.points import ResolvedPoint, latency_conditions
+from orchestrator.protocol_text import short
+from orchestrator.records import Record, canonical, content_key
+from orchestrator.standing import unpaired_gap
+
+COUNTED = ("macs_speedup",)
+TIMED = ("speedup", "latency_ms", "loop_speedup", "loop_ms")
+ALIKE = (
+    "Measure both alike: give both sweep files the same values and run them again (what is done is "
+    "not computed anew)."
+)
+Replicated = Callable[[str], Replicates | None]
+
+
+def _no_arrays(metric: str) -> Replicates | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Side:
+    """One point, as it is compared.
+
+    model, weights: id, and digest of the weights. figures: by name, speeds included. conditions:
+    what its latency was measured under, None where it was not. evaluation: key of the task that
+    made its images. replicates: of a metric of its images, None where the arrays are not at hand.
+    """
+
+    name: str
+    key: str
+    model: str
+    weights: str
+    protocol: Protocol
+    figures: Mapping[str, Figure]
+    conditions: Mapping[str, Any] | None = None
+    evaluation: str
+    replicates: Replicated = _no_arrays
+
+    def named(self, name: str) -> Side:
+        """Return the same under another name."""
+        return replace(self, name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """By how much B differs from A; positive = more. Bounds are None where none are known.
+
+    kind: "difference", B - A, or "ratio", B / A. better: whose figure is surely better; None: the
+    interval excludes neither, or there is none.
+    """
+
+    kind: Literal["difference", "ratio"]
+    value: float
+    low: float | None
+    high: float | None
+    paired: bool
+    better: Literal["A", "B"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of both sides."""
+
+    figure: str
+    scorer: str | None
+    a: Figure
+    b: Figure
+    difference: Difference
+
+    @property
+    def label(self) -> str:
+        return label_of(self.figure, self.scorer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two points under one protocol. notes: what was left out, and why."""
+
+    a: Side
+    b: Side
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        sides = {
+            side: {"name": one.name, "key": one.key, "latency": one.conditions}
+            for side, one in (("a", self.a), ("b", self.b))
+        }
+        return {**sides, "rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+
+
+def side_of_point(
+    point: ResolvedPoint, records: Mapping[str, Record], comparisons: Comparisons
+) -> Side:
+    """Return a point of a sweep as it is compared.
+
+    Raises:
+        ConfigError: it is not evaluated yet.
+    """
+    record = records.get(point.evaluate_key or "")
+    if record is None:
+        raise ConfigError(
+            f"point {point.key[:12]} ({point.name}) is not evaluated yet ({point.state}): "
+            "run the sweep, then compare again"
+        )
+    timed = records.get(point.latency_key or "")
+    figures = {**point.figures, **_speeds(point)}
+    target = "" if point.target is None else f" at {point.target:g}"
+    return Side(
+        name=f"{point.model}: {point.name}{target}",
+        key=point.key,
+        model=point.model_id,
+        weights=record.inputs["model"]["weights_sha256"],
+        protocol=Protocol.from_json(record.inputs["protocol"]),
+        figures=figures,
+        conditions=None if timed is None else latency_conditions(timed),
+        evaluation=record.key,
+        replicates=lambda metric: comparisons.replicates(metric, record.key),
+    )
+
+
+def side_of_subnet(subnet: SubNet, name: str) -> Side:
+    """Return a SubNet file as it is compared.
+
+    Raises:
+        ConfigError: the file does not say how it was measured.
+    """
+    origin, metrics = subnet.provenance, subnet.metrics
+    try:
+        protocol = Protocol.from_json(origin["protocol_fields"])
+        return Side(
+            name=name,
+            key=str(origin["point"]),
+            model=str(subnet.model["id"]),
+            weights=str(origin["weights_sha256"]),
+            protocol=protocol,
+            figures=_figures_of_file(metrics, protocol),
+            conditions=origin.get("latency"),
+            evaluation=str(origin["evaluate_key"]),
+        )
+    except (KeyError, TypeError, EvaluationError) as error:
+        raise ConfigError(
+            f"{name} does not say how it was measured ({error}): export the SubNet again with "
+            "`dipgo-sweep export`"
+        ) from error
+
+
+def check_comparable(a: Side, b: Side) -> None:
+    """Check that both are one model under one protocol.
+
+    Raises:
+        ConfigError: names every field that differs, and what to do.
+    """
+    lines: list[str] = []
+    move = ALIKE
+    if a.weights != b.weights:
+        mine, theirs = (f"{one.model} ({short(one.weights)})" for one in (a, b))
+        lines.append(f"model: {mine} against {theirs}")
+        move = "Compare each with its own dense run: `pareto` shows its gains."
+    lines += a.protocol.differences(b.protocol)
+    if not lines:
+        return
+    hashes = " and ".join(short(one.protocol.hash) for one in (a, b))
+    listed = "".join(f"\n  {line}" for line in lines)
+    raise ConfigError(
+        f"{a.name} and {b.name} cannot be compared: figures of two models or two protocols "
+        f"({hashes}) are on two scales. They differ in{listed}\n{move}"
+    )
+
+
+def compare_sides(a: Side, b: Side) -> Comparison:
+    """Compare two points in every figure both have.
+
+    Raises:
+        ConfigError: they are of two models or two protocols.
+    """
+    check_comparable(a, b)
+    rows: list[Row] = []
+    notes: list[str] = []
+    for figure in (*COUNTED, *_comparable_times(a, b, notes), *IMAGE_FIGURES):
+        if figure in a.figures and figure in b.figures:
+            mine, theirs = a.figures[figure], b.figures[figure]
+            told = _difference(figure, a, b)
+            rows.append(Row(figure=figure, scorer=mine.scorer, a=mine, b=theirs, difference=told))
+    if a.evaluation == b.evaluation:
+        notes.append("A and B are the same SubNet, evaluated once")
+    return Comparison(a=a, b=b, rows=tuple(rows), notes=tuple(notes))
+
+
+def matching_points(
+    ours: Iterable[ResolvedPoint], theirs: Iterable[ResolvedPoint]
+) -> list[tuple[ResolvedPoint, ResolvedPoint]]:
+    """Pair points of two sweeps that are the same way to run a model; evaluated ones only."""
+    known = {_way(point): point for point in theirs if point.is_evaluated}
+    mine = {_way(point): point for point in ours if point.is_evaluated}
+    return [(point, known[way]) for way, point in mine.items() if way in known]
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _way(point: ResolvedPoint) -> str:
+    names = ("method", "strategy", "loss", "seed", "target", "variant", "sampler")
+    return content_key({name: canonical(getattr(point, name)) for name in names})
+
+
+def _speeds(point: ResolvedPoint) -> dict[str, Figure]:
+    speeds = {}
+    for name in (*COUNTED, *TIMED):
+        value, (low, high) = point.value(name), point.bounds(name)
+        if value is not None:
+            speeds[name] = Figure(value, low, high, 0)
+    return speeds
+
+
+def _figures_of_file(metrics: Mapping[str, Any], protocol: Protocol) -> dict[str, Figure]:
+    return {
+        name: Figure(
+            value=float(metrics[name]),
+            low=metrics.get(f"{name}_low"),
+            high=metrics.get(f"{name}_high"),
+            n=int(metrics.get("n", {}).get(name, 0)),
+            scorer=metrics.get("scorers", {}).get(name),
+            protocol=protocol.hash,
+        )
+        for name in (*COUNTED, *TIMED, *IMAGE_FIGURES)
+        if metrics.get(name) is not None
+    }
+
+
+def _comparable_times(a: Side, b: Side, notes: list[str]) -> Sequence[str]:
+    """Return the names of latency figures if they may be compared; else note why not."""
+    if a.conditions is None or b.conditions is None:
+        missing = " and ".join(s for s, one in (("A", a), ("B", b)) if one.conditions is None)
+        notes.append(f"latency is not compared: it was not measured for {missing}")
+        return ()
+    names = sorted(a.conditions.keys() | b.conditions.keys())
+    both = [(name, a.conditions.get(name), b.conditions.get(name)) for name in names]
+    differ = [f"{name}: {mine!r} against {its!r}" for name, mine, its in both if mine != its]
+    if differ:
+        notes.append(f"latency is not compared: {'; '.join(differ)}")
+    return () if differ else TIMED
+
+
+def _difference(figure: str, a: Side, b: Side) -> Difference:
+    mine, theirs = a.figures[figure], b.figures[figure]
+    if figure not in IMAGE_FIGURES:
+        return _ratio(figure, mine, theirs)
+    value = theirs.value - mine.value
+    if a.evaluation == b.evaluation:
+        return _told(figure, Interval(0.0, 0.0, 0.0), paired=True)
+    found = _paired(figure, a, b)
+    if found is not None:
+        shift = value - found.value
+        return _told(figure, Interval(value, found.low + shift, found.high + shift), paired=True)
+    known = _interval(mine), _interval(theirs)
+    if known[0] is None or known[1] is None:
+        return Difference(
+            kind="difference", value=value, low=None, high=None, paired=False, better=None
+        )
+    return _told(figure, unpaired_gap(known[1], known[0]), paired=False)
+
+
+def _paired(figure: str, a: Side, b: Side) -> Interval | None:
+    """Return B - A of the same prompts and noise, where both sides' arrays are there."""
+    if figure not in QUALITIES:
+        return None
+    mine, theirs = a.replicates(figure), b.replicates(figure)
+    return None if mine is None or theirs is None else interval_of(difference_of(theirs, mine))
+
+
+def _ratio(figure: str, a: Figure, b: Figure) -> Difference:
+    """Return B / A; the two measurements are independent of each other."""
+    mine, theirs = (_logarithm(figure, one) for one in (a, b))
+    if mine is None or theirs is None:
+        return Difference(
+            kind="ratio", value=b.value / a.value, low=None, high=None, paired=False, better=None
+        )
+    gap = unpaired_gap(theirs, mine)
+    told = _told(figure, gap, paired=False)
+    value, low, high = (math.exp(part) for part in (gap.value, gap.low, gap.high))
+    return replace(told, kind="ratio", value=value, low=low, high=high)
+
+
+def _told(figure: str, found: Interval, *, paired: bool) -> Difference:
+    """Return a difference with what it says: whose figure is surely better."""
+    better: Literal["A", "B"] | None = None
+    if found.low > 0:
+        better = "A" if FIGURES[figure].lower_is_better else "B"
+    elif found.high < 0:
+        better = "B" if FIGURES[figure].lower_is_better else "A"
+    return Difference(
+        kind="difference",
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        paired=paired,
+        better=better,
+    )
+
+
+def _interval(figure: Figure) -> Interval | None:
+    if figure.low is None or figure.high is None:
+        return None
+    return Interval(figure.value, figure.low, figure.high)
+
+
+def _logarithm(figure: str, known: Figure) -> Interval | None:
+    if FIGURES[figure].counted:
+        return Interval(*(math.log(known.value),) * 3)
+    found = _interval(known)
+    if found is None:
+        return None
+    return Interval(math.log(found.value), math.log(found.low), math.log(found.high))
