@@ -29,7 +29,7 @@ EventKind = Literal["planned", "started", "progress", "done", "failed"]
 
 #: References unlock everything, searches take longest; latencies want the machine for themselves.
 _ORDER: Mapping[TaskKind, int] = {
-    "reference": 0, "race": 0, "search": 1, "evaluate": 2, "latency": 3,
+    "reference": 0, "race": 0, "statistics": 0, "search": 1, "evaluate": 2, "latency": 3,
 }  # fmt: skip
 
 
@@ -326,6 +326,7 @@ def _longest_first(planned: PlannedTask) -> tuple[int, str, float]:
     inputs = planned.task.inputs
     kept = sum(row.count("1") for row in inputs.get("keep", ()))
     work = {
+        "statistics": lambda: kept,
         "reference": lambda: inputs["protocol"]["split"] == "calibration",  # searches wait for it
         "search": lambda: inputs["search"]["steps"],
         "evaluate": lambda: kept * inputs["protocol"]["images"],

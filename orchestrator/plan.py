@@ -69,6 +69,7 @@ class Point:
     variant: str | None = None
     protocol_hash: str
     reference_key: str
+    statistics_keys: tuple[str, ...] = ()
     keep: tuple[str, ...] | None = None
     error: str | None = None
     search_key: str | None = None
@@ -212,6 +213,8 @@ class _Builder:
         self._add(tasks, tasks.reference("test"))
         if any(spec.search is not None or spec.method in CALIBRATED for spec in tasks.specs):
             self._add(tasks, tasks.reference("calibration"))
+        for task in tasks.statistics.values():
+            self._add(tasks, task)
         for settings in searches(tasks.model):
             self.searches.append(self._add(tasks, tasks.search(settings)))
         step_masks = step_mask_search(tasks.model)
@@ -405,6 +408,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         variant=spec.variant,
         protocol_hash=tasks.protocol_hash,
         reference_key=reference_key,
+        statistics_keys=tuple(task.key for task in tasks.statistics.values()),
         search_key=search_key,
         needs=(reference_key,) if search_key is None else (reference_key, search_key),
         label=spec.label,

@@ -263,7 +263,8 @@ def _state(point: Point, complete: bool, error: str | None) -> State:
 def _task_keys(point: Point) -> tuple[str, ...]:
     """Return every task the point rests on, each once."""
     searched = () if point.search_key is None else (point.search_key,)
-    keys = (*point.needs, point.reference_key, *searched, *point.task_keys)
+    shared = (point.reference_key, *point.statistics_keys)
+    keys = (*point.needs, *shared, *searched, *point.task_keys)
     return tuple(dict.fromkeys(keys))
 
 

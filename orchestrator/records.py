@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-TaskKind = Literal["reference", "search", "evaluate", "latency", "race"]
+TaskKind = Literal["reference", "statistics", "search", "evaluate", "latency", "race"]
 RecordState = Literal["done", "failed"]
 
 SCHEMA_VERSION = 1

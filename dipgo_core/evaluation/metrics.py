@@ -53,3 +53,7 @@ def roles_of(metrics: tuple[str, ...]) -> tuple[Role, ...]:
     """Return the roles that these metrics need a network for, each once."""
     needed = {METRICS[name].role for name in metrics if name in METRICS}
     return tuple(role for role in ROLES if role in needed)
+
+
+#: Roles whose network turns images into features that are compared as a set.
+FEATURE_ROLES: Final = roles_of(DISTRIBUTION)

@@ -33,8 +33,7 @@ def run_evaluate(work: Work) -> Outcome:
     scorers = scorers_of(work)
     known = continued(work)
     whole = merge_shards(_scored_shards(work, scorers, known), protocol)
-    references = {role: _reference(work, role) for role in FEATURE_ROLES if role in scorers}
-    figures = summarise(whole, protocol, references)
+    figures = summarise(whole, protocol, _references_of(work, scorers))
     subnet = subnet_of(work.model, work.graph, work.sampler, work.gates)
     outputs = {
         "metrics": {name: figure.to_json() for name, figure in figures.items()},
@@ -84,10 +83,9 @@ def is_dense(work: Work) -> bool:
 def _dense_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Iterator[ShardResult]:
     """Score the images that the reference has made; their features are known already."""
     dense = DenseImages(work)
-    known = work.protocol.reference == "dense"
-    features = {
-        role: _reference(work, role).features for role in scorers if known and role in FEATURE_ROLES
-    }
+    itself = work.protocol.reference == "dense"
+    known = _references_of(work, scorers) if itself else {}
+    features = {role: one.features for role, one in known.items() if one.features is not None}
     others = {role: network for role, network in scorers.items() if role not in features}
     batches = (batch for shard in shards for batch in dense.batches(shard, work.batch_size))
     scored = score_shards(
@@ -113,21 +111,27 @@ def _pruned_shards(work: Work, scorers: Scorers, shards: Sequence[range]) -> Ite
     )
 
 
+def _references_of(work: Work, scorers: Scorers) -> dict[str, Reference]:
+    """Return what the features of each role are compared with."""
+    return {role: _reference(work, role) for role in FEATURE_ROLES if role in scorers}
+
+
 def _reference(work: Work, role: Role) -> Reference:
     """Return what the features of a role are compared with; kept from task to task."""
     protocol, options = work.protocol, work.task.options
     if protocol.reference.startswith("statistics:"):
         path = reference_path(options["reference"])
         return load_statistics(path, protocol.scorers[role])
-    known = (options["statistics"][role], protocol.images)
-    if known not in _references:
-        _references.clear()
-        _references[known] = stored_reference(work.store, known[0], protocol, role)
-    return _references[known]
+    key = options["statistics"][role]
+    if role not in _references or _references[role][:2] != (key, protocol.images):
+        _references.pop(role, None)  # never two of them in memory
+        found = stored_reference(work.store, key, protocol, role)
+        _references[role] = (key, protocol.images, found)
+    return _references[role][2]
 
 
-#: The reference last used, by the key of its features and the number of images compared.
-_references: dict[tuple[str, int], Reference] = {}
+#: The reference each role used last, with the key of its features and how many are compared.
+_references: dict[Role, tuple[str, int, Reference]] = {}
 
 
 def _macs(work: Work, subnet: SubNet) -> dict[str, Any]:

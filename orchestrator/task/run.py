@@ -21,10 +21,12 @@ from orchestrator.task.latency_process import stop_measuring
 from orchestrator.task.race import run_race
 from orchestrator.task.reference import run_reference
 from orchestrator.task.search import run_search
+from orchestrator.task.statistics import run_statistics
 from orchestrator.task.work import OnProgress, Outcome, Work
 
 RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "reference": run_reference,
+    "statistics": run_statistics,
     "search": run_search,
     "evaluate": run_evaluate,
     "latency": run_latency,

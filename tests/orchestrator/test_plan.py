@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from dipgo_core.baselines import random_gates
@@ -65,6 +66,27 @@ def test_plan_lists_what_is_unresolved_with_the_search_it_needs() -> None:
     assert len(waiting) == 2  # on test and on calibration prompts
     assert {task.state for task in waiting} == {"unresolved"}
     assert [task.kind for task in plan.ready] == ["reference", "reference"]
+
+
+def test_reference_features_are_planned_once_and_evaluations_need_them() -> None:
+    sweep = tiny_sweep(targets=(0.5,), baselines=ALL_BASELINES, metrics=("fid", "kid", "clip"))
+    plan, _, _ = run_all(sweep)
+    found = [task for task in plan.tasks if task.kind == "statistics"]
+    users = [task.key for task in plan.tasks if found[0].key in task.needs]
+    assert len(found) == 1
+    assert found[0].needs == (plan.points[0].reference_key,)
+    assert set(users) == {point.evaluate_key for point in plan.points}
+
+
+def test_models_share_the_features_of_a_folder_and_a_file_needs_none() -> None:
+    sweep = tiny_sweep(targets=(0.5,), models=("one", "two"), metrics=("kid", "clip"))
+    for reference, count in ((f"folder:{'0' * 64}", 1), (f"statistics:{'0' * 64}", 0)):
+        facts = {
+            name: replace(fact, reference=reference) for name, fact in tiny_facts(sweep).items()
+        }
+        plan = build_plan(sweep, {}, facts=facts, device="a cpu")
+        assert kinds(plan.tasks).get("statistics", 0) == count
+        assert kinds(plan.ready)["reference"] == 4
 
 
 def test_plan_grows_no_task_it_had_not_counted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from PIL import Image
 
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import DipgoError, ModelFilesError, TaskError
+from dipgo_core.evaluation.fid import load_extractor
 from dipgo_core.evaluation.prompts import in_order
 from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.families import Scorers
@@ -35,6 +38,7 @@ from orchestrator.sweep_settings import (
     EvaluateSettings,
     LatencySettings,
     PromptSource,
+    Reference,
     Resources,
     SearchGrid,
     SweepFile,
@@ -62,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def sweep_of(folder: Path) -> SweepFile:
+def sweep_of(folder: Path, reference: Reference | None = None) -> SweepFile:
     def prompts(name: str) -> PromptSource:
         return PromptSource(kind="file", value=str(folder / f"{name}.txt"))
 
@@ -86,7 +90,8 @@ def sweep_of(folder: Path) -> SweepFile:
                     prompts=prompts("test"),
                     images=5,
                     scorers=Scorers(features="tiny-features", clip=None),
-                    metrics=("psnr", "ssim", "latency"),
+                    reference=reference or Reference(),
+                    metrics=("fid", "kid", "psnr", "ssim", "latency"),
                     batch_size=2,
                 ),
             ),
@@ -203,6 +208,50 @@ def test_evaluated_subnet_runs_on_the_pipeline_and_gives_those_images(
     assert np.abs(images.astype(int) - samples.astype(int)).max() <= 1
 
 
+def test_reference_features_are_those_of_the_dense_images(finished: Any) -> None:
+    store, plan, records = finished
+    (task,) = tasks_of(plan, "statistics")
+    reference = records[tasks_of(plan, "reference", "test")[0].key]
+    names = sorted(name for name in reference.artifacts if name.startswith("images-"))
+    images = np.concatenate([arrays(store, reference, name)["images"] for name in names])
+    found = arrays(store, records[task.key], "features.safetensors")["features"]
+    expected = load_extractor("tiny-features")(torch.from_numpy(images))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)  # batches of two against one of 5
+
+
+def test_dense_evaluation_takes_the_features_there_are(finished: Any) -> None:
+    store, plan, records = finished
+    point = next(point for point in plan.points if point.method == "dense")
+    record = records[str(point.evaluate_key)]
+    features = arrays(store, record, "features.safetensors")["features"]
+    known = records[record.outputs["statistics"]["features"]]
+    assert np.array_equal(features, arrays(store, known, "features.safetensors")["features"])
+    assert record.outputs["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    assert record.outputs["batch_size"] == 2
+
+
+def test_folder_of_real_images_is_looked_at_once(
+    folder: Path, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (real := tmp_path / "real").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(real / f"{i}.png")
+    sweep = sweep_of(folder, Reference(kind="folder", value=str(real)))
+    store = copied(finished, tmp_path, ("reference",))
+    plan = build_plan(sweep, store.records(), facts=gather_facts(sweep), device="none")
+    (task,) = tasks_of(plan, "statistics")
+    record = run_task(task, store)
+    shutil.rmtree(real)
+    dense = run_task(tasks_of(plan, "evaluate", "dense")[0], store)
+    expected = load_extractor("tiny-features")(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    found = arrays(store, record, "features.safetensors")["features"]
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert dense.outputs["metrics"]["fid"]["value"] > 1
+    with pytest.raises(DipgoError, match="no reference images"):
+        run_task(task, copied(finished, tmp_path / "other", ("reference",)))
+
+
 def test_few_steps_is_charged_against_the_dense_run(finished: Any) -> None:
     _, plan, records = finished
     point = next(point for point in plan.points if point.method == "few_steps")
@@ -293,7 +342,7 @@ def test_interrupted_evaluation_goes_on_after_its_finished_shards(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, plan, records = finished
-    store = copied(finished, tmp_path, ("reference",))
+    store = copied(finished, tmp_path, ("reference", "statistics"))
     task = next(t for t in tasks_of(plan, "evaluate", "uniform") if "calibration" not in t.label)
     with pytest.raises(Stop):
         run_task(task, store, on_progress=raise_stop)
