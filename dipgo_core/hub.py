@@ -235,6 +235,15 @@ def fetch_again(hub_id: str, commit: str, path: str, kind: Kind = "model") -> No
         )
 
 
+def gated_message(hub_id: str, kind: Kind = "model") -> str:
+    """Return what to do about a repository that the token given, or none, may not read."""
+    token = "one is set, and has no access" if has_token() else "none is set"
+    return (
+        f"{hub_id} is gated: accept its terms at {page_of(hub_id, kind)}, then set HF_TOKEN to a "
+        f"token of that account ({token})"
+    )
+
+
 def listed(names: Iterable[str], most: int = 4) -> str:
     """Return names for a message, the first few written out."""
     names = list(names)
@@ -276,11 +285,7 @@ def _hub_error(error: Exception, hub_id: str, kind: Kind, what: str) -> HubError
 
     page = page_of(hub_id, kind)
     if isinstance(error, errors.GatedRepoError):
-        token = "one is set, and has no access" if has_token() else "none is set"
-        return HubError(
-            f"{hub_id} is gated: accept its terms at {page}, then set HF_TOKEN to a token of that "
-            f"account ({token})"
-        )
+        return HubError(gated_message(hub_id, kind))
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{what} does not exist; {page}/commits/main lists what there is")
     if isinstance(error, errors.RepositoryNotFoundError):

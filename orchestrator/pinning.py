@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dipgo_core.errors import ConfigError, SweepFileError
 from dipgo_core.evaluation.metrics import Role
@@ -39,11 +39,26 @@ Tree = Mapping[str, "str | Tree"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pinned:
-    """What was written. needs: what had no commit, with its commit. loose: whether the file still
-    allows what moves, though nothing in it does."""
+    """What had no commit, with the commit it is now. loose: whether the file still allows what
+    moves, though nothing in it does."""
 
     needs: tuple[tuple[HubNeed, str], ...]
     loose: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pinned": [
+                {
+                    "kind": need.kind,
+                    "id": need.id,
+                    "revision": need.revision or MAIN,
+                    "commit": commit,
+                    "used_by": list(need.users),
+                }
+                for need, commit in self.needs
+            ],
+            "allow_unpinned_can_be_false": self.loose,
+        }
 
 
 @dataclass(frozen=True, order=True)
@@ -55,8 +70,10 @@ class Edit:
     text: str
 
 
-def pin_file(path: Path) -> Pinned:
+def pin_file(path: Path, *, write: bool = True) -> Pinned:
     """Write the commit of every hub revision of a sweep file that has none, into the file itself.
+
+    write: False only tells what would be written.
 
     Raises:
         SweepFileError: the file has errors.
@@ -68,12 +85,12 @@ def pin_file(path: Path) -> Pinned:
     commits, problems = resolve_needs(needs)
     if problems:
         raise refusal(sweep, problems)
-    if needs:
+    if needs and write:
         text = path.read_bytes().decode("utf-8")  # a mark at its beginning stays
         _replace(path, _edited(text, path, sweep, commits), with_commits(sweep, commits))
     return Pinned(
         needs=tuple((need, commits[need.key]) for need in needs),
-        loose=load_sweep(path, ()).allow_unpinned and _is_strict(path),
+        loose=_is_strict(path) and load_sweep(path).allow_unpinned,
     )
 
 
@@ -283,11 +300,3 @@ def _flow(value: str | Tree) -> str:
     if isinstance(value, str):
         return value if isinstance(resolve(value), str) else f'"{value}"'
     return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
-
-
-def told(needs: Sequence[tuple[HubNeed, str]]) -> list[str]:
-    """Return a line for each commit: what had which revision, and what it is."""
-    return [
-        f"{need.kind} {need.id}: {need.revision or MAIN} is {commit} ({', '.join(need.users)})"
-        for need, commit in needs
-    ]

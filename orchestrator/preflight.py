@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dipgo_core import hub
 from dipgo_core.errors import DipgoError
-from dipgo_core.evaluation.lpips_files import checked_backbone
-from dipgo_core.evaluation.scorers import INCEPTION, inception_file
+from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
+from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.model_files import check_weights
 from orchestrator.facts import ModelFacts, find_facts, refusal, scorer_names
 from orchestrator.hub_needs import (
@@ -52,7 +52,11 @@ def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready
     facts, unfit = find_facts(resolved, offline=bool(problems))
     problems += unfit
     problems += [line for need in needs for line in _absent(need, commits)]
-    problems += missing_files(sweep)
+    problems += [
+        f"{', '.join(file.users)}: {file.problem}"
+        for file in published_files(sweep)
+        if file.problem is not None
+    ]
     if problems:
         raise refusal(sweep, problems)
     noted = {need.key: commits[need.key] for need in needs if need.kind in PINNABLE}
@@ -110,17 +114,52 @@ def _check_need(need: HubNeed, commit: str) -> None:
     hub.check_access(need.id, need.repository)
 
 
-def missing_files(sweep: SweepFile) -> list[str]:
-    """Return a line for each scorer whose published file, which is not on the hub, is missing."""
-    lines: list[str] = []
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """A scorer's weights that are published as a file, not on the hub, and put in place by hand.
+
+    problem: why it cannot be used, with its address, size and place; None if it is there.
+    """
+
+    scorer: str
+    users: tuple[str, ...]
+    path: str | None
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def published_files(sweep: SweepFile) -> tuple[PublishedFile, ...]:
+    """Return the published files that the scorers of a sweep need, here or not."""
+    users: dict[tuple[str, Callable[[str], Path]], list[str]] = {}
     for model in sweep.models:
         for role, name in scorer_names(model).items():
-            place = f"{model.name}: evaluate.scorers.{role}"
-            if role == "features" and name.partition(":")[0] == INCEPTION:
-                lines += _failure(place, partial(inception_file, name))
-            if role == "lpips":
-                lines += _failure(place, partial(checked_backbone, name))
-    return lines
+            find = _PUBLISHED.get(name.partition(":")[0])
+            if find is not None:
+                place = f"{model.name}: evaluate.scorers.{role}"
+                users.setdefault((name, find), []).append(place)
+    return tuple(_published(name, find, tuple(who)) for (name, find), who in users.items())
+
+
+def _published(name: str, find: Callable[[str], Path], users: tuple[str, ...]) -> PublishedFile:
+    try:
+        path = str(find(name))
+    except DipgoError as error:
+        return PublishedFile(scorer=name, users=users, path=None, problem=str(error))
+    return PublishedFile(scorer=name, users=users, path=path, problem=None)
+
+
+def _inception(name: str) -> Path:
+    files = checked_inception(name)
+    return files.converted if files.converted.is_file() else files.original
+
+
+#: How the file of a scorer is found and checked, by the first word of its name.
+_PUBLISHED: Mapping[str, Callable[[str], Path]] = {
+    INCEPTION: _inception,
+    **dict.fromkeys(BACKBONES, checked_backbone),
+}
 
 
 def _failure(place: str, check: Callable[[], object]) -> list[str]:

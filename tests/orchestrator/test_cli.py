@@ -28,6 +28,8 @@ COMMANDS = [
     "export",
     "generate",
     "models",
+    "pin",
+    "prefetch",
     "ui",
 ]
 
