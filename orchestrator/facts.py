@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dipgo_core import hub
 from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError, PreflightError
 from dipgo_core.evaluation.metrics import DISTRIBUTION, Role, roles_of
 from dipgo_core.evaluation.prompts import (
@@ -75,7 +76,8 @@ class ModelFacts:
     reference_value: str = ""
 
 
-#: Digest and number of the prompts that a hub source gave, by `source_key`.
+#: What only the hub could tell when the sweep ran: by `items_key` digest and number of items, by
+#: `size_key` the side of the images.
 KnownItems = Mapping[str, Sequence[Any]]
 
 
@@ -99,8 +101,8 @@ def find_facts(
 ) -> tuple[dict[str, ModelFacts], list[str]]:
     """Look up the facts of every model; return those that are whole, and a line for each problem.
 
-    offline: let prompts that need the network pass as unread; `known` ones keep the digest they had
-    when the sweep ran.
+    offline: let what needs the network pass as unread; what is `known` stays as it was when the
+    sweep ran.
     """
     unread = None if not offline else (known or {})
     problems: list[str] = []
@@ -118,14 +120,40 @@ def refusal(sweep: SweepFile, problems: Iterable[str]) -> PreflightError:
 
 def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, list[Any]]:
     """Return what `gather_facts` needs to plan this sweep again without network."""
-    sets = [(m.evaluate.prompts, facts[m.name].test) for m in sweep.models]
-    sets += [(m.calibration.prompts, facts[m.name].calibration) for m in sweep.models]
-    return {source_key(s): [items.sha256, items.count] for s, items in sets if s.kind == "hub"}
+    known: dict[str, list[Any]] = {}
+    for model in sweep.models:
+        found = facts[model.name]
+        if _on_hub(model):
+            known[size_key(model)] = [found.height]
+        for source, items in (
+            (model.evaluate.prompts, found.test),
+            (model.calibration.prompts, found.calibration),
+        ):
+            if _needs_hub(model, source):
+                known[items_key(model, source)] = [items.sha256, items.count]
+    return known
 
 
-def source_key(source: PromptSource) -> str:
-    """Return what tells one source of prompts from another."""
-    return content_key(asdict(source))
+def items_key(model: SweepModel, source: PromptSource) -> str:
+    """Return what tells one set of items from another; labels are those of a model."""
+    labelled = find_family(model.family).conditioning == "label"
+    return content_key([asdict(source), asdict(model.settings) if labelled else None])
+
+
+def size_key(model: SweepModel) -> str:
+    """Return what the size of a model's images is kept under."""
+    return content_key(["image_size", asdict(model.settings)])
+
+
+def _needs_hub(model: SweepModel, source: PromptSource) -> bool:
+    """Return whether items are told by a data set on the hub, or by a model that is there."""
+    labelled = find_family(model.family).conditioning == "label"
+    return source.kind == "hub" or (labelled and _on_hub(model))
+
+
+def _on_hub(model: SweepModel) -> bool:
+    model_id = model.settings.id
+    return hub.is_hub_id(model_id) and model_folder(model_id) is None
 
 
 def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) -> ModelFacts | None:
@@ -148,7 +176,7 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
             lambda: check_disjoint(calibration.items or (), test.items or ()),
         )
     weights = look("id", lambda: weights_digest(model.settings))
-    size = look("id", lambda: image_size(model)) if weights else None
+    size = look("id", lambda: image_size(model, unread)) if weights else None
     reference = look("evaluate.reference", lambda: _reference_of(model))
     scorers = {
         role: look(f"evaluate.scorers.{role}", partial(scorer_of, role, name))
@@ -186,26 +214,47 @@ def _image_metrics(model: SweepModel) -> tuple[str, ...]:
     return tuple(metric for metric in model.evaluate.metrics if metric != "latency")
 
 
-def image_size(model: SweepModel) -> int:
-    """Return the side of the images in pixels: of the files where they are here, else as known.
+def image_size(model: SweepModel, known: KnownItems | None = None) -> int:
+    """Return the side of the images in pixels: as the model's files say where they are here, else
+    as it was when the sweep ran, or as models of its family have it.
 
     Raises:
-        ModelFilesError: the folder's configs cannot be read.
+        ModelFilesError: the model's configs cannot be read.
     """
-    folder = model_folder(model.settings.id)
+    folder = pipeline_folder(model)
     family = find_family(model.family)
-    if folder is None or not folder.is_dir():
-        known = find_known(model.settings.id)
-        return known.resolution if known else family.resolution
-    denoiser = _config(folder / family.denoiser_attribute)
-    autoencoder = _config(folder / "vae")
-    factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    return int(denoiser["sample_size"]) * factor
+    if folder is not None:
+        denoiser = _config(folder / family.denoiser_attribute)
+        autoencoder = _config(folder / "vae")
+        factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+        return int(denoiser["sample_size"]) * factor
+    facts = find_known(model.settings.id)
+    default = facts.resolution if facts else family.resolution
+    return int((known or {}).get(size_key(model), [default])[0])
+
+
+def config_files(model: SweepModel) -> tuple[str, ...]:
+    """Return the files of a model that facts are read from; small ones."""
+    attribute = find_family(model.family).denoiser_attribute
+    return ("model_index.json", f"{attribute}/config.json", "vae/config.json")
+
+
+def pipeline_folder(model: SweepModel) -> Path | None:
+    """Return where a model's configs lie here: its folder, or the hub's cache if it holds them."""
+    settings = model.settings
+    folder = model_folder(settings.id)
+    if folder is not None:
+        return folder
+    commit = hub.cached_commit(settings.id, settings.revision)
+    cached = None if commit is None else hub.snapshot_folder(settings.id, commit)
+    if cached is None or not all((cached / name).is_file() for name in config_files(model)):
+        return None
+    return cached
 
 
 def class_labels(model: SweepModel) -> dict[str, int]:
     """Return text to label of a label-conditioned model; numbers as texts without its files."""
-    folder = model_folder(model.settings.id)
+    folder = pipeline_folder(model)
     index = model_index(folder) if folder is not None else {}
     named = index.get("id2label") or {str(i): f"class {i}" for i in range(IMAGENET_CLASSES)}
     return {text.strip(): int(label) for label, texts in named.items() for text in texts.split(",")}
@@ -225,12 +274,15 @@ def _item_set(
 ) -> ItemSet:
     """Read a split's items; hub prompts not, if `unread` says what is known of them instead."""
     source = split.prompts
-    if source.kind == "hub" and unread is not None:
-        key = source_key(source)
-        sha256, count = unread.get(key, (key, source.rows or 1))
-        return ItemSet(sha256=sha256, count=count)
+    if unread is not None and _needs_hub(model, source):
+        key = items_key(model, source)
+        if key in unread or source.kind == "hub":
+            if source.rows is not None:
+                check_enough(source.rows, split)
+            sha256, count = unread.get(key, (key, source.rows or 1))
+            return ItemSet(sha256=sha256, count=count)
     items = in_order(_read(model, source))
-    check_enough(items, split)
+    check_enough(len(items), split)
     return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
 
 
@@ -242,17 +294,17 @@ def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
     return with_labels(items, class_labels(model)) if labelled else items
 
 
-def check_enough(items: Sequence[Item], split: EvaluateSettings | Calibration) -> None:
+def check_enough(count: int, split: EvaluateSettings | Calibration) -> None:
     """Check that no prompt has to be shown more often than the sweep file allows.
 
     Raises:
         EvaluationError: the prompt set is shorter than the number of images.
     """
     each = split.images_per_prompt if isinstance(split, EvaluateSettings) else None
-    if each is not None and split.images > each * len(items):
-        wanted = -(-split.images // len(items))
+    if each is not None and split.images > each * count:
+        wanted = -(-split.images // count)
         raise EvaluationError(
-            f"evaluate.images is {split.images}, but the prompt set has {len(items)} "
+            f"evaluate.images is {split.images}, but the prompt set has {count} "
             f"prompts for {each} image{'s' if each > 1 else ''} each: lower images, give more "
             f"prompts, or set evaluate.images_per_prompt: {wanted}"
         )

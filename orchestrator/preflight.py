@@ -12,8 +12,8 @@ from dipgo_core import hub
 from dipgo_core.errors import DipgoError
 from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
-from dipgo_core.model_files import check_weights
-from orchestrator.facts import ModelFacts, find_facts, refusal, scorer_names
+from dipgo_core.model_files import check_weights, model_folder
+from orchestrator.facts import ModelFacts, config_files, find_facts, refusal, scorer_names
 from orchestrator.hub_needs import (
     PINNABLE,
     Commits,
@@ -23,7 +23,7 @@ from orchestrator.hub_needs import (
     resolve_needs,
     with_commits,
 )
-from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_settings import SweepFile, SweepModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,11 @@ def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready
     commits, problems = resolve_needs(needs)
     _warn_of_moves(needs, commits, (last or {}).get("commits", {}))
     resolved = with_commits(sweep, commits)
+    problems += [line for need in needs for line in _absent(need, commits)]
+    if not problems:
+        problems += [line for model in resolved.models for line in _configs(model)]
     facts, unfit = find_facts(resolved, offline=bool(problems))
     problems += unfit
-    problems += [line for need in needs for line in _absent(need, commits)]
     problems += [
         f"{', '.join(file.users)}: {file.problem}"
         for file in published_files(sweep)
@@ -100,6 +102,17 @@ def _absent(need: HubNeed, commits: Commits) -> list[str]:
     if commit is None:
         return []
     return _failure(", ".join(need.users), lambda: _check_need(need, commit))
+
+
+def _configs(model: SweepModel) -> list[str]:
+    """Fetch what facts of a hub model are read from; return why that fails."""
+    settings = model.settings
+    if model_folder(settings.id) is not None or not hub.is_commit(settings.revision):
+        return []
+    commit = str(settings.revision)
+    return _failure(
+        f"{model.name}: id", lambda: hub.fetch(settings.id, commit, config_files(model))
+    )
 
 
 def _check_need(need: HubNeed, commit: str) -> None:

@@ -118,11 +118,13 @@ def plan(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -
 
 @app.command()
 def validate(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
-    """Check a sweep file whole: every error at once, with its line and column."""
+    """Check a sweep file whole, and the files it names: every error at once, without network."""
     from orchestrator.cli.tables import print_sweep
+    from orchestrator.facts import gather_facts
     from orchestrator.sweep_file import load_sweep
 
     sweep = load_sweep(file, override or [])
+    gather_facts(sweep, offline=True)
     if as_json:
         print_json(sweep.to_json())
     else:

@@ -95,3 +95,10 @@ def test_chosen_classes_are_the_items_of_a_label_model(tmp_path: Path) -> None:
     facts = gather_facts(sweep_on(tmp_path, asked, models="[tiny-dit]"))
     (found,) = facts.values()
     assert {item.label for item in found.test.items or ()} == {0, 5}
+
+
+def test_rows_fewer_than_the_images_are_refused_without_network(tmp_path: Path) -> None:
+    short = "evaluate: {prompts: {hub: owner/words, file: p.txt, rows: 5}, images: 7}"
+    sweep = sweep_on(tmp_path, short, "allow_unpinned: true")
+    with pytest.raises(PreflightError, match=r"images is 7, but the prompt set has 5 prompts"):
+        gather_facts(sweep, offline=True)

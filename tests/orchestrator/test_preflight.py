@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from dipgo_core.errors import PreflightError
 from dipgo_core.zoo import zoo_path
+from orchestrator.facts import known_items
 from orchestrator.hub_needs import hub_needs
 from orchestrator.preflight import as_last_run, prepare
 from orchestrator.sweep_file import SweepFile, load_sweep
@@ -88,6 +89,37 @@ def test_read_commands_take_the_commits_of_the_last_run(
     assert resolved == ready.sweep
     assert facts["m"].weights_sha256 == ready.facts["m"].weights_sha256
     assert fake_hub.requests == asked
+
+
+def test_model_that_nobody_knows_is_as_large_as_its_configs_say(
+    sweep: SweepFile, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert as_last_run(sweep, {})[1]["m"].height == 512  # of its family: nothing was fetched yet
+    ready = prepare(sweep)
+    assert (ready.facts["m"].height, ready.facts["m"].width) == (32, 32)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    last = {"commits": ready.commits, "items": known_items(ready.sweep, ready.facts)}
+    assert as_last_run(sweep, json.loads(json.dumps(last)))[1]["m"].height == 32
+
+
+def test_labels_of_a_hub_model_are_those_it_names(
+    tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_hub.put("owner/dit", files_of("tiny-dit"))
+    text = "schema_version: 1\nname: x\nmodels: [{id: owner/dit, family: dit, name: m}]\n"
+    scorers = "evaluate: {images: 8, scorers: {features: tiny-features}}\n"
+    (tmp_path / "x.yaml").write_text(f"{text}targets: [0.5]\n{scorers}allow_unpinned: true\n")
+    sweep = load_sweep(tmp_path / "x.yaml")
+    ready = prepare(sweep)
+    index = json.loads((zoo_path("tiny-dit") / "model_index.json").read_text())
+    items = ready.facts["m"].test.items or ()
+    assert {item.prompt for item in items} <= {
+        text.strip() for names in index["id2label"].values() for text in names.split(",")
+    }
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    last = {"commits": ready.commits, "items": known_items(ready.sweep, ready.facts)}
+    found = as_last_run(sweep, json.loads(json.dumps(last)))[1]["m"]
+    assert found.test.sha256 == ready.facts["m"].test.sha256
 
 
 def test_everything_that_is_missing_offline_is_told_at_once(
