@@ -19,6 +19,7 @@ HOMES = {
     "typer": "orchestrator/cli",
     "yaml": "orchestrator/yaml_source",
     "torch_fidelity": "dipgo_core/evaluation/fid",
+    "pynvml": "dipgo_core/evaluation/nvml",
 }
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "__import__"}
@@ -39,11 +40,15 @@ TORCH_FREE = [
     "dipgo_core.evaluation.reference",
     "dipgo_core.evaluation.scorers",
     "dipgo_core.evaluation.device",
+    "dipgo_core.evaluation.load",
+    "dipgo_core.evaluation.nvml",
     "orchestrator.records",
     "orchestrator.sweep_settings",
     "orchestrator.sweep_file",
     "orchestrator.store",
     "orchestrator.points",
+    "orchestrator.speeds",
+    "orchestrator.task.latency_process",
     "orchestrator.plan",
     "orchestrator.pareto",
     "orchestrator.report",

@@ -188,6 +188,27 @@ def test_plan_sweep_finds_latencies_of_another_machine(
     assert driver.plan_sweep(sweep, store).complete  # with the device of the run
 
 
+class Remote(InProcessExecutor):
+    """Runs tasks here, as if on a cluster of GPUs."""
+
+    def latency_device(self, resources: TaskResources) -> str:
+        assert resources.accelerator == "A100"
+        return "NVIDIA A100"
+
+
+def test_run_sweep_plans_latencies_for_the_executors_device(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Resources(latency=TaskResources(gpus=1, accelerator="A100"))
+    sweep = replace(tiny_sweep(), resources=gpu)
+    facts = tiny_facts(sweep)
+    driver.run_sweep(sweep, store, Remote(), Listener(), run_task=run_tiny_task, facts=facts)
+    timed = [record for record in store.records().values() if record.kind == "latency"]
+    assert {record.inputs["device"] for record in timed} == {"NVIDIA A100"}
+    monkeypatch.setattr(driver, "as_last_run", lambda *args: (sweep, facts))
+    assert driver.plan_sweep(sweep, store).complete  # read where no such GPU is
+
+
 def test_run_sweep_shows_what_is_done_when_the_executor_breaks(store: FolderStore) -> None:
     class Broken(InProcessExecutor):
         def run(self, source: Any, run_task: Any, store: Any) -> None:

@@ -13,7 +13,7 @@ from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
 from orchestrator.plan import Plan, build_plan
 from orchestrator.records import Record, Task
-from orchestrator.sweep_settings import Baseline, SweepFile
+from orchestrator.sweep_settings import Baseline, LatencySettings, SweepFile
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
     GRAPH,
@@ -50,6 +50,19 @@ def run_all(sweep: SweepFile, records: Records | None = None) -> tuple[Plan, Rec
 
 def kinds(tasks: Any) -> dict[str, int]:
     return dict(Counter(task.kind for task in tasks))
+
+
+def test_plan_measures_latency_once_a_batch_size() -> None:
+    sweep = replace(tiny_sweep(targets=(0.5,)), latency=LatencySettings(batch_size=(1, 8)))
+    first, (last, _, ran) = plan_of(sweep), run_all(sweep)
+    assert kinds(first.tasks)["latency"] == kinds(last.tasks)["latency"] == 2 * 2
+    assert Counter(task.inputs["batch_size"] for task in ran if task.kind == "latency") == {
+        1: 2,
+        8: 2,
+    }
+    point = last.points[-1]
+    assert len(point.throughput_keys) == 1
+    assert {point.latency_key, *point.throughput_keys} <= set(point.task_keys)
 
 
 def test_plan_counts_one_search_for_all_targets() -> None:

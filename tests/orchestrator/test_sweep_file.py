@@ -204,6 +204,19 @@ def test_baselines_take_settings(load: Load) -> None:
     assert (uniform.draws, random.draws, few_steps.spacing) == (0, 7, ("trailing",))
 
 
+def test_batch_sizes_of_latency_are_one_or_a_list(load: Load) -> None:
+    assert load(SMALL).latency.batch_size == (1,)
+    assert load(SMALL + "latency: {batch_size: 4}").latency.batch_size == (4,)
+    assert load(SMALL + "latency: {batch_size: [1, 8]}").latency.batch_size == (1, 8)
+
+
+def test_latency_takes_one_accelerator(load: Load) -> None:
+    text = "resources: {evaluate: {gpus: 1}, latency: {accelerator: A100}}"
+    resources = load(SMALL + text).resources
+    assert (resources.latency.gpus, resources.latency.accelerator) == (1, "A100")
+    assert resources.evaluate.accelerator is None
+
+
 # --- the grid ------------------------------------------------------------------------------------
 
 
@@ -242,6 +255,13 @@ BROKEN = [
     ("objective: {speed: clip}", "6:20: objective.speed: must be one of latency, macs, got"),
     ("tracking: {url: x}", "6:12: tracking.url: unknown key", "Did you mean 'uri'?"),
     ("latency: {min_runs: 0}", "6:21: latency.min_runs: must be a whole number, at least 2"),
+    (
+        "latency: {warmup: 9, max_warmup: 8}",
+        "6:34: latency.max_warmup: must be at least warmup (9)",
+    ),
+    ("latency: {batch_size: [8, 8]}", "6:27: latency.batch_size.1: is listed twice: 8"),
+    ("resources: {latency: {accelerator: A100}}", "6:36: resources.latency.accelerator: is a type"),
+    ("resources: {search: {accelerator: A100}}", "6:22: resources.search.accelerator: unknown key"),
     ("resources: {search: {gpu: 1}}", "6:22: resources.search.gpu: unknown key"),
     ("resources: {search: {gpus: -1}}", "6:28: resources.search.gpus: must be a number, at least"),
     ("search: {steps: '500'}", "6:17: search.steps: must be a whole number, at least 1, got the"),
