@@ -22,15 +22,15 @@ from dipgo_core.evaluation.intervals import (
 )
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.subnet import SubNet
-from orchestrator.gains import Comparisons
+from orchestrator.gains import Comparisons, containing
 from orchestrator.metrics import FIGURES, IMAGE_FIGURES, QUALITIES, label_of
-from orchestrator.points import ResolvedPoint, latency_conditions
+from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.records import Record, canonical, content_key
+from orchestrator.speeds import TIMES, latency_conditions
 from orchestrator.standing import unpaired_gap
 
 COUNTED = ("macs_speedup",)
-TIMED = ("speedup", "latency_ms", "loop_speedup", "loop_ms")
 ALIKE = (
     "Measure both alike: give both sweep files the same values and run them again (what is done is "
     "not computed anew)."
@@ -231,7 +231,7 @@ def _way(point: ResolvedPoint) -> str:
 
 def _speeds(point: ResolvedPoint) -> dict[str, Figure]:
     speeds = {}
-    for name in (*COUNTED, *TIMED):
+    for name in (*COUNTED, *TIMES):
         value, (low, high) = point.value(name), point.bounds(name)
         if value is not None:
             speeds[name] = Figure(value, low, high, 0)
@@ -248,7 +248,7 @@ def _figures_of_file(metrics: Mapping[str, Any], protocol: Protocol) -> dict[str
             scorer=metrics.get("scorers", {}).get(name),
             protocol=protocol.hash,
         )
-        for name in (*COUNTED, *TIMED, *IMAGE_FIGURES)
+        for name in (*COUNTED, *TIMES, *IMAGE_FIGURES)
         if metrics.get(name) is not None
     }
 
@@ -264,7 +264,7 @@ def _comparable_times(a: Side, b: Side, notes: list[str]) -> Sequence[str]:
     differ = [f"{name}: {mine!r} against {its!r}" for name, mine, its in both if mine != its]
     if differ:
         notes.append(f"latency is not compared: {'; '.join(differ)}")
-    return () if differ else TIMED
+    return () if differ else TIMES
 
 
 def _difference(figure: str, a: Side, b: Side) -> Difference:
@@ -276,8 +276,7 @@ def _difference(figure: str, a: Side, b: Side) -> Difference:
         return _told(figure, Interval(0.0, 0.0, 0.0), paired=True)
     found = _paired(figure, a, b)
     if found is not None:
-        shift = value - found.value
-        return _told(figure, Interval(value, found.low + shift, found.high + shift), paired=True)
+        return _told(figure, containing(found, value), paired=True)
     known = _interval(mine), _interval(theirs)
     if known[0] is None or known[1] is None:
         return Difference(

@@ -8,11 +8,10 @@ from typing import Any
 from dipgo_core.errors import StoreError
 from dipgo_core.subnet import SubNet
 from orchestrator.metrics import IMAGE_FIGURES
-from orchestrator.points import ResolvedPoint, latency_conditions
+from orchestrator.points import ResolvedPoint
 from orchestrator.records import Record
+from orchestrator.speeds import TIMES, latency_conditions
 from orchestrator.sweep_settings import SweepFile
-
-SPEEDS = ("latency_ms", "speedup", "loop_ms", "loop_speedup")
 
 
 def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: SweepFile) -> SubNet:
@@ -39,7 +38,7 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
         "seed": point.seed,
         "search": _search_settings(point, records),
         "evaluate_key": record.key,
-        "protocol": point.protocol,
+        "protocol": point.measured_under,
         "protocol_fields": record.inputs["protocol"],
         "weights_sha256": record.inputs["model"]["weights_sha256"],
         "latency": _latency_conditions(point, records),
@@ -66,13 +65,13 @@ def _latency_conditions(
 def _metrics(point: ResolvedPoint) -> dict[str, Any]:
     """Return every known figure with its interval, its n, its scorer and its gain."""
     figures: dict[str, float | None] = {}
-    for name in (*IMAGE_FIGURES, *SPEEDS):
+    for name in (*IMAGE_FIGURES, *TIMES):
         low, high = point.bounds(name)
         figures |= {name: point.value(name), f"{name}_low": low, f"{name}_high": high}
     gains = {metric: vars(gain) for metric, gain in point.gain.items()}
     known = {name: value for name, value in figures.items() if value is not None}
     return {
-        "protocol": point.protocol,
+        "protocol": point.measured_under,
         **known,
         "macs_speedup": point.macs_speedup,
         "n_images": point.n_images,

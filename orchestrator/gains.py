@@ -82,7 +82,7 @@ class Comparisons:
     def __init__(self, store: Store, records: Mapping[str, Record]) -> None:
         self._store = store
         self._records = records
-        self._replicates: dict[tuple[str, str, int], Replicates | None] = {}
+        self._replicates: dict[tuple[str, str, int, bool], Replicates | None] = {}
         self._references: dict[tuple[str, int, Role], Reference | None] = {}
 
     def gain(self, metric: str, key: str, baselines: Mapping[str, str]) -> Gain | None:
@@ -116,11 +116,14 @@ class Comparisons:
             return None
         found = interval_of(difference_of(known[0], average_of(known[1:])))
         value = self._plain_difference(metric, key, others)
-        return found if value is None else _moved(found, value)
+        return found if value is None else containing(found, value)
 
-    def replicates(self, metric: str, key: str, images: int | None = None) -> Replicates | None:
+    def replicates(
+        self, metric: str, key: str, images: int | None = None, *, by_prompt: bool = True
+    ) -> Replicates | None:
         """Return the replicates of a figure over the first `images` (default: all) images.
 
+        by_prompt: whether prompts are drawn, as for every claim about other prompts, or images.
         None where arrays or reference are not at hand, or are too few for an interval.
         """
         record = self._records[key]
@@ -128,10 +131,11 @@ class Comparisons:
         first = count if images is None else images
         if metric == "fid" and first < count:
             return None
-        where = (metric, key, first)
+        where = (metric, key, first, by_prompt)
         if where not in self._replicates:
-            made = self._resample(metric, record, first)
-            self._replicates |= {(name, key, first): one for name, one in made.items()}
+            groups = prompt_of_image(record)[:first] if by_prompt else np.arange(first)
+            made = self._resample(metric, record, groups)
+            self._replicates |= {(name, key, first, by_prompt): one for name, one in made.items()}
         return self._replicates.get(where)
 
     def _plain_difference(self, metric: str, key: str, others: Sequence[str]) -> float | None:
@@ -144,9 +148,11 @@ class Comparisons:
             return None
         return known[0] - sum(known[1:]) / len(others)
 
-    def _resample(self, metric: str, record: Record, first: int) -> dict[str, Replicates | None]:
-        """Return the replicates of every metric that the same file holds."""
-        groups = prompt_of_image(record)[:first]
+    def _resample(
+        self, metric: str, record: Record, groups: npt.NDArray[np.int64]
+    ) -> dict[str, Replicates | None]:
+        """Return the replicates of every metric that the same file holds.  # groups (n,)"""
+        first = len(groups)
         role = METRICS[metric].role
         if METRICS[metric].per_image:
             scores = self._read(record, PER_IMAGE_FILE)
@@ -235,10 +241,13 @@ DISTRIBUTIONS: Mapping[str, Callable[[Array, Reference, Array], Replicates | Non
 }
 
 
-def _moved(found: Interval, value: float) -> Interval:
-    """Return the interval around another estimate of the same difference."""
-    shift = value - found.value
-    return Interval(value, found.low + shift, found.high + shift)
+def containing(found: Interval, value: float) -> Interval:
+    """Return the bounds of a difference, widened to contain that of the figures shown.
+
+    Replicates bound the difference of the distributions; FID and KID as they are shown (those of
+    torch-fidelity) also hold a bias of n images, which need not cancel.
+    """
+    return Interval(value, min(found.low, value), max(found.high, value))
 
 
 def stored_reference(store: Store, key: str, protocol: Protocol, role: Role) -> Reference:

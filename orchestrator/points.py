@@ -107,6 +107,13 @@ class ResolvedPoint:
         return self.n_images is not None
 
     @property
+    def measured_under(self) -> str:
+        """Hash of the protocol of its figures: one of fewer images than `protocol` says for a point
+        that a race has dropped, or not let through yet."""
+        hashes = (figure.protocol for figure in self.figures.values() if figure.protocol)
+        return next(hashes, self.protocol)
+
+    @property
     def identity(self) -> str:
         """What points have in common that are one SubNet, evaluated once, under several names."""
         return self.evaluate_key or self.key
@@ -359,16 +366,6 @@ def _with_gains(
         verdict=verdicts.get(quality),
         gain_random={metric: found for metric, found in over_random.items() if found is not None},
     )
-
-
-#: What latencies must share to be compared, as a record's inputs name it.
-CONDITIONS = ("device", "threads", "attention", "compile", "batch_size")
-
-
-def latency_conditions(record: Record) -> dict[str, Any]:
-    """Return what a latency was measured under; latencies of other conditions are not compared."""
-    known = {name: record.inputs[name] for name in CONDITIONS if name in record.inputs}
-    return {**known, "dtype": record.inputs["model"]["dtype"]}
 
 
 def point_name(point: Point) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.driver import RunResult
-from orchestrator.export import SPEEDS, export_subnet
+from orchestrator.export import export_subnet
 from orchestrator.gains import Comparisons
 from orchestrator.metrics import IMAGE_FIGURES, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
 from orchestrator.plan import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task, content_key
+from orchestrator.speeds import TIMES
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
@@ -26,7 +27,7 @@ COUNTS = (
 )
 PARAMS = (
     *("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device"),
-    "protocol",
+    *("state", "measured_under"),
 )
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
@@ -148,9 +149,10 @@ def point_entry(
 ) -> Entry:
     """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
     settings = {name: getattr(point, name) for name in PARAMS}
+    settings["protocol"] = settings.pop("measured_under")
     where = f" at {point.target:g}" if point.target is not None else ""
     tags = {
-        "dipgo.protocol": point.protocol,
+        "dipgo.protocol": point.measured_under,
         "dipgo.verdict": point.verdict or "",
         "dipgo.error": point.error or "",
     }
@@ -169,7 +171,7 @@ def point_entry(
 def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
     """Return every figure by the name it is tracked under, which says what network scored it."""
     found: dict[str, float | None] = {name: getattr(point, name) for name in COUNTS}
-    for name in (*IMAGE_FIGURES, *SPEEDS):
+    for name in (*IMAGE_FIGURES, *TIMES):
         scorer, (low, high) = point.scorer(name), point.bounds(name)
         ends = {"": point.value(name), "_low": low, "_high": high}
         found |= {tracking_name(name, scorer, end=end): value for end, value in ends.items()}

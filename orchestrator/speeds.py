@@ -10,6 +10,9 @@ from orchestrator.records import Record
 #: Figures of a record that a point carries with the ends of their intervals.
 TIMES = ("latency_ms", "speedup", "loop_ms", "loop_speedup")
 
+#: What latencies must share to be compared, as a record's inputs name it.
+CONDITIONS = ("device", "threads", "attention", "compile", "batch_size")
+
 
 def speed_of(headline: Record, others: Iterable[Record] = ()) -> dict[str, Any]:
     """Return the fields of a resolved point that latency tells.
@@ -37,6 +40,12 @@ def is_usable(record: Record) -> bool:
 def device_name(record: Record) -> str:
     """Return what a latency was measured on, as fronts are grouped by it."""
     return str(record.inputs["device"])
+
+
+def latency_conditions(record: Record) -> dict[str, Any]:
+    """Return what a latency was measured under; latencies of other conditions are not compared."""
+    known = {name: record.inputs[name] for name in CONDITIONS if name in record.inputs}
+    return {**known, "dtype": record.inputs["model"]["dtype"]}
 
 
 def _figures(outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli.show import print_table, say
 from orchestrator.headlines import Headline
 from orchestrator.metrics import FIGURES, label_of
-from orchestrator.pareto import Front, front_table
+from orchestrator.pareto import Front, front_table, name_at_target
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.sweep_settings import SweepFile
@@ -100,6 +100,14 @@ def print_fronts(points: Sequence[ResolvedPoint], fronts: Iterable[Front]) -> No
     shown = list(fronts)
     for front in shown:
         _print_front(points, front)
+    for point in points:
+        if point.dropped is not None:
+            lost = point.dropped
+            beaten = ", ".join(label_of(metric, point.scorer(metric)) for metric in lost.by)
+            say(
+                f"dropped by racing at n={lost.images}: {point.model}: {name_at_target(point)}, "
+                f"surely beaten in {beaten}"
+            )
     if not shown:
         say("no fronts yet: nothing is finished; `dipgo-sweep run` the sweep first")
 

@@ -22,14 +22,13 @@ from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.report.front_svg import front_svg, legend_entries
 from orchestrator.report.gates_svg import gates_svg
+from orchestrator.report.measured import latency_tables, point_tables, race_tables
 from orchestrator.report.sections import (
     costs,
     failures,
     gate_cards,
     headline_rows,
     image_rows,
-    latency_tables,
-    point_tables,
     protocols,
     rested_on,
     title,
@@ -42,7 +41,7 @@ FILES = ("report.html", "pareto.png", "points.csv", "points.json", "report.md")
 #: Metrics of pareto.png; report.html draws all.
 DRAWN = ("fid", "clip", "psnr")
 #: What report.html and report.md say alike.
-SHARED = ("headlines", "tables", "latencies", "protocols", "costs", "failures")
+SHARED = ("headlines", "races", "tables", "latencies", "protocols", "costs", "failures")
 
 
 def write_report(
@@ -125,6 +124,7 @@ def _content(
         ],
         "gates": [(card, Markup(gates_svg(card.subnet))) for card in gate_cards(points, records)],
         "points": points,
+        "races": race_tables(points),
         "tables": point_tables(points),
         "latencies": latency_tables(points, records),
         "figures": FIGURES,
@@ -165,7 +165,7 @@ def _tip(point: ResolvedPoint) -> dict[str, Any]:
     lines = [
         f"{label_of(figure, point.scorer(figure))}: {point.figure_text(figure)}" for figure in shown
     ]
-    lines.append(f"n = {point.n_images}, protocol {short(point.protocol)}")
+    lines.append(f"n = {point.n_images}, protocol {short(point.measured_under)}")
     return {"title": title(point), "method": point.method, "model": point.model, "lines": lines}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from dipgo_core.errors import StoreError
 from orchestrator.figures import image_row
 from orchestrator.gains import Gain
 from orchestrator.headlines import Headline, headlines
-from orchestrator.metrics import QUALITIES, figure_text, label_of
-from orchestrator.points import ResolvedPoint, columns_of, latency_conditions
+from orchestrator.metrics import QUALITIES, label_of
+from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import protocol_rows
 from orchestrator.records import Record
+from orchestrator.report.wording import plain
 from orchestrator.store import Store
 
 Records = Mapping[str, Record]
 SAMPLES_FILE = "samples.safetensors"
 ROW_IMAGES = 8
-#: What is shown of a latency measurement.
-TIMED = ("latency_ms", "speedup", "loop_ms", "loop_speedup", "peak_memory_mb", "energy_j")
 
 CHOICES = {
     "only": "",
@@ -60,40 +58,12 @@ class HeadlineRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PointTable:
-    """All points of one protocol, and the figures that were measured under it.
-
-    columns: (figure, id of its scorer).
-    """
-
-    protocol: str
-    models: tuple[str, ...]
-    columns: tuple[tuple[str, str | None], ...]
-    points: tuple[ResolvedPoint, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProtocolText:
     """One protocol in words, with the models measured under it."""
 
     hash: str
     models: tuple[str, ...]
     rows: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyTable:
-    """What was timed of one model under the same conditions, in words.
-
-    figures: those that some point has. batches: batch sizes of which throughput is known. rows: a
-    point, and its images per second at each of them.
-    """
-
-    model: str
-    conditions: str
-    figures: tuple[str, ...]
-    batches: tuple[str, ...]
-    rows: tuple[tuple[ResolvedPoint, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,56 +135,6 @@ def _claim(point: ResolvedPoint, gains: Mapping[str, Gain], metric: str) -> Clai
         return None
     label = label_of(metric, point.scorer(metric))
     return Claim(metric=label, verdict=gain.verdict, text=gain.text(metric))
-
-
-def point_tables(points: Iterable[ResolvedPoint]) -> tuple[PointTable, ...]:
-    """Return one table a protocol: figures of two protocols never share one."""
-    groups: dict[str, list[ResolvedPoint]] = {}
-    for point in points:
-        groups.setdefault(point.protocol, []).append(point)
-    return tuple(
-        PointTable(
-            protocol=protocol,
-            models=tuple(dict.fromkeys(point.model for point in group)),
-            columns=columns_of(group),
-            points=tuple(group),
-        )
-        for protocol, group in groups.items()
-    )
-
-
-def latency_tables(points: Iterable[ResolvedPoint], records: Records) -> tuple[LatencyTable, ...]:
-    """Return one table a model and set of conditions: latencies of two are never compared."""
-    groups: dict[tuple[str, str], list[ResolvedPoint]] = {}
-    for point in points:
-        record = records.get(point.latency_key or "")
-        if record is not None:
-            words = _plain(latency_conditions(record))
-            groups.setdefault((point.model, words), []).append(point)
-    return tuple(
-        _latency_table(model, words, list({p.latency_key: p for p in group}.values()))
-        for (model, words), group in groups.items()
-    )
-
-
-def _latency_table(model: str, words: str, points: Sequence[ResolvedPoint]) -> LatencyTable:
-    batches = sorted({size for point in points for size in point.throughput}, key=int)
-    rows = tuple((point, tuple(_rate(point, size) for size in batches)) for point in points)
-    known = (name for name in TIMED if any(p.value(name) is not None for p in points))
-    return LatencyTable(
-        model=model,
-        conditions=words,
-        figures=tuple(known),
-        batches=tuple(batches),
-        rows=rows,
-    )
-
-
-def _rate(point: ResolvedPoint, batch: str) -> str:
-    rate = point.throughput.get(batch)
-    if rate is None:
-        return ""
-    return figure_text("images_per_second", rate["value"], rate["low"], rate["high"])
 
 
 def image_rows(
@@ -315,13 +235,13 @@ def protocols(points: Iterable[ResolvedPoint], records: Records) -> tuple[Protoc
     for point in points:
         record = records.get(point.evaluate_key or "")
         if record is not None:
-            measured.setdefault(point.protocol, []).append((point, record))
+            measured.setdefault(point.measured_under, []).append((point, record))
     return tuple(_protocol(digest, group) for digest, group in measured.items())
 
 
 def _protocol(digest: str, measured: Sequence[tuple[ResolvedPoint, Record]]) -> ProtocolText:
     fields = measured[0][1].inputs["protocol"]
-    versions = dict.fromkeys(_plain(r.inputs.get("versions", {})) for _, r in measured)
+    versions = dict.fromkeys(plain(r.inputs.get("versions", {})) for _, r in measured)
     batches = {r.outputs["batch_size"] for _, r in measured if r.outputs.get("batch_size")}
     run = [("library versions", "; or ".join(versions))]
     if batches:
@@ -331,14 +251,6 @@ def _protocol(digest: str, measured: Sequence[tuple[ResolvedPoint, Record]]) -> 
         models=tuple(dict.fromkeys(point.model for point, _ in measured)),
         rows=(*protocol_rows(fields), *run),
     )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item) for item in value)
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def title(point: ResolvedPoint) -> str:

@@ -11,23 +11,23 @@ from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.metrics import FIGURES, label_of
-from orchestrator.pareto import Front, front_table, pareto_json
+from orchestrator.pareto import Front, front_table, name_at_target, pareto_json
 from orchestrator.points import ResolvedPoint, columns_of
 from orchestrator.protocol_text import short
+from orchestrator.report.measured import LatencyTable, PointTable, RaceTable
 from orchestrator.report.sections import (
     Claim,
     Cost,
     Failure,
     HeadlineRow,
-    LatencyTable,
-    PointTable,
     ProtocolText,
 )
 
 #: Columns of points.csv; image figures, gains and standings follow, as far as they were measured.
 COLUMNS = (
     "key", "model", "model_id", "method", "name", "strategy", "target", "seed", "variant", "state",
-    "protocol", "n_images", "pruned_ratio", "macs", "macs_speedup", "device", "latency_usable",
+    "measured_under", "n_images", "pruned_ratio", "macs", "macs_speedup", "device",
+    "latency_usable",
     "latency_note", "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low",
     "speedup_high", "loop_ms", "loop_ms_low", "loop_ms_high", "loop_speedup", "loop_speedup_low",
     "loop_speedup_high", "peak_memory_mb", "energy_j", "all_or_nothing_share", "verdict", "subnet",
@@ -57,7 +57,7 @@ def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     ]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(["protocol" if name == "measured_under" else name for name in header])
     for point in points:
         baseline = next((gain.baseline_key for gain in point.gain.values()), None)
         row = [getattr(point, name) for name in (*COLUMNS, *calibrated)]
@@ -113,6 +113,7 @@ class ReportText:
 
     name: str
     headlines: Sequence[HeadlineRow]
+    races: Sequence[RaceTable]
     points: Sequence[ResolvedPoint]
     fronts: Sequence[Front]
     tables: Sequence[PointTable]
@@ -136,6 +137,7 @@ def report_markdown(text: ReportText) -> str:
     for table in text.tables:
         models = ", ".join(table.models)
         parts += [f"### {models}, protocol {short(table.protocol)}", "", *_point_table(table), ""]
+    parts += _race_section(text.races)
     parts += _latency_section(text.latencies)
     spent = [(c.kind, str(c.tasks), f"{c.seconds:.0f}", str(c.forwards or "")) for c in text.costs]
     parts += ["## Costs", ""]
@@ -158,6 +160,11 @@ HEADLINE = (
     "Gain > 0: the searched SubNet is better; 95 % interval in brackets, paired by prompt. "
     "Baselines have at least the same compute and are chosen on calibration prompts. "
     "Speed-up is measured, MACs speed-up is counted."
+)
+RACING = (
+    "Points that others at least as fast surely beat in every raced metric, by bounds that hold "
+    "for all comparisons of the race together, got no more images; they are on no front, and their "
+    "figures are of the images they had."
 )
 STANDING = (
     "*surely*: no other point may be better in both, given the 95 % intervals of the differences "
@@ -241,6 +248,20 @@ def _point_table(table: PointTable) -> list[str]:
     return _table((*head, *labels), body)
 
 
+def _race_section(races: Sequence[RaceTable]) -> list[str]:
+    if not races:
+        return []
+    parts = ["## Racing", "", RACING, ""]
+    for race in races:
+        body = [
+            (name_at_target(row.point), str(row.images), "; ".join(map(": ".join, row.by.items())))
+            for row in race.rows
+        ]
+        parts += [f"### {race.model}: {race.images} images made instead of {race.without}", ""]
+        parts += [*_table(("dropped", "at n", "surely beaten by"), body), ""]
+    return parts
+
+
 def _latency_section(tables: Sequence[LatencyTable]) -> list[str]:
     if not tables:
         return []
@@ -249,10 +270,14 @@ def _latency_section(tables: Sequence[LatencyTable]) -> list[str]:
         head = ["point", *(FIGURES[figure].label for figure in table.figures)]
         head += [f"images per second, batch {size}" for size in table.batches]
         body = [
-            (p.name + ("" if p.target is None else f" at {p.target:g}"),
-             *(p.figure_text(figure) for figure in table.figures), *rates, p.latency_note or "")
+            (
+                name_at_target(p),
+                *(p.figure_text(figure) for figure in table.figures),
+                *rates,
+                p.latency_note or "",
+            )
             for p, rates in table.rows
-        ]  # fmt: skip
+        ]
         parts += [f"### {table.model}: {table.conditions}", ""]
         parts += [*_table([*head, "note"], body), ""]
     return parts

@@ -17,7 +17,14 @@ from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.report import FILES, write_report
 from orchestrator.report.front_svg import Scale, front_svg, ticks
 from orchestrator.report.gates_svg import gates_svg
-from orchestrator.report.sections import costs, gate_cards, headline_rows, rested_on
+from orchestrator.report.measured import point_tables, race_tables
+from orchestrator.report.sections import (
+    costs,
+    gate_cards,
+    headline_rows,
+    protocols,
+    rested_on,
+)
 from orchestrator.store import FolderStore
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
@@ -208,3 +215,45 @@ def test_image_row_averages_large_images() -> None:
     row = imread(io.BytesIO(image_row(images, side=64)))
     assert row.shape == (64, 64, 4)
     assert np.allclose(row[..., :3], 100 / 255, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """A report of a sweep whose points raced; many were dropped at the first rung."""
+    sweep = tiny_sweep(
+        targets=(0.3, 0.7), baselines=ALL_BASELINES, metrics=("fid", "kid", "clip", "psnr"),
+        rungs=(32, 64),
+    )  # fmt: skip
+    store = FolderStore(tmp_path_factory.mktemp("store"))
+    finished = finish(sweep, store)
+    points = resolve_points(finished.plan.points, store.records(), store)
+    fronts = pareto_fronts(points)
+    folder = tmp_path_factory.mktemp("report")
+    write_report(finished.sweep, points, fronts, store, folder)
+    return Written(finished, points, fronts, folder)
+
+
+def test_race_section_names_who_was_dropped_and_by_whom(raced: Written) -> None:
+    lost = [point for point in raced.points if point.state == "dropped"]
+    (table,) = race_tables(raced.points)
+    assert lost and [row.point.key for row in table.rows] == [point.key for point in lost]
+    assert all(row.images == 32 and set(row.by) >= {"PSNR to dense, dB"} for row in table.rows)
+    distinct = {point.identity: point.n_images for point in raced.points}
+    assert (table.images, table.without) == (sum(distinct.values()), 64 * len(distinct))
+    section = raced.html[raced.html.index('id="racing"') :]
+    assert f"{table.images} images made instead of {table.without}" in section
+
+
+def test_figures_of_two_rungs_share_no_table_and_no_front(raced: Written) -> None:
+    tables = point_tables(raced.points)
+    assert len(tables) == 2
+    assert [{p.n_images for p in table.points} for table in tables] == [{64}, {32}]
+    compared = {key for front in raced.fronts for key in front.standing}
+    assert not compared & {point.key for point in tables[1].points}
+
+
+def test_every_figure_in_the_csv_has_its_protocol(raced: Written) -> None:
+    rows = csv.DictReader(io.StringIO((raced.folder / "points.csv").read_text("utf-8")))
+    found = {row["protocol"] for row in rows}
+    assert found == {p.hash for p in protocols(raced.points, raced.finished.store.records())}
+    assert len(found) == 2
