@@ -251,6 +251,7 @@ class ModelTasks:
             self.model.sampler,
             {
                 "images": protocol.images,
+                "top": self.protocol.images,
                 "metrics": list(raced_metrics(protocol.metrics)),
                 "alpha": alpha_of_rung(len(self.protocols)),
                 "candidates": [asdict(candidate) for candidate in ordered],

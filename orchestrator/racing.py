@@ -1,37 +1,41 @@
 """Racing: which points of a model need no more images, decided by simultaneous bounds. numpy only.
 
-Every point is measured with few images first (a rung), and goes on to more only if it may still be
-on a front. A point is dropped if, for *every* raced metric, some other point that is at least as
-fast *surely* beats it: it is then on no front of speed against any of these metrics.
+Every point is measured with few images first (a rung), and goes on to more only if the top rung may
+still put it on a front. A point is dropped if, for *every* raced metric, some other point that is
+at least as fast *surely* beats it: at the top rung it will be on no front against these metrics.
 
 "Surely" is simultaneous over all pairs of points that matter, all metrics and all rungs, so that
-the chance that anything is ever dropped wrongly stays near `ALPHA`:
+the chance that a race drops anything that the top rung would put on a front stays near `ALPHA`:
 
-- Pairs and metrics: the single-step max-t bootstrap. All figures are resampled with the same
-  draws of prompts, so that differences keep their correlation. Each difference is divided by its
-  bootstrap standard error; the critical value is the quantile of the largest studentised deviation
-  over all (pair, metric) (Westfall & Young 1993, ch. 2; Romano & Wolf 2005, "Exact and approximate
-  stepdown methods for multiple hypothesis testing", section 4). One-sided: deviations of the
-  resamples above the estimate stand for those of the estimate above the truth. The quantile is the
-  order statistic ceil((R + 1)(1 - alpha)) of R resamples, which has the right level whatever R is
-  (Davison & Hinkley 1997, section 4.2); of 1,000 at least 12 lie beyond it, with five rungs.
-- Few prompts: the critical value is moved outwards by what a t quantile of as many prompts asks
+- What is bounded: the difference of two points at the top rung, of which the images so far are the
+  first ones. With n of N images seen, of equally many from every prompt, its error has variance
+  s^2 (1/n - 1/N) or less, s^2 that of one image: drawing without replacement (Cochran 1977,
+  "Sampling techniques", section 2.6). So single images are resampled, where every other interval
+  resamples prompts: the claim is about the same prompts. Where prompts are shown once, the two are
+  one. (Whether a point would also lose on other prompts is what the intervals of the fronts say.)
+- Pairs and metrics: the single-step max-t bootstrap. All figures are resampled with the same draws,
+  so that differences keep their correlation. Each difference is divided by its bootstrap standard
+  error; the critical value is the quantile of the largest studentised deviation over all (pair,
+  metric) (Westfall & Young 1993, ch. 2; Romano & Wolf 2005, "Exact and approximate stepdown methods
+  for multiple hypothesis testing", section 4). One-sided: deviations of the resamples above the
+  estimate stand for those of the estimate above the truth. The quantile is the order statistic
+  ceil((R + 1)(1 - alpha)) of R resamples, of the right level whatever R is (Davison & Hinkley 1997,
+  section 4.2); of 1,000 at least 12 lie beyond it, with five rungs.
+- Few images: the critical value is moved outwards by what a t quantile of as many images asks
   beyond a normal one (Hesterberg 2015, "What teachers should know about the bootstrap", section
   4.3), as all other intervals here are.
 - Rungs: `ALPHA` is split evenly over the rungs at which anything is decided (Bonferroni).
 
-The bounds hold for the truth, and also for what the top rung will say: images of a lower rung are
-the first ones of the top rung, so the two estimates differ with variance (1/n - 1/N) of one image,
-which is less than the 1/n that the bounds allow for. FID takes no part (it is biased at small n, by
-an amount that depends on the point); KID stands for it.
+FID takes no part (it is biased at small n, by an amount that depends on the point); KID stands for
+it.
 
 Dropping never takes away what a drop rests on. Where the point that beats is dropped itself, some
 other at least as fast surely beats it in the same metric, and so the first point as well: the
 differences add up, and the error of a sum is at most the sum of errors. Estimates rise along
 such a chain, so that it ends at a point that is kept.
 
-A pair without spread (equal images, one prompt) decides nothing, and a metric that a point lacks
-(the dense run's distance to itself) neither beats nor is beaten.
+A pair without spread (equal images) decides nothing, and a metric that a point lacks (the dense
+run's distance to itself) neither beats nor is beaten.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ class Decision:
     """How a race ended. kept: in the order of the candidates.
 
     dropped: key -> metric -> key of a kept candidate that is at least as fast and surely better.
-    critical: standard errors by which a difference must exceed zero to be sure; None without pairs.
+    critical: standard errors (of a mean of the images seen) by which a difference must exceed zero
+    to be sure; None without pairs.
     """
 
     kept: tuple[str, ...]
@@ -96,10 +101,13 @@ def alpha_of_rung(rungs: int) -> float:
     return ALPHA / (rungs - 1)
 
 
-def decide(candidates: Sequence[Candidate], measured: Measured, *, alpha: float) -> Decision:
+def decide(
+    candidates: Sequence[Candidate], measured: Measured, *, alpha: float, top: int
+) -> Decision:
     """Return which candidates go on; see the module for what "surely" means.
 
-    measured: of the same images and draws for every candidate and metric.
+    measured: of the same images and draws for every candidate and metric, resampled image by image.
+    top: images at the top rung.
 
     Raises:
         EvaluationError: no metric to race on, or replicates that were not drawn alike.
@@ -111,9 +119,11 @@ def decide(candidates: Sequence[Candidate], measured: Measured, *, alpha: float)
     if not all(measured.values()):  # nobody is beaten in a metric that nobody has
         return Decision(kept=everyone, dropped={}, critical=None)
     columns = {metric: _columns(metric, candidates, known) for metric, known in measured.items()}
-    critical = _critical_value(columns, faster, alpha, _groups(measured))
+    images = _images(measured)
+    critical = _critical_value(columns, faster, alpha, images)
     if critical is None:
         return Decision(kept=everyone, dropped={}, critical=None)
+    critical *= math.sqrt(1 - images / top)
     bounds = {metric: _lower_bounds(values, critical) for metric, values in columns.items()}
     beaten_by = {metric: np.where(faster, bound, -np.inf) for metric, bound in bounds.items()}
     beaten: list[Flags] = [np.any(lower > 0, axis=0) for lower in beaten_by.values()]
@@ -158,14 +168,13 @@ def _columns(
     )
 
 
-def _groups(measured: Measured) -> int:
-    """Return how many prompts were drawn from."""
-    counts = [one.groups for known in measured.values() for one in known.values()]
-    return min(counts)
+def _images(measured: Measured) -> int:
+    """Return how many images were measured."""
+    return min(one.n for known in measured.values() for one in known.values())
 
 
 def _critical_value(
-    columns: Mapping[str, Floats], faster: Flags, alpha: float, groups: int
+    columns: Mapping[str, Floats], faster: Flags, alpha: float, images: int
 ) -> float | None:
     """Return the quantile of the largest studentised deviation; None where nothing has spread."""
     largest = np.float64(-np.inf)
@@ -176,18 +185,18 @@ def _critical_value(
             if wanted.any():
                 studentised = deviations[:, wanted] / errors[wanted]
                 largest = np.maximum(largest, studentised.max(axis=1))
-    if np.ndim(largest) == 0 or groups < 2:
+    if np.ndim(largest) == 0 or images < 2:
         return None
     ordered = np.sort(np.atleast_1d(largest))
     rank = math.ceil((len(ordered) + 1) * (1 - alpha))
     if rank > len(ordered):
         raise EvaluationError(f"{len(ordered)} resamples are too few for a level of {alpha:g}")
-    return _widened(float(ordered[rank - 1]), groups)
+    return _widened(float(ordered[rank - 1]), images)
 
 
-def _widened(critical: float, groups: int) -> float:
-    """Return the critical value with the tail of a t distribution of as many prompts."""
-    return math.sqrt(groups / (groups - 1)) * -float(stdtrit(groups - 1, ndtr(-critical)))
+def _widened(critical: float, images: int) -> float:
+    """Return the critical value with the tail of a t distribution of as many images."""
+    return math.sqrt(images / (images - 1)) * -float(stdtrit(images - 1, ndtr(-critical)))
 
 
 def _deviations(values: Floats, i: int) -> tuple[Floats, Floats]:

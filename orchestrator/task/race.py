@@ -22,11 +22,11 @@ def run_race(work: Work) -> Outcome:
         metric: {
             each.key: found
             for each in candidates
-            if (found := comparisons.replicates(metric, each.key)) is not None
+            if (found := comparisons.replicates(metric, each.key, by_prompt=False)) is not None
         }
         for metric in inputs["metrics"]
     }
-    decision = decide(candidates, measured, alpha=float(inputs["alpha"]))
+    decision = decide(candidates, measured, alpha=float(inputs["alpha"]), top=int(inputs["top"]))
     dropped: dict[str, Any] = {
         key: {"images": inputs["images"], "by": dict(by)} for key, by in decision.dropped.items()
     }

@@ -200,12 +200,10 @@ def test_top_rung_equals_a_direct_evaluation(folder: Path, tmp_path: Path) -> No
     # rungs of 8 and 16 have the batches of a direct evaluation: they are multiples of 4
     store, result = run_real(real_sweep(folder, (8, 16)), tmp_path / "raced")
     direct, plain = run_real(real_sweep(folder, (16,)), tmp_path / "direct")
-    assert not any(point.dropped for point in result.plan.points)
-    assert {p.evaluate_key for p in result.plan.points} == {
-        p.evaluate_key for p in plain.plan.points
-    }
-    for point in plain.plan.points:
-        ours, theirs = (s.records()[str(point.evaluate_key)] for s in (store, direct))
+    kept = {point.evaluate_key for point in result.plan.points if point.dropped is None}
+    assert kept and kept <= {point.evaluate_key for point in plain.plan.points}
+    for key in kept:
+        ours, theirs = (s.records()[str(key)] for s in (store, direct))
         assert ours.outputs["n_continued"] == 8
         assert ours.artifacts == theirs.artifacts  # digests: the same scores, features and samples
         for name in ("metrics", "forwards", "n_images", "macs"):

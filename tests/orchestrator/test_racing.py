@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -22,11 +24,7 @@ from orchestrator.racing import (
 Floats = npt.NDArray[np.float64]
 
 
-def replicates(scores: Floats, prompts: int | None = None) -> Replicates:
-    """scores: (n,), image i shows prompt i % prompts."""
-    found = mean_replicates_of(scores, np.arange(len(scores)) % (prompts or len(scores)))
-    assert found is not None
-    return found
+MANY = 10**9
 
 
 def race(
@@ -34,7 +32,7 @@ def race(
     speeds: dict[str, float | None],
     *,
     alpha: float = ALPHA,
-    prompts: int | None = None,
+    top: int = MANY,
     bars: dict[str, tuple[str, ...]] | None = None,
     protected: tuple[str, ...] = (),
 ) -> Decision:
@@ -44,10 +42,16 @@ def race(
         for k, s in speeds.items()
     ]
     measured = {
-        metric: {key: replicates(scores, prompts) for key, scores in known.items()}
+        metric: {key: replicates(scores) for key, scores in known.items()}
         for metric, known in qualities.items()
     }
-    return decide(candidates, measured, alpha=alpha)
+    return decide(candidates, measured, alpha=alpha, top=top)
+
+
+def replicates(scores: Floats) -> Replicates:
+    found = mean_replicates_of(scores, np.arange(len(scores)))
+    assert found is not None
+    return found
 
 
 def scores(mean: float, seed: int, n: int = 128, spread: float = 1.0) -> Floats:
@@ -203,17 +207,29 @@ def test_critical_value_grows_with_pairs_and_stays_below_bonferroni() -> None:
     assert norm.ppf(1 - ALPHA) + 0.5 < many < norm.ppf(1 - ALPHA / (12 * 11)) + 0.15
 
 
-def test_critical_value_is_wider_for_few_prompts() -> None:
-    clip = {"a": scores(30, 1, n=240), "b": scores(30, 2, n=240)}
-    few, many = (race({"clip": clip}, SPEEDS, prompts=p).critical for p in (6, 240))
+def test_critical_value_is_wider_for_few_images() -> None:
+    known = {key: replicates(scores(30, i, n=240)) for i, key in enumerate("ab")}
+    candidates = [Candidate(key=key, speed=1.0) for key in known]
+    fewer = {key: dataclasses.replace(one, n=6) for key, one in known.items()}
+    few, many = (
+        decide(candidates, {"clip": each}, alpha=ALPHA, top=MANY).critical
+        for each in (fewer, known)
+    )
     assert few is not None and many is not None
     assert few > many + 0.2
 
 
-def test_decide_never_decides_by_one_prompt() -> None:
-    with_one = {"a": Replicates(np.array([1.0, 2.0]), 1, 8), "b": Replicates(np.zeros(2), 1, 8)}
+def test_critical_value_shrinks_as_the_top_rung_is_near() -> None:
+    clip = {"a": scores(30, 1), "b": scores(30, 2)}
+    far, near = (race({"clip": clip}, SPEEDS, top=top).critical for top in (MANY, 256))
+    assert far is not None
+    assert near == pytest.approx(far / np.sqrt(2))
+
+
+def test_decide_never_decides_by_one_image() -> None:
+    with_one = {"a": Replicates(np.array([1.0, 2.0]), 1, 1), "b": Replicates(np.zeros(2), 1, 1)}
     candidates = [Candidate(key=key, speed=1.0) for key in with_one]
-    assert decide(candidates, {"clip": with_one}, alpha=0.5).dropped == {}
+    assert decide(candidates, {"clip": with_one}, alpha=0.5, top=MANY).dropped == {}
 
 
 def test_alpha_is_split_over_the_rungs_that_decide() -> None:
@@ -226,25 +242,39 @@ def test_too_few_resamples_are_refused() -> None:
     known = {key: Replicates(drawn[i], 10, 10) for i, key in enumerate("ab")}
     candidates = [Candidate(key=key, speed=1.0) for key in known]
     with pytest.raises(EvaluationError, match="10 resamples"):
-        decide(candidates, {"clip": known}, alpha=0.05)
+        decide(candidates, {"clip": known}, alpha=0.05, top=MANY)
 
 
 def test_raced_metrics_are_all_but_fid() -> None:
     assert raced_metrics(("fid", "kid", "psnr")) == ("kid", "psnr")
 
 
-def wrong_drops(seed: int, prompts: int, skew: bool) -> bool:
-    """Race ten equally good points of one speed: any drop at all is wrong."""
+def refuted(seed: int, prompts: int, skew: bool, n: int = 128, top: int = 512) -> bool:
+    """Race six equally good points; say whether the top rung refutes any claim of the race."""
     rng = np.random.default_rng(seed)
-    n, keys = 128, [str(i) for i in range(10)]
-    own = rng.normal(0, 1, (prompts, len(keys)))[np.arange(n) % prompts]
-    noise = rng.exponential(1, (n, len(keys))) if skew else rng.normal(0, 1, (n, len(keys)))
-    values = own + noise
-    return bool(race({"clip": dict(zip(keys, values.T, strict=True))},
-                     dict.fromkeys(keys, 1.0), prompts=prompts).dropped)  # fmt: skip
+    keys = [str(i) for i in range(6)]
+    own = rng.normal(0, 1, (prompts, len(keys)))[np.arange(top) % prompts]
+    noise = rng.exponential(1, (top, len(keys))) if skew else rng.normal(0, 1, (top, len(keys)))
+    values = dict(zip(keys, (own + noise).T, strict=True))
+    first = {key: scores[:n] for key, scores in values.items()}
+    found = race({"clip": first}, dict.fromkeys(keys, 1.0), top=top)
+    claims = ((by["clip"], loser) for loser, by in found.dropped.items())
+    return any(values[winner].mean() <= values[loser].mean() for winner, loser in claims)
 
 
-@pytest.mark.parametrize(("prompts", "skew"), [(128, False), (128, True), (32, False)])
-def test_decide_rarely_drops_any_of_equally_good_points(prompts: int, skew: bool) -> None:
-    # 5 % of 200 are 10; a binomial of that mean exceeds 18 in 1 % of all cases
-    assert sum(wrong_drops(seed, prompts, skew) for seed in range(200)) <= 18
+@pytest.mark.parametrize(("prompts", "skew"), [(512, True), (128, False), (32, True)])
+def test_top_rung_rarely_refutes_a_race(prompts: int, skew: bool) -> None:
+    # 5 % of 100 are 5; a binomial of that mean exceeds 11 in 0.5 % of all cases
+    assert sum(refuted(seed, prompts, skew) for seed in range(100)) <= 11
+
+
+def wrong(seed: int) -> bool:
+    """Race six equally good points of prompts shown once: any drop at all is wrong in truth."""
+    values = np.random.default_rng(seed).exponential(1, (128, 6)).T
+    keys = [str(i) for i in range(6)]
+    return bool(race({"clip": dict(zip(keys, values, strict=True))},
+                     dict.fromkeys(keys, 1.0)).dropped)  # fmt: skip
+
+
+def test_decide_rarely_drops_any_of_equally_good_points() -> None:
+    assert sum(wrong(seed) for seed in range(100)) <= 11
