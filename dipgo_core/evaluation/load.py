@@ -213,6 +213,22 @@ class GpuWatch:
         return QUIET
 
 
+@dataclass(frozen=True)
+class Unwatched:
+    """Stands where a watch should be; reason: why there is none."""
+
+    reason: str
+
+    def idle(self) -> Finding:
+        return Finding(unchecked=(self.reason,))
+
+    def start(self) -> None:
+        """Nothing can be looked at."""
+
+    def stop(self) -> Finding:
+        return self.idle()
+
+
 def process_tree(root: int, proc: Path = _PROC) -> frozenset[int]:
     """Return a process and all its descendants."""
     children: dict[int, list[int]] = {}

@@ -17,7 +17,14 @@ from dipgo_core.evaluation.execution import attention_in_use, compile_mode, libr
 from dipgo_core.evaluation.footprint import energy_j, peak_memory
 from dipgo_core.evaluation.generate import call_arguments
 from dipgo_core.evaluation.latency import Latency, measure_latency
-from dipgo_core.evaluation.load import CpuWatch, GpuWatch, Watch, process_tree, undisturbed
+from dipgo_core.evaluation.load import (
+    CpuWatch,
+    GpuWatch,
+    Unwatched,
+    Watch,
+    process_tree,
+    undisturbed,
+)
 from dipgo_core.evaluation.nvml import Gpu, open_gpu
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import image_seed
@@ -85,7 +92,7 @@ def measure(work: Work, parent: int) -> dict[str, Any]:
     inputs = work.task.inputs
     torch.set_num_threads(int(inputs["threads"]))
     dense, pruned = _runs(work)
-    gpu = _gpu(work.device)
+    gpu = _gpu() if work.device != "cpu" else "no GPU is used"
     watched = undisturbed(
         lambda: _timed(work, dense, pruned, gpu),
         _watches(work, gpu, parent),
@@ -113,27 +120,37 @@ def _runs(work: Work) -> tuple[PipelineRun, PipelineRun]:
     return dense, PipelineRun(work, work.sampler, subnet)
 
 
-def _gpu(device: str) -> Gpu | None:
-    """Return the GPU that PyTorch computes on, as its driver knows it."""
-    if device == "cpu":
-        return None
+#: A GPU as its driver knows it, or why there is none.
+MaybeGpu = Gpu | str
+
+
+def _gpu() -> MaybeGpu:
+    """Return the GPU that PyTorch computes on."""
     try:
         return open_gpu(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-    except DeviceError:
-        return None
+    except DeviceError as error:
+        return str(error)
 
 
-def _watches(work: Work, gpu: Gpu | None, parent: int) -> list[Watch]:
-    processor = CpuWatch(threads=int(work.task.inputs["threads"]))
-    return [processor] if gpu is None else [processor, GpuWatch(gpu, lambda: process_tree(parent))]
+def _watches(work: Work, gpu: MaybeGpu, parent: int) -> list[Watch]:
+    watches: list[Watch] = [CpuWatch(threads=int(work.task.inputs["threads"]))]
+    if isinstance(gpu, Gpu):
+        watches.append(GpuWatch(gpu, lambda: process_tree(parent)))
+    elif work.device != "cpu":
+        watches.append(Unwatched(f"load and processes of the GPU: {gpu}"))
+    return watches
+
+
+def _clock(work: Work, gpu: MaybeGpu) -> float | None:
+    return clock_mhz(work.device, gpu if isinstance(gpu, Gpu) else None)
 
 
 def _timed(
-    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: Gpu | None
+    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: MaybeGpu
 ) -> tuple[Latency, Mapping[str, float | None]]:
     """Measure once; also return the device's clock before and after."""
     inputs = work.task.inputs
-    before = clock_mhz(work.device, gpu)
+    before = _clock(work, gpu)
     latency = measure_latency(
         dense,
         pruned,
@@ -146,7 +163,7 @@ def _timed(
         dtype=work.model.settings.dtype,
         timer=_timer(work),
     )
-    return latency, {"before": before, "after": clock_mhz(work.device, gpu)}
+    return latency, {"before": before, "after": _clock(work, gpu)}
 
 
 def _timer(work: Work) -> Timer:
@@ -162,7 +179,7 @@ def _timer(work: Work) -> Timer:
 
 
 def _footprint(
-    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: Gpu | None
+    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: MaybeGpu
 ) -> dict[str, Any]:
     """Return peak memory of both kinds of run, and their energy an image where it is told."""
     memory, energy = dict[str, Any](), dict[str, Any]()
@@ -173,9 +190,9 @@ def _footprint(
     return {"memory": memory, "energy": energy}
 
 
-def _energy(name: str, call: Run, gpu: Gpu | None, images: int) -> dict[str, Any]:
-    if gpu is None:
-        return {"unread": "no GPU whose driver counts it"}
+def _energy(name: str, call: Run, gpu: MaybeGpu, images: int) -> dict[str, Any]:
+    if isinstance(gpu, str):
+        return {"unread": gpu}
     try:
         return {f"{name}_j": energy_j(call, gpu) / images}
     except DeviceError as error:

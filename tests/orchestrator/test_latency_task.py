@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from dipgo_core.errors import DeviceError, TaskError
+from dipgo_core.evaluation.load import CpuWatch, GpuWatch
+from dipgo_core.evaluation.nvml import Gpu
 from orchestrator.records import Task
 from orchestrator.store import FolderStore
 from orchestrator.task import latency
@@ -53,28 +55,28 @@ def test_worker_with_another_device_measures_nothing(log: list[str], tmp_path: P
     assert log == []
 
 
-class Meter:
-    """A GPU that counts energy, or does not."""
-
-    def __init__(self, step: float | None) -> None:
-        self._step, self._drawn = step, 0.0
-
-    def energy_mj(self) -> float:
-        if self._step is None:
-            raise DeviceError("the GPU does not tell its energy: Not Supported")
-        self._drawn += self._step
-        return self._drawn
+def energy_of(gpu: Gpu) -> float:
+    """A meter that has run 8 J a run on the first GPU; the second does not count."""
+    if gpu.handle == "silent":
+        raise DeviceError("the GPU does not tell its energy: Not Supported")
+    return 8.0
 
 
 def test_energy_is_per_image_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "energy_j", lambda call, gpu: gpu.energy_mj() / 1000)
-    counting: Any = Meter(8000)
-    silent: Any = Meter(None)
-    assert _energy("dense", lambda: None, counting, 4) == {"dense_j": 2}
-    assert "Not Supported" in _energy("dense", lambda: None, silent, 4)["unread"]
+    monkeypatch.setattr(latency, "energy_j", lambda call, gpu: energy_of(gpu))
+    assert _energy("dense", lambda: None, Gpu("counting"), 4) == {"dense_j": 2}
+    assert "Not Supported" in _energy("dense", lambda: None, Gpu("silent"), 4)["unread"]
+    assert _energy("dense", lambda: None, "no driver", 4) == {"unread": "no driver"}
 
 
 def test_gpu_is_watched_beside_the_processor(tmp_path: Path) -> None:
-    gpu: Any = Meter(1)
-    kinds = [type(watch).__name__ for watch in _watches(work(tmp_path, gpus=1, device=""), gpu, 1)]
-    assert kinds == ["CpuWatch", "GpuWatch"]
+    task = work(tmp_path, gpus=1, device="a cuda")
+    processor, gpu = _watches(task, Gpu("quiet"), 1)
+    assert (processor, type(gpu)) == (CpuWatch(threads=2), GpuWatch)
+
+
+def test_gpu_that_cannot_be_watched_is_said_to_be_unchecked(tmp_path: Path) -> None:
+    _, unwatched = _watches(work(tmp_path, gpus=1, device="a cuda"), "no driver", 1)
+    assert unwatched.idle() == unwatched.stop()
+    assert unwatched.stop().unchecked == ("load and processes of the GPU: no driver",)
+    assert len(_watches(work(tmp_path, gpus=0, device="a cpu"), "no GPU is used", 1)) == 1
