@@ -20,6 +20,7 @@ from orchestrator.hub_needs import (
     HubNeed,
     cached_commits,
     hub_needs,
+    place_of,
     resolve_needs,
     with_commits,
 )
@@ -55,7 +56,7 @@ def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready
     facts, unfit = find_facts(resolved, offline=bool(problems))
     problems += unfit
     problems += [
-        f"{', '.join(file.users)}: {file.problem}"
+        f"{place_of(file.users)}: {file.problem}"
         for file in published_files(sweep)
         if file.problem is not None
     ]
@@ -92,7 +93,7 @@ def _warn_of_moves(needs: Sequence[HubNeed], commits: Commits, before: Commits) 
                 need.id,
                 old[:12],
                 new[:12],
-                ", ".join(need.users),
+                need.place,
             )
 
 
@@ -101,7 +102,7 @@ def _absent(need: HubNeed, commits: Commits) -> list[str]:
     commit = commits.get(need.key)
     if commit is None:
         return []
-    return _failure(", ".join(need.users), lambda: _check_need(need, commit))
+    return _failure(need.place, lambda: _check_need(need, commit))
 
 
 def _configs(model: SweepModel) -> list[str]:

@@ -6,6 +6,7 @@ the distance to other images.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,23 +35,19 @@ from torch_fidelity.metric_kid import (
 
 from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError
 from dipgo_core.evaluation.fid_intervals import fid_infinity, fid_jackknife, moments
+from dipgo_core.evaluation.inception import inception_state
+from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.intervals import Figure
 from dipgo_core.evaluation.mmd_intervals import mmd_interval, polynomial_kernel
 from dipgo_core.evaluation.reference import Reference, folder_id, image_files, reference_of
-from dipgo_core.evaluation.scorers import (
-    INCEPTION,
-    INCEPTION_SHA256,
-    TINY_FEATURES,
-    Scorer,
-    features_scorer,
-    file_sha256,
-    inception_file,
-)
+from dipgo_core.evaluation.scorers import TINY_FEATURES, Scorer, features_scorer
 from dipgo_core.zoo import zoo_path
 from dipgo_core.zoo.features import FEATURE_DIM, TinyFeatures
 
 Features = npt.NDArray[np.float32]
 
+#: What torch-fidelity knows our Inception by.
+SAFE_INCEPTION = "dipgo-inception-v3-compat"
 KID_SUBSETS = 100
 _CHUNK = 64  # images an extractor sees at once
 
@@ -105,7 +102,27 @@ class TinyFeaturesExtractor(FeatureExtractorBase):  # type: ignore[misc]
         return (self.network(images),)
 
 
+class InceptionExtractor(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """torch-fidelity's Inception with weights read from safetensors; no file is unpickled.
+
+    The library's class loads whatever archive it is given: here one in memory, made of the tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        features_list: list[str],
+        feature_extractor_weights_path: str = INCEPTION,
+        **settings: object,
+    ) -> None:
+        archive = io.BytesIO()
+        torch.save(inception_state(feature_extractor_weights_path), archive)
+        archive.seek(0)
+        super().__init__(name, features_list, feature_extractor_weights_path=archive, **settings)
+
+
 register_feature_extractor(TINY_FEATURES, TinyFeaturesExtractor)
+register_feature_extractor(SAFE_INCEPTION, InceptionExtractor)
 
 
 def load_extractor(name: str, *, device: str | torch.device = "cpu") -> FeatureExtractor:
@@ -120,7 +137,7 @@ def load_extractor(name: str, *, device: str | torch.device = "cpu") -> FeatureE
         if scorer.id == TINY_FEATURES:
             module: Any = TinyFeaturesExtractor(TINY_FEATURES, [str(FEATURE_DIM)])
         else:
-            module = _inception(inception_file(name), published=name == INCEPTION)
+            module = InceptionExtractor(SAFE_INCEPTION, ["2048"], name)
     except DipgoError:
         raise
     except Exception as error:  # each format has its own kinds
@@ -266,17 +283,3 @@ def read_images(files: Iterable[Path]) -> Iterable[Tensor]:
         except OSError as error:
             raise EvaluationError(f"cannot read the reference image {path}: {error}") from error
         yield torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-
-
-def _inception(path: Path, *, published: bool) -> FeatureExtractorBase:
-    """Build torch-fidelity's Inception from a weights file that was found to hold only tensors."""
-    if published and not file_sha256(path).startswith(INCEPTION_SHA256):
-        raise ModelFilesError(
-            f"{path} is not the published file (its SHA-256 must begin with {INCEPTION_SHA256}): "
-            "it may be truncated, fetch it again"
-        )
-    # The library unpickles whatever the file holds; this refuses anything but tensors first.
-    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return FeatureExtractorInceptionV3(
-        INCEPTION, ["2048"], feature_extractor_weights_path=str(path)
-    )

@@ -20,11 +20,11 @@ from dipgo_core.evaluation.image_reward_files import (
     WEIGHTS,
     reward_folder,
 )
+from dipgo_core.evaluation.inception_files import INCEPTION, inception_files
 from dipgo_core.evaluation.lpips_files import (
     backbone_file,
     backbone_of,
     heads_file,
-    torch_hub_folder,
 )
 from dipgo_core.evaluation.metrics import Role
 from dipgo_core.hub import MAIN, is_hub_id, split_id
@@ -32,14 +32,6 @@ from dipgo_core.model_files import check_weights
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
 TINY_FEATURES = "tiny-features"
-INCEPTION = "inception-v3-compat"
-
-#: The file torch-fidelity publishes; its name ends with the first digits of its SHA-256.
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256 = "6726825d"
-INCEPTION_URL = (
-    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-)
 
 
 @dataclass(frozen=True)
@@ -76,39 +68,23 @@ def features_scorer(name: str) -> Scorer:
     """Return the feature scorer called `name`: "tiny-features", "inception-v3-compat", or
     "inception-v3-compat:FILE".
 
-    Without a FILE torch-fidelity's published weights are meant, with one it is digested.
+    Without a FILE torch-fidelity's published weights are meant, with one it is digested; a
+    converted FILE tells the digest of its original.
 
     Raises:
         UnknownModelError: no feature scorer has this name.
         ModelFilesError: the named file does not exist.
     """
-    kind, _, file = name.partition(":")
+    kind = name.partition(":")[0]
     if name == TINY_FEATURES:
         weights = zoo_path(TINY_FEATURES) / "model.safetensors"
         return Scorer(TINY_FEATURES, file_sha256(weights), "antialiased bilinear to 32x32")
     if kind == INCEPTION:
-        digest = file_sha256(inception_file(name)) if file else INCEPTION_SHA256
-        return Scorer(INCEPTION, digest, "TensorFlow 1 bilinear to 299x299")
+        return Scorer(INCEPTION, inception_files(name).digest, "TensorFlow 1 bilinear to 299x299")
     valid = (TINY_FEATURES, INCEPTION, f"{INCEPTION}:FILE")
     raise UnknownModelError(
         f"no feature scorer is called {name!r}; known are {', '.join(valid)}.{nearest(name, valid)}"
     )
-
-
-def inception_file(name: str = INCEPTION) -> Path:
-    """Return the weights file behind "inception-v3-compat" or "inception-v3-compat:FILE".
-
-    Raises:
-        ModelFilesError: there is no such file; says where to get it and where to put it.
-    """
-    _, _, file = name.partition(":")
-    path = Path(file).expanduser() if file else torch_hub_folder() / INCEPTION_FILE
-    if not path.is_file():
-        raise ModelFilesError(
-            f"no Inception weights at {path}: fetch {INCEPTION_URL} (91 MB) on a machine with "
-            f"network and put it there, or name a file as '{INCEPTION}:FILE'"
-        )
-    return path
 
 
 def clip_scorer(name: str) -> Scorer:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError
+from dipgo_core.evaluation.inception_files import INCEPTION_SHA256
 from dipgo_core.evaluation.scorers import (
     clip_scorer,
     features_scorer,
     file_sha256,
     folder_sha256,
     hub_scorer,
-    inception_file,
     network_folder,
 )
 from dipgo_core.zoo import zoo_path
@@ -29,12 +29,8 @@ def test_tiny_features_is_known_by_its_weights() -> None:
     assert scorer.digest == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def test_published_inception_is_known_without_its_file(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    assert features_scorer("inception-v3-compat").digest == "6726825d"
-    with pytest.raises(ModelFilesError, match=r"weights-inception-2015-12-05-6726825d.pth: fetch"):
-        inception_file()
+def test_published_inception_is_known_without_its_file() -> None:
+    assert features_scorer("inception-v3-compat").digest == INCEPTION_SHA256
 
 
 def test_own_inception_is_known_by_its_bytes(tmp_path: Path) -> None:
@@ -45,15 +41,6 @@ def test_own_inception_is_known_by_its_bytes(tmp_path: Path) -> None:
 
     assert scorer.id == "inception-v3-compat"
     assert scorer.digest == hashlib.sha256(b"weights").hexdigest()
-
-
-def test_inception_is_looked_for_where_torch_hub_keeps_it(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    file.parent.mkdir(parents=True)
-    file.touch()
-
-    assert inception_file() == file
 
 
 def test_unknown_feature_scorer_lists_the_known_ones() -> None:

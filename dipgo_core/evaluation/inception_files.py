@@ -1,0 +1,129 @@
+"""The Inception network behind FID: its published file, where its safe copy lies. No torch.
+
+The published weights are a PyTorch archive. It is read once, as tensors and nothing else
+(`inception.convert`); from then on only the safetensors copy in the user's cache is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError, safe_open
+
+from dipgo_core.errors import ModelFilesError
+from dipgo_core.evaluation.lpips_files import torch_hub_folder
+
+INCEPTION: Final = "inception-v3-compat"
+
+#: The file torch-fidelity publishes.
+INCEPTION_FILE: Final = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256: Final = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_BYTES: Final = 95_628_359
+INCEPTION_URL: Final = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
+
+#: Where a converted file tells the SHA-256 of the archive it was made from.
+SOURCE_SHA256: Final = "source_sha256"
+
+
+@dataclass(frozen=True)
+class InceptionFiles:
+    """Where the weights behind a scorer's name lie. digest: SHA-256 of the original file.
+
+    original: the archive. converted: the safetensors copy; both are one file where the user names
+    a converted one.
+    """
+
+    digest: str
+    original: Path
+    converted: Path
+
+
+def inception_files(name: str = INCEPTION) -> InceptionFiles:
+    """Return the files behind "inception-v3-compat" or "inception-v3-compat:FILE".
+
+    FILE is an archive as torch-fidelity takes it (.pth), or one already converted (.safetensors).
+    Without a FILE nothing is read: the published weights are meant.
+
+    Raises:
+        ModelFilesError: the named file is missing or cannot be read.
+    """
+    file = name.partition(":")[2]
+    if not file:
+        original = torch_hub_folder() / INCEPTION_FILE
+        return InceptionFiles(INCEPTION_SHA256, original, _converted(INCEPTION_SHA256))
+    path = Path(file).expanduser()
+    if path.suffix == ".safetensors":
+        return InceptionFiles(_source_of(path) or _sha256(path), path, path)
+    digest = _sha256(path)
+    return InceptionFiles(digest, path, _converted(digest))
+
+
+def checked_inception(name: str = INCEPTION) -> InceptionFiles:
+    """Return the files behind a name, after checking that there is one to load.
+
+    Where the safetensors copy is there, nothing else is looked at.
+
+    Raises:
+        ModelFilesError: no file (says which, how large, where to put it), or not the published one.
+    """
+    files = inception_files(name)
+    if not files.converted.is_file() and ":" not in name:
+        _check_published(files.original)
+    return files
+
+
+def cache_folder() -> Path:
+    """Return where converted weights are kept: XDG_CACHE_HOME or ~/.cache, dipgo-sweep."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dipgo-sweep"
+
+
+def _check_published(path: Path) -> None:
+    where = f"fetch {INCEPTION_URL} on a machine with network and put it there"
+    if not path.is_file():
+        raise ModelFilesError(
+            f"no Inception weights at {path} ({INCEPTION_BYTES:,} bytes): {where}, or name a file "
+            f"as '{INCEPTION}:FILE'"
+        )
+    size = path.stat().st_size
+    if size != INCEPTION_BYTES:
+        raise ModelFilesError(
+            f"{path} has {size:,} bytes, the published file has {INCEPTION_BYTES:,}: it is "
+            f"truncated or another file; {where} again"
+        )
+    found = _sha256(path)
+    if found != INCEPTION_SHA256:
+        raise ModelFilesError(
+            f"{path} is damaged or another file: its SHA-256 is {found}, that of the published "
+            f"file {INCEPTION_SHA256}; {where} again"
+        )
+
+
+def _converted(digest: str) -> Path:
+    return cache_folder() / "inception" / f"{digest}.safetensors"
+
+
+def _source_of(path: Path) -> str | None:
+    """Return the digest of the archive that a converted file was made from, as it tells."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get(SOURCE_SHA256)
+    except (OSError, SafetensorError) as error:
+        raise ModelFilesError(
+            f"Inception weights {path} cannot be read ({error}): copy the file again"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelFilesError(
+            f"cannot read the Inception weights {path}: {error.strerror}"
+        ) from error
