@@ -298,9 +298,9 @@ def _hub_error(error: Exception, hub_id: str, kind: Kind, what: str) -> HubError
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError(f"{what} is not in the repository: {_reason(error)}")
     return HubUnreachableError(
-        f"{what} cannot be read from the hub ({_reason(error)}). With network, run `dipgo-sweep "
-        f"prefetch` on the sweep file; without, copy {cache_folder(hub_id, kind)} from a machine "
-        "that has it, or name a local folder or file instead"
+        f"{what} cannot be read from the hub ({_reason(error)}): fetch it with network "
+        f"(`dipgo-sweep prefetch`), copy {cache_folder(hub_id, kind)} from a machine that has it, "
+        "or name a local folder or file instead"
     )
 
 

@@ -110,12 +110,12 @@ def find_facts(
     return {name: facts for name, facts in found.items() if facts is not None}, problems
 
 
-def refusal(sweep: SweepFile, problems: Iterable[str]) -> PreflightError:
+def refusal(sweep: SweepFile, problems: Iterable[str], done: str = "run") -> PreflightError:
     """Return one error that lists every problem of a sweep once."""
     lines = list(dict.fromkeys(problems))
     noun = "problem" if len(lines) == 1 else "problems"
     text = "\n".join(f"  {line}" for line in lines)
-    return PreflightError(f"{sweep.name} cannot be run, {len(lines)} {noun}:\n{text}")
+    return PreflightError(f"{sweep.name} cannot be {done}, {len(lines)} {noun}:\n{text}")
 
 
 def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, list[Any]]:

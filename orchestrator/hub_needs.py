@@ -41,6 +41,11 @@ class HubNeed:
         return "dataset" if self.kind == "prompts" else "model"
 
     @property
+    def place(self) -> str:
+        """Who asks for it, as a message begins: ``sd15, sdxl: evaluate.scorers.clip``."""
+        return place_of(self.users)
+
+    @property
     def key(self) -> str:
         """What tells one revision of one repository from another."""
         return revision_key(self.id, self.revision, self.repository)
@@ -69,6 +74,15 @@ Commits = Mapping[str, str]
 def revision_key(hub_id: str, revision: str | None, kind: hub.Kind) -> str:
     """Return ``model:owner/name@revision``."""
     return f"{kind}:{hub_id}@{revision or hub.MAIN}"
+
+
+def place_of(users: Sequence[str]) -> str:
+    """Return ``model: field`` texts as one, the models of a field together."""
+    models: dict[str, list[str]] = {}
+    for user in users:
+        model, _, field = user.partition(": ")
+        models.setdefault(field, []).append(model)
+    return ", ".join(f"{', '.join(names)}: {field}" for field, names in models.items())
 
 
 def hub_needs(sweep: SweepFile) -> tuple[HubNeed, ...]:
@@ -120,7 +134,7 @@ def resolve_needs(needs: Sequence[HubNeed]) -> tuple[dict[str, str], list[str]]:
         try:
             commits[need.key] = hub.resolve_commit(need.id, need.revision, need.repository)
         except HubError as error:
-            problems.append(f"{', '.join(need.users)}: {error}")
+            problems.append(f"{need.place}: {error}")
     return commits, problems
 
 

@@ -84,7 +84,7 @@ def pin_file(path: Path, *, write: bool = True) -> Pinned:
     needs = [need for need in hub_needs(sweep) if need.kind in PINNABLE and not need.pinned]
     commits, problems = resolve_needs(needs)
     if problems:
-        raise refusal(sweep, problems)
+        raise refusal(sweep, problems, "pinned")
     if needs and write:
         text = path.read_bytes().decode("utf-8")  # a mark at its beginning stays
         _replace(path, _edited(text, path, sweep, commits), with_commits(sweep, commits))

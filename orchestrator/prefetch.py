@@ -102,13 +102,12 @@ def survey(sweep: SweepFile) -> Survey:
     stocks: list[Stock] = []
     problems: list[str] = []
     for need in hub_needs(sweep):
-        place = ", ".join(need.users)
         try:
             stock = stock_of(need)
-            problems += [f"{place}: {line}" for line in _obstacles(stock)]
+            problems += [f"{need.place}: {line}" for line in _obstacles(stock)]
             stocks.append(stock)
         except HubError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{need.place}: {error}")
     cache = hub.cache_folder()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     missing = sum(stock.bytes_to_fetch for stock in stocks)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.show import print_json, print_table, say
+from orchestrator.hub_needs import place_of
 from orchestrator.prefetch import Stock, Survey, fetch, survey
 from orchestrator.sweep_file import load_sweep
 
@@ -29,7 +30,7 @@ def prefetch_and_show(
         _fetch(found)
     if as_json:
         print_json({**found.to_json(), "fetched": not (found.problems or dry_run)})
-    by_hand = [f"{', '.join(f.users)}: {f.problem}" for f in found.published if f.problem]
+    by_hand = [f"{place_of(f.users)}: {f.problem}" for f in found.published if f.problem]
     for line in (*found.problems, *by_hand):
         say(f"error: {line}", stderr=True)
     if found.problems:

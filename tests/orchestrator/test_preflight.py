@@ -176,3 +176,13 @@ def test_missing_inception_is_told_before_anything_runs(
     )
     with pytest.raises(PreflightError, match=r"evaluate.scorers.features: no Inception weights"):
         prepare(load_sweep(tmp_path / "x.yaml"))
+
+
+def test_folder_without_a_network_is_told_with_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("a\n")
+    text = "schema_version: 1\nname: x\nmodels: [tiny-sd]\ntargets: [0.5]\n"
+    evaluate = "evaluate: {images: 8, prompts: short.txt, scorers: {clip: empty}}\n"
+    (tmp_path / "x.yaml").write_text(text + evaluate)
+    with pytest.raises(PreflightError, match=r"2 problems:[\s\S]*clip: no network in .*empty"):
+        prepare(load_sweep(tmp_path / "x.yaml"))
