@@ -61,10 +61,6 @@ class Side:
     evaluation: str
     replicates: Replicated = _no_arrays
 
-    def named(self, name: str) -> Side:
-        """Return the same under another name."""
-        return replace(self, name=name)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -188,7 +184,7 @@ def check_comparable(a: Side, b: Side) -> None:
     hashes = " and ".join(short(one.protocol.hash) for one in (a, b))
     listed = "".join(f"\n  {line}" for line in lines)
     raise ConfigError(
-        f"{a.name} and {b.name} cannot be compared: figures of two models or two protocols "
+        f"A ({a.name}) and B ({b.name}) cannot be compared: figures of two models or two protocols "
         f"({hashes}) are on two scales. They differ in{listed}\n{move}"
     )
 

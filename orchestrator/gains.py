@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from dipgo_core.errors import DipgoError, StoreError
 from dipgo_core.evaluation.cmmd_distance import cmmd_replicates
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 Verdict = Literal["beats", "ties", "loses", "unknown"]
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
+
+Method = Literal["bootstrap", "jackknife"]
+#: Metric, evaluation, number of its first images, whether prompts (or images) are drawn.
+Where = tuple[str, str, int, bool]
 
 PER_IMAGE_FILE = "per_image.safetensors"
 FEATURES_FILE = "features.safetensors"
@@ -82,7 +87,7 @@ class Comparisons:
     def __init__(self, store: Store, records: Mapping[str, Record]) -> None:
         self._store = store
         self._records = records
-        self._replicates: dict[tuple[str, str, int, bool], Replicates | None] = {}
+        self._replicates: dict[Where, Replicates | None] = {}
         self._references: dict[tuple[str, int, Role], Reference | None] = {}
 
     def gain(self, metric: str, key: str, baselines: Mapping[str, str]) -> Gain | None:
@@ -129,14 +134,44 @@ class Comparisons:
         record = self._records[key]
         count = self._images(key)
         first = count if images is None else images
-        if metric == "fid" and first < count:
+        if metric == "fid" and (first < count or not self._has_interval(metric, key)):
             return None
         where = (metric, key, first, by_prompt)
         if where not in self._replicates:
+            kept = self._kept(where)
             groups = prompt_of_image(record)[:first] if by_prompt else np.arange(first)
-            made = self._resample(metric, record, groups)
+            made = self._resample(metric, record, groups) if kept is None else {metric: kept}
+            self._replicates[where] = None
             self._replicates |= {(name, key, first, by_prompt): one for name, one in made.items()}
-        return self._replicates.get(where)
+            if kept is None:
+                self._keep(where)
+        return self._replicates[where]
+
+    def _kept(self, where: Where) -> Replicates | None:
+        """Return replicates that an earlier command has kept in the store."""
+        data = self._store.get_derived(where[1], _derived_name(where))
+        if data is None:
+            return None
+        try:
+            arrays = load(data)
+            groups, n, jackknife = (int(value) for value in arrays["facts"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            logger.warning("replicates of %s are damaged and made again: %s", where[1][:12], error)
+            return None
+        method: Method = "jackknife" if jackknife else "bootstrap"
+        return Replicates(arrays["values"], groups, n, method)
+
+    def _keep(self, where: Where) -> None:
+        """Keep what takes seconds to minutes to make; a store that can only be read stays as is."""
+        one = self._replicates[where]
+        if one is None or METRICS[where[0]].per_image:
+            return
+        facts = np.array([one.groups, one.n, one.method == "jackknife"], dtype=np.int64)
+        data = save({"values": np.ascontiguousarray(one.values), "facts": facts})
+        try:
+            self._store.put_derived(where[1], _derived_name(where), data)
+        except OSError as error:
+            logger.debug("replicates of %s are not kept: %s", where[1][:12], error)
 
     def _plain_difference(self, metric: str, key: str, others: Sequence[str]) -> float | None:
         """Return the difference of the figures themselves, None unless of equally many images."""
@@ -151,7 +186,7 @@ class Comparisons:
     def _resample(
         self, metric: str, record: Record, groups: npt.NDArray[np.int64]
     ) -> dict[str, Replicates | None]:
-        """Return the replicates of every metric that the same file holds.  # groups (n,)"""
+        """Return replicates of the metric; of all per-image ones at once.  # groups (n,)"""
         first = len(groups)
         role = METRICS[metric].role
         if METRICS[metric].per_image:
@@ -161,17 +196,12 @@ class Comparisons:
                 for name in PER_IMAGE
                 if name in scores
             }
-        rows = None if role is None else self._features(record, role)
-        reference = None if role is None or rows is None else self._reference(record, role)
+        if role is None or self._figure(metric, record.key) is None:
+            return {}
+        rows, reference = self._features(record, role), self._reference(record, role)
         if rows is None or reference is None:
-            return {metric: None}
-        held = [name for name in DISTRIBUTIONS if METRICS[name].role == role]
-        wanted = [name for name in held if name != "fid" or first == self._images(record.key)]
-        return {
-            name: DISTRIBUTIONS[name](rows[:first], reference, groups)
-            for name in wanted
-            if self._figure(name, record.key) is not None
-        }
+            return {}
+        return {metric: DISTRIBUTIONS[metric](rows[:first], reference, groups)}
 
     def _features(self, record: Record, role: Role) -> Array | None:
         return self._read(record, FEATURES_FILE).get(role)
@@ -194,6 +224,10 @@ class Comparisons:
     def _images(self, key: str) -> int:
         return int(self._records[key].inputs["protocol"]["images"])
 
+    def _has_interval(self, metric: str, key: str) -> bool:
+        metrics = self._records[key].outputs.get("metrics", {})
+        return metrics.get(metric, {}).get("low") is not None
+
     def _figure(self, metric: str, key: str) -> float | None:
         metrics = self._records[key].outputs.get("metrics", {})
         value = metrics.get(metric, {}).get("value")
@@ -205,6 +239,11 @@ class Comparisons:
             return {}
         arrays: Arrays = load(self._store.get_artifact(record, name))
         return arrays
+
+
+def _derived_name(where: Where) -> str:
+    metric, _, first, by_prompt = where
+    return f"replicates-{metric}-{first}-{'prompts' if by_prompt else 'images'}.safetensors"
 
 
 def prompt_of_image(record: Record) -> npt.NDArray[np.int64]:

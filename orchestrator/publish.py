@@ -27,7 +27,6 @@ COUNTS = (
 )
 PARAMS = (
     *("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device"),
-    *("state", "measured_under"),
 )
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
@@ -149,10 +148,10 @@ def point_entry(
 ) -> Entry:
     """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
     settings = {name: getattr(point, name) for name in PARAMS}
-    settings["protocol"] = settings.pop("measured_under")
     where = f" at {point.target:g}" if point.target is not None else ""
     tags = {
         "dipgo.protocol": point.measured_under,
+        "dipgo.state": point.state,
         "dipgo.verdict": point.verdict or "",
         "dipgo.error": point.error or "",
     }

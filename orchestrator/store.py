@@ -51,6 +51,9 @@ class Store(Protocol):
     def get_progress(self, key: str, name: str) -> bytes | None: ...
     def clear_progress(self, key: str) -> None: ...
 
+    def put_derived(self, key: str, name: str, data: bytes) -> None: ...
+    def get_derived(self, key: str, name: str) -> bytes | None: ...
+
     def put_failure(self, record: Record) -> None: ...
     def get_failure(self, key: str) -> Record | None: ...
 
@@ -194,6 +197,14 @@ class FolderStore:
 
     def clear_progress(self, key: str) -> None:
         shutil.rmtree(self._path("progress", key).with_suffix(""), ignore_errors=True)
+
+    def put_derived(self, key: str, name: str, data: bytes) -> None:
+        """Keep what follows from a record alone, but takes long; it may be deleted at any time."""
+        _replace(self._file("derived", key, name), data)
+
+    def get_derived(self, key: str, name: str) -> bytes | None:
+        path = self._file("derived", key, name)
+        return path.read_bytes() if path.exists() else None
 
     def put_failure(self, record: Record) -> None:
         """Keep the last failure of a task; `error` of the record says what happened."""

@@ -68,10 +68,7 @@ def compare_sweeps(ours: Results, theirs: Results, model: str | None) -> tuple[C
     found = []
     for name in _common_models(ours, theirs, model):
         mine, its = ([p for p in r.points if p.model == name] for r in (ours, theirs))
-        pairs = [
-            (_side(ours, a, "A's "), _side(theirs, b, "B's "))
-            for a, b in matching_points(mine, its)
-        ]
+        pairs = [(_side(ours, a), _side(theirs, b)) for a, b in matching_points(mine, its)]
         if pairs:
             check_comparable(*pairs[0])
         # a race may have stopped one of a pair at fewer images: another protocol, left out
@@ -96,7 +93,7 @@ def print_comparisons(found: Sequence[Comparison]) -> None:
     tables: dict[tuple[str, str, str], list[tuple[Comparison, Row]]] = {}
     for one in found:
         for row in one.rows:
-            model = one.a.name.removeprefix("A's ").partition(":")[0]
+            model = one.a.name.partition(":")[0]
             where = (model, row.label, one.a.protocol.hash)
             tables.setdefault(where, []).append((one, row))
     for (model, label, digest), listed in tables.items():
@@ -155,9 +152,8 @@ def _kind(name: str) -> str:
     return "subnet" if suffix == ".json" else "key"
 
 
-def _side(results: Results, point: ResolvedPoint, whose: str = "") -> Side:
-    side = side_of_point(point, results.store.records(), results.comparisons)
-    return side if not whose else side.named(whose + side.name)
+def _side(results: Results, point: ResolvedPoint) -> Side:
+    return side_of_point(point, results.store.records(), results.comparisons)
 
 
 def _common_models(ours: Results, theirs: Results, model: str | None) -> list[str]:

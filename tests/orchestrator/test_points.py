@@ -15,7 +15,7 @@ from dipgo_core.evaluation.fid_intervals import fid_replicates
 from dipgo_core.evaluation.intervals import difference_of, interval_of
 from dipgo_core.evaluation.mmd_intervals import kid_replicates
 from orchestrator.export import export_subnet
-from orchestrator.gains import Gain
+from orchestrator.gains import DISTRIBUTIONS, Comparisons, Gain
 from orchestrator.headlines import headlines
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.store import FolderStore
@@ -252,3 +252,26 @@ def test_kid_difference_equals_the_unbiased_estimators() -> None:
     found = interval_of(difference_of(sides[0], sides[1]))
     assert found.value == pytest.approx(kid(a) - kid(b))
     assert found.low <= found.value <= found.high
+
+
+def test_replicates_that_take_long_are_kept_in_the_store(
+    finished: Finished, points: tuple[ResolvedPoint, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, key = finished.store.records(), pick(points, "search", 0.7)[0].evaluate_key or ""
+    made = Comparisons(finished.store, records).replicates("kid", key)
+    monkeypatch.setitem(DISTRIBUTIONS, "kid", lambda *_: pytest.fail("made again"))
+    kept = Comparisons(finished.store, records).replicates("kid", key)
+    assert made is not None and kept is not None
+    assert np.array_equal(made.values, kept.values)
+    assert (made.groups, made.n, made.method) == (kept.groups, kept.n, kept.method)
+
+
+def test_damaged_replicates_are_made_again(
+    finished: Finished, points: tuple[ResolvedPoint, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    records, key = finished.store.records(), pick(points, "search", 0.5)[0].evaluate_key or ""
+    made = Comparisons(finished.store, records).replicates("kid", key)
+    finished.store.put_derived(key, "replicates-kid-64-prompts.safetensors", b"torn")
+    again = Comparisons(finished.store, records).replicates("kid", key)
+    assert made is not None and again is not None and np.array_equal(made.values, again.values)
+    assert "damaged" in caplog.text

@@ -69,7 +69,7 @@ def test_publisher_logs_the_figures_of_a_point(finished: Finished, tracker: List
     assert metrics["speedup_low"] == point.speedup_low
     assert metrics["gain_clip/tiny"] == point.gain["clip"].value
     assert metrics["clip_low/tiny"] == point.figures["clip"].low
-    assert tracker.entries[point.key].params["protocol"] == point.protocol
+    assert tracker.entries[point.key].tags["dipgo.protocol"] == point.protocol
     assert tracker.entries[point.key].params["loss.alpha"] == "1.0"
 
 
