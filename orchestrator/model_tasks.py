@@ -22,7 +22,7 @@ from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
 
 #: Libraries that decide images, and those that only decide what images are found to be worth.
 _GENERATING = ("torch", "diffusers", "transformers")
-_SCORING = ("torchmetrics", "torch-fidelity")
+_SCORING = ("torchmetrics", "torch-fidelity", "torchvision")
 
 #: A race reads a few arrays and computes for seconds.
 _RACE = TaskResources()
@@ -291,6 +291,7 @@ class ModelTasks:
                 "max_warmup": settings.max_warmup,
                 "min_runs": settings.min_runs,
                 "min_seconds": settings.min_seconds,
+                "repeat": settings.repeat,
                 "granularity": self.granularity,
                 "items_sha256": self.facts.test.sha256,
             },

@@ -74,10 +74,15 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What FID and KID compare with. `value`: a folder, a statistics file, or ``bundled``."""
+    """What FID and KID compare with. `value`: a folder, a statistics file, or ``bundled``.
+
+    extractor, resize: what made a .npz, which does not tell; "" for what tells it itself.
+    """
 
     kind: ReferenceKind = "dense"
     value: str = ""
+    extractor: str = ""
+    resize: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +186,7 @@ class LatencySettings:
     warmup, max_warmup: pairs of runs thrown away, at least and at most; 0: none at all.
     min_runs, min_seconds: pairs of runs that count, and how long they take together, at least.
     tries: how often a measurement that something disturbed is made, at most.
+    repeat: number of the series of measurements; with another one everything is measured again.
     """
 
     batch_size: tuple[int, ...] = (1,)
@@ -189,6 +195,7 @@ class LatencySettings:
     min_runs: int = 10
     min_seconds: float = 5.0
     tries: int = 3
+    repeat: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,6 +141,8 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
     print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
     for key, reason in front.disturbed.items():
         say(f"no measured speed of {by_key[key].name} ({key[:12]}): {reason}")
+    if front.disturbed:
+        say("to measure again when nothing else runs, raise `latency.repeat` (docs/latency.md)")
 
 
 def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -> None:

@@ -207,6 +207,7 @@ def _latency(node: Node, issues: Issues) -> LatencySettings:
             min_runs=fields.get("min_runs", whole(2, 100_000), default.min_runs),
             min_seconds=fields.get("min_seconds", number(0), default.min_seconds),
             tries=fields.get("tries", whole(1, 100), default.tries),
+            repeat=fields.get("repeat", whole(), default.repeat),
         )
         if settings.warmup > settings.max_warmup:
             rule = f"must be at least warmup ({settings.warmup}), got {settings.max_warmup}"
