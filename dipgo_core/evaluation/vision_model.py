@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +41,14 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
             left at random.
     """
     try:
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _unreported():
+            model, info = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFilesError(
@@ -58,6 +62,21 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
         )
     model.eval().requires_grad_(False)
     return model, processor
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep transformers from listing what a file holds besides; what it lacks is checked here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def check_images(images: Tensor, scorer: str) -> None:
