@@ -33,6 +33,11 @@ def run_evaluate(work: Work) -> Outcome:
     scorers = scorers_of(work)
     known = continued(work)
     whole = merge_shards(_scored_shards(work, scorers, known), protocol)
+    artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
+    if whole.scores:
+        artifacts |= work.put("per_image.safetensors", packed(whole.scores))
+    if whole.features:
+        artifacts |= work.put("features.safetensors", packed(whole.features))
     figures = summarise(whole, protocol, _references_of(work, scorers))
     subnet = subnet_of(work.model, work.graph, work.sampler, work.gates)
     outputs = {
@@ -46,11 +51,6 @@ def run_evaluate(work: Work) -> Outcome:
         "statistics": dict(work.task.options["statistics"]),
         **_macs(work, subnet),
     }
-    artifacts = work.put("samples.safetensors", packed({"images": whole.samples}))
-    if whole.scores:
-        artifacts |= work.put("per_image.safetensors", packed(whole.scores))
-    if whole.features:
-        artifacts |= work.put("features.safetensors", packed(whole.features))
     return Outcome(outputs, artifacts)
 
 

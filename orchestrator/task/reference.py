@@ -18,7 +18,7 @@ from dipgo_core.pipelines import block_graph, set_sampler, subnet_of
 from orchestrator.task.work import Arrays, Outcome, Work, packed, put_shard, stored_shard
 
 #: Bytes of images in one artifact, at most (an image larger than that has one for itself).
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 
 
 def run_reference(work: Work) -> Outcome:
