@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.lpips_files import BACKBONES
-from dipgo_core.evaluation.scorers import INCEPTION, TINY_FEATURES
+from dipgo_core.evaluation.scorers import TINY_FEATURES
 from dipgo_core.families import Scorers
 from dipgo_core.hub import split_id
 from dipgo_core.zoo import ZOO_MODELS
