@@ -20,7 +20,8 @@ from dipgo_core.evaluation.prompts import (
     read_items,
     with_labels,
 )
-from dipgo_core.evaluation.reference import folder_id, statistics_id
+from dipgo_core.evaluation.protocol import largest_kid_subset
+from dipgo_core.evaluation.reference import check_statistics, folder_id
 from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
 from dipgo_core.items import Item
@@ -198,8 +199,12 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
 
 def _reference_of(model: SweepModel) -> tuple[str, str]:
     """Return a protocol's name of what distributions are compared with, and where it lies."""
-    compares = bool(set(DISTRIBUTION) & set(model.evaluate.metrics))
-    return _reference(model.evaluate.reference) if compares else ("dense", "")
+    metrics = model.evaluate.metrics
+    if not set(DISTRIBUTION) & set(metrics):
+        return "dense", ""
+    if model.evaluate.reference.kind != "statistics":
+        return _reference(model.evaluate.reference)
+    return _statistics(model.evaluate.reference, model, kid="kid" in metrics)
 
 
 def scorer_names(model: SweepModel) -> dict[Role, str]:
@@ -322,5 +327,19 @@ def _reference(reference: Reference) -> tuple[str, str]:
     value = reference.value
     if value != BUNDLED:
         value = str(Path(value).expanduser().absolute())
-    path = reference_path(value)
-    return (statistics_id(path) if reference.kind == "statistics" else folder_id(path)), value
+    return folder_id(reference_path(value)), value
+
+
+def _statistics(reference: Reference, model: SweepModel, *, kid: bool) -> tuple[str, str]:
+    """Return the same of a statistics file, once it is found to fit the model's extractor."""
+    value = reference.value
+    if value != BUNDLED:
+        value = str(Path(value).expanduser().absolute())
+    identity = check_statistics(
+        reference_path(value),
+        scorer_of("features", model.evaluate.scorers.features),
+        extractor=reference.extractor,
+        resize=reference.resize,
+        kid_subset_size=largest_kid_subset(model.evaluate.images) if kid else 0,
+    )
+    return identity, value

@@ -32,6 +32,8 @@ from dipgo_core.model_files import check_weights
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
 TINY_FEATURES = "tiny-features"
+#: How many features each extractor has.
+FEATURE_DIMS: Mapping[str, int] = {TINY_FEATURES: 64, INCEPTION: 2048}
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,7 @@ def write_statistics(data_dir: Path, zoo_dir: Path, plan: TrainingPlan) -> None:
         "n": len(features),
         "feature_dim": features.shape[1],
         "extractor": "tiny-features",
+        "resize": "antialiased bilinear to 32x32",
         "extractor_sha256": sha256(zoo_dir / "weights" / "tiny-features" / "model.safetensors"),
         "statistics_sha256": sha256(folder / "features.safetensors"),
         "images_sha256": hashlib.sha256(images.pixels.numpy().tobytes()).hexdigest(),

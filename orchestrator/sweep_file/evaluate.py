@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, get_args
 
+from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.metrics import METRICS as IMAGE_METRICS
 from dipgo_core.evaluation.scorers import TINY_FEATURES
 from dipgo_core.families import Scorers
@@ -17,6 +18,7 @@ from orchestrator.sweep_file.fields import (
     many,
     number,
     reject,
+    text,
     whole,
 )
 from orchestrator.sweep_file.prompts import read_prompts
@@ -185,7 +187,8 @@ def _check_race(
 
 
 def _reference(node: Node | None, issues: Issues, context: Context, scorers: Scorers) -> Reference:
-    """Read ``dense``, ``{folder: PATH}`` or ``{statistics: PATH or bundled}``."""
+    """Read ``dense``, ``{folder: PATH}`` or ``{statistics: PATH or bundled}``; a .npz
+    also says its ``extractor`` and ``resize``."""
     if node is None or node.value == "dense":
         return Reference()
     keys = node.value if isinstance(node.value, Mapping) else {}
@@ -202,7 +205,21 @@ def _reference(node: Node | None, issues: Issues, context: Context, scorers: Sco
             _check_bundled_statistics(child, issues, scorers)
             return Reference(kind="statistics", value="bundled")
         value = located(context, "file")(child, issues) or ""
-        return Reference(kind="statistics", value=value)
+        if not value.endswith(".npz"):
+            return Reference(kind="statistics", value=value)
+        return _moments_file(value, section, scorers)
+
+
+def _moments_file(value: str, section: Fields, scorers: Scorers) -> Reference:
+    """Read what made a .npz: it holds nothing but mean and covariance."""
+    extractor = section.maybe("extractor", choice((TINY_FEATURES, INCEPTION)))
+    resize = section.maybe("resize", text())
+    if extractor is None or resize is None:
+        used = str(scorers.features).partition(":")[0]
+        rule = "of a .npz need extractor and resize, for it does not tell what made it"
+        move = f"such as extractor: {used} (docs/sweep-file.md tells the resize of each tool)"
+        section.issues.add(section.place("statistics").issue(f"{rule}; {move}"))
+    return Reference(kind="statistics", value=value, extractor=extractor or "", resize=resize or "")
 
 
 def _check_cmmd(section: Fields, metrics: tuple[Metric, ...], reference: Reference) -> None:
