@@ -172,6 +172,8 @@ def _evaluate(inputs: Mapping[str, Any]) -> Made:
         )
         low, high = (None, None) if found is None else (found.low, found.high)
         metrics["fid"] = _figure(max(0.01, value), low, high, count)
+        if found is not None:
+            metrics["fid_infinity"] = _figure(max(0.005, value - 0.005), low, high, count)
     if "kid" in wanted:
         value = float(((features - dense).mean(axis=0) ** 2).sum())
         metrics["kid"] = _figure(value / 80, None, None, count)

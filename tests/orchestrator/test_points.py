@@ -14,6 +14,7 @@ from dipgo_core.errors import StoreError
 from dipgo_core.evaluation.fid_intervals import fid_replicates
 from dipgo_core.evaluation.intervals import difference_of, interval_of
 from dipgo_core.evaluation.mmd_intervals import kid_replicates
+from dipgo_core.evaluation.protocol import Protocol
 from orchestrator.export import export_subnet
 from orchestrator.gains import DISTRIBUTIONS, Comparisons, Gain
 from orchestrator.headlines import headlines
@@ -61,6 +62,16 @@ def scores(finished: Finished, point: ResolvedPoint, metric: str) -> Floats:
 def test_points_are_done_and_serialise(points: tuple[ResolvedPoint, ...]) -> None:
     assert {point.state for point in points} == {"done"}
     assert len(json.dumps([point.to_json() for point in points], allow_nan=False)) > 1000
+
+
+def test_every_figure_carries_the_protocol_it_was_measured_under(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    for point in points:
+        record = finished.store.records()[point.evaluate_key or ""]
+        expected = Protocol.from_json(record.inputs["protocol"]).hash
+        assert {figure.protocol for figure in point.figures.values()} == {expected}
+        assert point.to_json()["figures"]["clip"]["protocol"] == expected
 
 
 def test_few_steps_are_counted_against_the_dense_run(points: tuple[ResolvedPoint, ...]) -> None:
@@ -195,6 +206,9 @@ def test_export_carries_origin_and_figures(
     assert subnet.provenance["search"]["loss"]["alpha"] in (0.5, 1.0)
     assert subnet.metrics["clip"] == point.value("clip")
     assert subnet.metrics["scorers"]["clip"] == "tiny"
+    protocol = Protocol.from_json(subnet.provenance["protocol_fields"])
+    assert protocol.hash == subnet.provenance["protocol"] == subnet.metrics["protocol"]
+    assert subnet.metrics["n"]["clip"] == 64
     assert subnet.from_json(subnet.to_json()) == subnet
 
 

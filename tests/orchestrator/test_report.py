@@ -139,6 +139,58 @@ def test_points_csv_has_a_line_a_point(written: Written) -> None:
     assert gains == [p.gain["clip"].value for p in written.points if "clip" in p.gain]
 
 
+def test_fid_infinity_is_shown_beside_fid_and_is_no_objective(written: Written) -> None:
+    head = written.html[written.html.index('table class="points"') :].partition("</thead>")[0]
+    assert head.index(">FID<") < head.index(">FID∞<") < head.index(">CLIP score<")
+    assert "fid_infinity (tiny)" in (written.folder / "points.csv").read_text("utf-8")
+    assert "fid_infinity" not in {front.objectives[1] for front in written.fronts}
+
+
+def test_only_measured_metrics_are_shown(written: Written) -> None:
+    for name in ("report.html", "report.md", "points.csv"):
+        text = (written.folder / name).read_text("utf-8")
+        assert "(tiny)" in text
+        assert not any(word in text for word in ("LPIPS", "lpips", "ImageReward", "cmmd_low"))
+
+
+def test_scorer_is_named_wherever_a_figure_is(written: Written) -> None:
+    label = "CLIP score (tiny)"
+    assert f"### first on a quiet cpu: speed-up, measured, × / {label}" in (
+        written.folder / "report.md"
+    ).read_text("utf-8")
+    drawing = front_svg(written.points, next(f for f in written.fronts if f.scorer == "tiny"))
+    assert "(tiny)" in drawing
+    tips = json.loads(re.findall(r'id="tips">(.*?)</script>', written.html)[0])
+    assert any(line.startswith(label) for tip in tips.values() for line in tip["lines"])
+
+
+def test_protocol_section_says_everything_that_decides_a_figure(written: Written) -> None:
+    section = written.html[written.html.index('section id="protocol"') :]
+    (protocol,) = protocols(written.points, written.finished.store.records())
+    assert protocol.hash in section and protocol.models == ("first", "second")
+    for words in (
+        "64 of the test split",
+        "n = 64, 32 × 32 pixels, noise from seed 0",
+        "float32",
+        "scheduler ddim, steps 10, guidance scale 3.0",
+        "the dense model&#39;s images",
+    ):
+        assert words in section, words  # fmt: skip
+
+
+def test_standing_is_in_every_form_of_the_report(written: Written) -> None:
+    front = next(f for f in written.fronts if f.objectives[1] == "clip")
+    key = front.points[0]
+    rows = csv.DictReader(io.StringIO((written.folder / "points.csv").read_text("utf-8")))
+    standings = {row["key"]: row["standing_clip (tiny)"] for row in rows}
+    assert {k: standings[k] for k in front.standing} == front.standing
+    drawing = front_svg(written.points, front)
+    assert f'{front.standing[key]}" data-key="{key}"' in drawing
+    document = json.loads((written.folder / "points.json").read_text("utf-8"))
+    assert document["fronts"][0]["standing"] == written.fronts[0].standing
+    assert "| on the front |" in (written.folder / "report.md").read_text("utf-8")
+
+
 def test_points_json_has_points_and_fronts(written: Written) -> None:
     document = json.loads((written.folder / "points.json").read_text("utf-8"))
     assert len(document["points"]) == len(written.points)
