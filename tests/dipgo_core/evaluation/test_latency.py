@@ -10,6 +10,7 @@ import torch
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.device import device_name
+from dipgo_core.evaluation.intervals import bootstrap_median
 from dipgo_core.evaluation.latency import is_settled, measure_latency
 from dipgo_core.evaluation.stopwatch import Run, Timed
 
@@ -128,6 +129,18 @@ def test_interval_of_the_ratio_covers_the_truth(pairs: int) -> None:
         ).speedup
         covered += found.low <= 2 <= found.high
     assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_going_first_always_would_miss_the_truth() -> None:
+    """Why pairs take turns: the same noise, dense first in every pair."""
+    rng = np.random.default_rng(40)
+    covered = 0
+    for _ in range(200):
+        timer = _NoisyTimer(rng, 40)
+        pairs = [(timer(timer.dense), timer(timer.pruned)) for _ in range(40)]
+        found = bootstrap_median([dense.total_ms / pruned.total_ms for dense, pruned in pairs])
+        covered += found.low <= 2 <= found.high
+    assert covered / 200 < 0.85
 
 
 class _NoisyTimer:
