@@ -7,9 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dipgo_core.errors import PreflightError
+from dipgo_core.errors import PreflightError, SweepFileError
 from dipgo_core.zoo import zoo_path
 from orchestrator.facts import gather_facts, known_items
 from orchestrator.sweep_file import SweepFile, load_sweep
@@ -102,3 +103,40 @@ def test_rows_fewer_than_the_images_are_refused_without_network(tmp_path: Path) 
     sweep = sweep_on(tmp_path, short, "allow_unpinned: true")
     with pytest.raises(PreflightError, match=r"images is 7, but the prompt set has 5 prompts"):
         gather_facts(sweep, offline=True)
+
+
+def moments_on(tmp_path: Path, resize: str, metrics: str) -> SweepFile:
+    """A sweep that compares with the mean and covariance of some file."""
+    np.savez(tmp_path / "real.npz", mu=np.zeros(64), sigma=np.eye(64))
+    reference = f"{{statistics: real.npz, extractor: tiny-features, resize: {resize}}}"
+    return sweep_on(tmp_path, f"evaluate: {{reference: {reference}, metrics: {metrics}}}")
+
+
+def test_moments_of_the_same_scale_are_a_reference(tmp_path: Path) -> None:
+    sweep = moments_on(tmp_path, "antialiased bilinear to 32x32", "[fid, clip]")
+
+    facts = gather_facts(sweep)["tiny-sd-ddim-10"]
+
+    assert facts.reference.startswith("statistics:")
+    assert facts.reference_value == str(tmp_path / "real.npz")
+
+
+@pytest.mark.parametrize(
+    ("resize", "metrics", "rule"),
+    [
+        ("PIL bicubic", "[fid]", "another resize is another scale"),
+        ("antialiased bilinear to 32x32", "[fid, kid]", "kid needs the features"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_before_anything_runs(
+    tmp_path: Path, resize: str, metrics: str, rule: str
+) -> None:
+    with pytest.raises(PreflightError, match=rule):
+        gather_facts(moments_on(tmp_path, resize, metrics))
+
+
+def test_moments_that_do_not_tell_what_made_them_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "real.npz").touch()
+
+    with pytest.raises(SweepFileError, match="need extractor and resize"):
+        sweep_on(tmp_path, "evaluate: {reference: {statistics: real.npz}}")
