@@ -297,8 +297,10 @@ def _hub_error(error: Exception, hub_id: str, kind: Kind, what: str) -> HubError
         return HubError(f"{hub_id!r} is no hub id: {_reason(error)}")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError(f"{what} is not in the repository: {_reason(error)}")
+    unseen = isinstance(error, errors.RevisionResolutionError)
     return HubUnreachableError(
-        f"{what} cannot be read from the hub ({_reason(error)}): fetch it with network "
+        f"{what} cannot be read from the hub ({_reason(error)})"
+        f"{', and the cache here never saw it' if unseen else ''}: fetch it with network "
         f"(`dipgo-sweep prefetch`), copy {cache_folder(hub_id, kind)} from a machine that has it, "
         "or name a local folder or file instead"
     )

@@ -12,7 +12,14 @@ from dipgo_core.evaluation.image_reward_files import VOCABULARY, VOCABULARY_ID, 
 from dipgo_core.evaluation.metrics import Role
 from dipgo_core.evaluation.scorers import hub_scorer
 from dipgo_core.families import Scorers
-from dipgo_core.model_files import hub_network_files, hub_pipeline_files, model_folder
+from dipgo_core.model_files import (
+    hub_network_files,
+    hub_pipeline_files,
+    model_folder,
+    model_index,
+    network_files,
+    pipeline_files,
+)
 from orchestrator.facts import scorer_names
 from orchestrator.sweep_settings import PromptSource, SweepFile, SweepModel
 
@@ -65,6 +72,22 @@ class HubNeed:
         if self.kind == "scorer" and self.role != "image_reward":
             return hub_network_files(self.id, commit).loaded
         return () if self.file is None else (self.file,)
+
+    def is_here(self) -> bool:
+        """Return whether the local cache holds all that is read of it; asks nobody. Prompts that
+        the package datasets reads count as here."""
+        commit = hub.cached_commit(self.id, self.revision, self.repository)
+        names = set(hub.cached_files(self.id, commit, self.repository)) if commit else set()
+        if self.kind == "prompts" and self.file is None:
+            return True
+        if self.file is not None:
+            return self.file in names
+        if self.kind == "scorer":
+            return not network_files(names).missing
+        if commit is None or "model_index.json" not in names:
+            return False
+        index = model_index(hub.snapshot_folder(self.id, commit))
+        return not pipeline_files(index, names).missing
 
 
 #: Revisions and what they resolve to, by `revision_key`.

@@ -12,6 +12,7 @@ from dipgo_core import hub
 from dipgo_core.errors import DipgoError
 from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
+from dipgo_core.evaluation.scorers import MODEL_TYPES, model_type_of
 from dipgo_core.model_files import check_weights, model_folder
 from orchestrator.facts import ModelFacts, config_files, find_facts, refusal, scorer_names
 from orchestrator.hub_needs import (
@@ -121,6 +122,8 @@ def _check_need(need: HubNeed, commit: str) -> None:
     folder = hub.snapshot_folder(need.id, commit, need.repository)
     present = [name for name in files if (folder / name).is_file()]
     check_weights(folder / name for name in present)
+    if need.role in MODEL_TYPES and "config.json" in present:
+        model_type_of(need.role, folder)
     if len(present) == len(files):
         return
     if hub.offline():
@@ -174,6 +177,13 @@ _PUBLISHED: Mapping[str, Callable[[str], Path]] = {
     INCEPTION: _inception,
     **dict.fromkeys(BACKBONES, checked_backbone),
 }
+
+
+def not_here(sweep: SweepFile) -> list[str]:
+    """Return a line for each thing that this machine would have to fetch, or be given, to run."""
+    lines = [f"{need.place}: {need.id}" for need in hub_needs(sweep) if not need.is_here()]
+    files = (file for file in published_files(sweep) if file.problem is not None)
+    return lines + [f"{place_of(file.users)}: {file.problem}" for file in files]
 
 
 def _failure(place: str, check: Callable[[], object]) -> list[str]:

@@ -108,12 +108,17 @@ def plan(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -
     """Show what a run would compute, and what is in the store already."""
     from orchestrator.cli.sweeps import open_results
     from orchestrator.cli.tables import print_plan
+    from orchestrator.preflight import not_here
 
     results = open_results(file, override or [])
+    missing = not_here(results.sweep)
     if as_json:
-        print_json(results.plan.to_json())
-    else:
-        print_plan(results)
+        print_json({**results.plan.to_json(), "not_here": missing})
+        return
+    print_plan(results)
+    if missing:
+        say(f"not on this machine yet (`dipgo-sweep prefetch {file}` tells sizes):", stderr=True)
+        say("\n".join(f"  {line}" for line in missing), stderr=True)
 
 
 @app.command()

@@ -172,3 +172,18 @@ def test_pin_of_a_broken_file_is_bad_usage(command: Command, tmp_path: Path) -> 
 )
 def test_sizes_are_told_in_decimal_units(size: int, text: str) -> None:
     assert size_text(int(size)) == text
+
+
+def test_plan_lists_what_is_not_here_yet(command: Command, fake_hub: FakeHub) -> None:
+    _, before, _ = command("plan", "--json")
+    asked = fake_hub.requests
+    assert [line.partition(": no Inception")[0] for line in before["not_here"]] == [
+        "m: id: owner/tiny",
+        "m: evaluate.scorers.clip: owner/clip",
+        "m: search.calibration.prompts: owner/words",
+        "m: evaluate.scorers.features",
+    ]
+    assert asked == 0
+    command("prefetch")
+    _, after, _ = command("plan", "--json", "-o", "evaluate.scorers.features=tiny-features")
+    assert after["not_here"] == []
