@@ -174,6 +174,9 @@ def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
         scorer, (low, high) = point.scorer(name), point.bounds(name)
         ends = {"": point.value(name), "_low": low, "_high": high}
         found |= {tracking_name(name, scorer, end=end): value for end, value in ends.items()}
+    found |= {"peak_memory_mb": point.peak_memory_mb, "energy_j": point.energy_j}
+    for size, rate in point.throughput.items():
+        found[f"images_per_second/batch-{size}"] = rate["value"]
     for name, gain in point.gain.items():
         found[tracking_name(name, point.scorer(name), prefix="gain_")] = gain.value
     return {name: float(value) for name, value in found.items() if value is not None}

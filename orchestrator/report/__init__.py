@@ -22,6 +22,7 @@ from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.report.front_svg import front_svg, legend_entries
 from orchestrator.report.gates_svg import gates_svg
+from orchestrator.report.markdown import ReportText, report_markdown
 from orchestrator.report.measured import latency_tables, point_tables, race_tables
 from orchestrator.report.sections import (
     costs,
@@ -33,7 +34,7 @@ from orchestrator.report.sections import (
     rested_on,
     title,
 )
-from orchestrator.report.tables import ReportText, points_csv, points_json, report_markdown
+from orchestrator.report.tables import points_csv, points_json
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 

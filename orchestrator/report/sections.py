@@ -12,6 +12,7 @@ import numpy.typing as npt
 from safetensors.numpy import load
 
 from dipgo_core.errors import StoreError
+from dipgo_core.evaluation.protocol import Protocol
 from orchestrator.figures import image_row
 from orchestrator.gains import Gain
 from orchestrator.headlines import Headline, headlines
@@ -59,11 +60,15 @@ class HeadlineRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolText:
-    """One protocol in words, with the models measured under it."""
+    """One protocol in words, with the models measured under it.
+
+    differences: a line for each field that differs from the first protocol of the report.
+    """
 
     hash: str
     models: tuple[str, ...]
     rows: tuple[tuple[str, str], ...]
+    differences: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +241,20 @@ def protocols(points: Iterable[ResolvedPoint], records: Records) -> tuple[Protoc
         record = records.get(point.evaluate_key or "")
         if record is not None:
             measured.setdefault(point.measured_under, []).append((point, record))
-    return tuple(_protocol(digest, group) for digest, group in measured.items())
+    groups = [(digest, group, _protocol_of(group)) for digest, group in measured.items()]
+    return tuple(_protocol(digest, group, own, groups[0][2]) for digest, group, own in groups)
 
 
-def _protocol(digest: str, measured: Sequence[tuple[ResolvedPoint, Record]]) -> ProtocolText:
-    fields = measured[0][1].inputs["protocol"]
+def _protocol_of(measured: Sequence[tuple[ResolvedPoint, Record]]) -> Protocol:
+    return Protocol.from_json(measured[0][1].inputs["protocol"])
+
+
+def _protocol(
+    digest: str,
+    measured: Sequence[tuple[ResolvedPoint, Record]],
+    own: Protocol,
+    first: Protocol,
+) -> ProtocolText:
     versions = dict.fromkeys(plain(r.inputs.get("versions", {})) for _, r in measured)
     batches = {r.outputs["batch_size"] for _, r in measured if r.outputs.get("batch_size")}
     run = [("library versions", "; or ".join(versions))]
@@ -249,7 +263,8 @@ def _protocol(digest: str, measured: Sequence[tuple[ResolvedPoint, Record]]) -> 
     return ProtocolText(
         hash=digest,
         models=tuple(dict.fromkeys(point.model for point, _ in measured)),
-        rows=(*protocol_rows(fields), *run),
+        rows=(*protocol_rows(own.to_json()), *run),
+        differences=own.differences(first),
     )
 
 

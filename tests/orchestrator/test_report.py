@@ -309,3 +309,10 @@ def test_every_figure_in_the_csv_has_its_protocol(raced: Written) -> None:
     found = {row["protocol"] for row in rows}
     assert found == {p.hash for p in protocols(raced.points, raced.finished.store.records())}
     assert len(found) == 2
+
+
+def test_protocols_of_a_report_say_in_what_they_differ(raced: Written) -> None:
+    first, second = protocols(raced.points, raced.finished.store.records())
+    assert first.differences == () and "images: 32 against 64" in second.differences
+    for name in ("report.html", "report.md"):
+        assert "images: 32 against 64" in (raced.folder / name).read_text("utf-8")
