@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from dipgo_core import hub
 from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError, PreflightError
+from dipgo_core.evaluation.lpips_files import check_side
 from dipgo_core.evaluation.metrics import DISTRIBUTION, Role, roles_of
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
@@ -183,6 +184,8 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
         role: look(f"evaluate.scorers.{role}", partial(scorer_of, role, name))
         for role, name in scorer_names(model).items()
     }
+    if size and "lpips" in scorers:
+        look("evaluate.metrics", lambda: check_side(scorer_names(model)["lpips"], size))
     if len(problems) > before or not (test and calibration and weights and size and reference):
         return None
     return ModelFacts(

@@ -122,7 +122,7 @@ def _check_need(need: HubNeed, commit: str) -> None:
     folder = hub.snapshot_folder(need.id, commit, need.repository)
     present = [name for name in files if (folder / name).is_file()]
     check_weights(folder / name for name in present)
-    if need.role in MODEL_TYPES and "config.json" in present:
+    if need.role is not None and need.role in MODEL_TYPES and "config.json" in present:
         model_type_of(need.role, folder)
     if len(present) == len(files):
         return

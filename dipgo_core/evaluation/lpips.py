@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-from dipgo_core.errors import EvaluationError, ModelFilesError
-from dipgo_core.evaluation.lpips_files import backbone_of, checked_backbone
+from dipgo_core.errors import ModelFilesError
+from dipgo_core.evaluation.lpips_files import backbone_of, check_side, checked_backbone
 from dipgo_core.evaluation.published import read_tensors
 from dipgo_core.evaluation.scorers import Scorer, lpips_scorer
 from dipgo_core.evaluation.vision_model import check_finite, check_pair
@@ -30,7 +30,6 @@ class LpipsScorer:
 
     scorer: Scorer
     network: Any
-    min_side: int
 
 
 def load_lpips(name: str, *, device: str | torch.device = "cpu") -> LpipsScorer:
@@ -44,7 +43,7 @@ def load_lpips(name: str, *, device: str | torch.device = "cpu") -> LpipsScorer:
     weights = read_tensors(checked_backbone(name))
     network = _NoTrainLpips(net=backbone.net, pnet_rand=True)  # random until the next line
     _fill(network.net, weights, name)
-    return LpipsScorer(lpips_scorer(name), network.to(device), backbone.min_side)
+    return LpipsScorer(lpips_scorer(name), network.to(device))
 
 
 @torch.no_grad()
@@ -55,11 +54,7 @@ def lpips_distances(lpips: LpipsScorer, images: Tensor, dense: Tensor) -> npt.ND
         EvaluationError: not images of one shape, too small, or distances that are not finite.
     """
     check_pair(images, dense, lpips.scorer.id)
-    if min(images.shape[-2:]) < lpips.min_side:
-        raise EvaluationError(
-            f"{lpips.scorer.id} needs images of {lpips.min_side} x {lpips.min_side} or more, got "
-            f"{tuple(images.shape)}"
-        )
+    check_side(lpips.scorer.id, min(images.shape[-2:]))
     parts = [
         _distances(lpips, images[start : start + _CHUNK], dense[start : start + _CHUNK])
         for start in range(0, len(images), _CHUNK)

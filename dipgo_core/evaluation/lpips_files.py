@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
-from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
+from dipgo_core.errors import EvaluationError, ModelFilesError, UnknownModelError, nearest
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,20 @@ def checked_backbone(name: str) -> Path:
                 f"{backbone.bytes} bytes): fetch {backbone.url} again"
             )
     return path
+
+
+def check_side(name: str, side: int) -> None:
+    """Check that images are large enough for the classifier's layers. side: in pixels.
+
+    Raises:
+        EvaluationError: they are too small.
+    """
+    least = backbone_of(name).min_side
+    if side < least:
+        raise EvaluationError(
+            f"{name.partition(':')[0]} needs images of {least} x {least} or more, got {side}: "
+            "leave lpips out of the metrics, or use lpips-vgg, which sees images of 16 x 16"
+        )
 
 
 def heads_file(backbone: Backbone) -> Path:

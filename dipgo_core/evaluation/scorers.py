@@ -98,7 +98,7 @@ def clip_scorer(name: str) -> Scorer:
     Raises:
         ModelFilesError: the name is a path without a model in it, or its weights are damaged.
     """
-    return _network_scorer(name, "the model's own image processor")
+    return _network_scorer("clip", name, "the model's own image processor")
 
 
 def cmmd_scorer(name: str) -> Scorer:
@@ -107,10 +107,7 @@ def cmmd_scorer(name: str) -> Scorer:
     Raises:
         ModelFilesError: the name is a path without a CLIP in it, or its weights are damaged.
     """
-    folder = network_folder(name)
-    if folder is not None:
-        model_type_of("cmmd", folder)
-    return _network_scorer(name, "antialiased bicubic to the model's square")
+    return _network_scorer("cmmd", name, "antialiased bicubic to the model's square")
 
 
 def dino_scorer(name: str) -> Scorer:
@@ -119,10 +116,7 @@ def dino_scorer(name: str) -> Scorer:
     Raises:
         ModelFilesError: the name is a path without a DINOv2 in it, or its weights are damaged.
     """
-    folder = network_folder(name)
-    if folder is not None:
-        model_type_of("dino", folder)
-    return _network_scorer(name, "the model's own image processor")
+    return _network_scorer("dino", name, "the model's own image processor")
 
 
 def lpips_scorer(name: str) -> Scorer:
@@ -158,11 +152,12 @@ def image_reward_scorer(name: str) -> Scorer:
     return Scorer(folder.name, "+".join(parts), resize)
 
 
-def _network_scorer(name: str, resize: str) -> Scorer:
+def _network_scorer(role: Role, name: str, resize: str) -> Scorer:
     folder = network_folder(name)
     if folder is None:
         hub_id, revision = split_id(name)
         return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}", resize)
+    model_type_of(role, folder)
     check_weights(sorted(folder.glob("*.safetensors")))
     bundled = name in ZOO_MODELS
     return Scorer(name if bundled else folder.name, folder_sha256(folder), resize)
@@ -170,6 +165,7 @@ def _network_scorer(name: str, resize: str) -> Scorer:
 
 #: What a network of transformers calls itself in its config.json, by role.
 MODEL_TYPES: Mapping[Role, tuple[str, ...]] = {
+    "clip": ("clip",),
     "cmmd": ("clip", "clip_vision_model"),
     "dino": ("dinov2", "dinov2_with_registers"),
 }

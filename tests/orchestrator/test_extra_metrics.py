@@ -30,6 +30,7 @@ from orchestrator.store import FolderStore
 from orchestrator.sweep_file import load_sweep
 from orchestrator.sweep_settings import SweepFile
 from tests.orchestrator.tiny_sweep import Listener
+from tests.support.tiny import tiny_sd
 
 EXTRAS = ("cmmd", "image_reward", "lpips", "dino")
 
@@ -236,3 +237,14 @@ def test_a_model_without_prompts_has_no_image_reward(folder: Path) -> None:
         SweepFileError, match="image_reward means nothing for facebook/DiT-XL-2-256"
     ):
         load_sweep(folder / "labels.yaml")
+
+
+def test_images_too_small_for_lpips_are_refused_before_anything_runs(folder: Path) -> None:
+    tiny_sd().save_pretrained(folder / "small")  # 16 x 16
+    text = text_of(metrics="psnr, lpips").replace("id: tiny-sd", "id: ./small, family: sd")
+    (folder / "prompts.txt").write_text("\n".join(f"prompt {i}" for i in range(10)))
+    text = text.replace("images: 10", "images: 10\n  prompts: prompts.txt")
+    (folder / "small.yaml").write_text(text)
+
+    with pytest.raises(PreflightError, match="lpips-alex needs images of 31 x 31 or more, got 16"):
+        prepare(load_sweep(folder / "small.yaml"))

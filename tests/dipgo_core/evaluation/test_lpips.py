@@ -112,7 +112,7 @@ def test_weights_are_never_left_at_random(weights, message: str, tmp_path: Path)
 
 def test_what_does_not_fit_is_refused(lpips: LpipsScorer) -> None:
     small = random_images(1, side=30)
-    with pytest.raises(EvaluationError, match="needs images of 31 x 31 or more"):
+    with pytest.raises(EvaluationError, match="needs images of 31 x 31 or more, got 30"):
         lpips_distances(lpips, small, small)
     with pytest.raises(EvaluationError, match="images of one shape"):
         lpips_distances(lpips, random_images(2), random_images(1))
