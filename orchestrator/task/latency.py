@@ -33,6 +33,7 @@ from dipgo_core.pipelines import set_sampler, subnet_of
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.subnet import SubNet
 from orchestrator.task.latency_process import measured_apart
+from orchestrator.task.scorers import loaded_scorer
 from orchestrator.task.work import Outcome, Work, loaded
 
 
@@ -50,6 +51,7 @@ def run_latency(work: Work) -> Outcome:
         )
     if work.device != "cpu":
         loaded.cache_clear()
+        loaded_scorer.cache_clear()
         gc.collect()
         torch.cuda.empty_cache()
     return Outcome(measured_apart(work.task, work.store.url))
