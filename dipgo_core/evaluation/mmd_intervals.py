@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.intervals import (
@@ -142,17 +143,18 @@ class _Similarity:
 def _similarity(x: Array, y: Array, drawn: Draws, kernel: Kernel, paired: bool) -> _Similarity:
     if paired and x.shape != y.shape:
         raise EvaluationError(f"paired features need one shape, got {x.shape} and {y.shape}")
-    n, codes, count = len(x), drawn.codes, drawn.count
-    within = _kernel_sums(x, x, codes, count, kernel, itself=False)
+    n, members = len(x), _members(drawn.codes, drawn.count)
+    within = _within(x, members, kernel)
     if not paired:
         similar = _kernel_means(x, y, kernel)  # (n,)
         textbook = within.sum() / (n * (n - 1)) - 2 * similar.mean()
-        across = np.bincount(codes, weights=similar, minlength=count).astype(np.float64)
-        return _Similarity(_off_diagonal(within), across, float(textbook))
-    within += _kernel_sums(y, y, codes, count, kernel, itself=False)
-    both = _kernel_sums(x, y, codes, count, kernel, itself=True)
+        return _Similarity(_off_diagonal(within), members.T @ similar, float(textbook))
+    within += _within(y, members, kernel)
+    both = _across(x, y, members, kernel)
     textbook = within.sum() / (n * (n - 1)) - 2 * both.sum() / n**2
-    return _Similarity(_off_diagonal(within - both - both.T), np.zeros(count), float(textbook))
+    return _Similarity(
+        _off_diagonal(within - both - both.T), np.zeros(drawn.count), float(textbook)
+    )
 
 
 def _resampled(similarity: _Similarity, drawn: Draws) -> Floats:
@@ -201,7 +203,13 @@ def _off_diagonal(matrix: Floats) -> Floats:
 
 
 def _chunks(length: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS) for start in range(0, length, _ROWS))
+    return (slice(start, min(start + _ROWS, length)) for start in range(0, length, _ROWS))
+
+
+def _members(codes: Groups, count: int) -> csr_array:
+    """One row an image, one column a group: 1 where it belongs.  # (n, G)"""
+    ones = np.ones(len(codes))
+    return csr_array((ones, codes, np.arange(len(codes) + 1)), shape=(len(codes), count))
 
 
 def _kernel_means(x: Array, y: Array, kernel: Kernel) -> Floats:
@@ -210,22 +218,24 @@ def _kernel_means(x: Array, y: Array, kernel: Kernel) -> Floats:
     return np.concatenate(parts)
 
 
-def _kernel_sums(
-    x: Array, y: Array, codes: Groups, count: int, kernel: Kernel, *, itself: bool
-) -> Floats:
-    """Sum of the kernel over all pairs of two groups, a chunk of rows at a time.  # (G, G)
+def _within(x: Array, members: csr_array, kernel: Kernel) -> Floats:
+    """Sum of the kernel over all pairs of images (i, j), i != j, of two groups.  # (G, G)
 
-    codes: the group of row i of x and of y. itself: count pairs (i, i) too.
+    Each pair is computed once: rows of a chunk with those of it and of later chunks.
     """
-    order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(count))
-    sums = np.zeros((count, count))
+    sums = np.zeros((members.shape[1],) * 2)
     for rows in _chunks(len(x)):
-        mine = order[rows]
-        values = kernel(x[mine], y)
-        if not itself:
-            values[np.arange(len(mine)), mine] = 0.0
-        by_column = np.add.reduceat(values[:, order], starts, axis=1, dtype=np.float64)
-        found, first = np.unique(codes[mine], return_index=True)
-        sums[found] += np.add.reduceat(by_column, first, axis=0)
+        values = kernel(x[rows], x[rows.start :])
+        width = len(values)
+        values[:, :width] /= 2  # both (i, j) and (j, i) are there
+        np.fill_diagonal(values, 0.0)
+        sums += members[rows].T @ (values @ members[rows.start :])
+    return sums + sums.T
+
+
+def _across(x: Array, y: Array, members: csr_array, kernel: Kernel) -> Floats:
+    """Sum of the kernel over all pairs of an image of x and one of y, of two groups.  # (G, G)"""
+    sums = np.zeros((members.shape[1],) * 2)
+    for rows in _chunks(len(x)):
+        sums += members[rows].T @ (kernel(x[rows], y) @ members)
     return sums
