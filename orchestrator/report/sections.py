@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from orchestrator.headlines import Headline, headlines
 from orchestrator.metrics import QUALITIES, label_of
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import protocol_rows
-from orchestrator.records import Record
+from orchestrator.records import Record, TaskKind
 from orchestrator.report.wording import plain
 from orchestrator.store import Store
 
@@ -215,7 +215,7 @@ def costs(records: Iterable[Record]) -> tuple[Cost, ...]:
         forwards[record.kind] += int(record.outputs.get("forwards") or 0)
     return tuple(
         Cost(kind=kind, tasks=tasks[kind], seconds=seconds[kind] / 1000, forwards=forwards[kind])
-        for kind in ("reference", "search", "evaluate", "latency")
+        for kind in get_args(TaskKind)
         if tasks[kind]
     )
 
