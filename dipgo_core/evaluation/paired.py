@@ -19,7 +19,7 @@ from dipgo_core.errors import EvaluationError
 #: mean infinite. One grey level off in every hundredth value reads 68 dB; above 100 all is equal.
 MAX_PSNR = 100.0
 #: Bytes of images that are in floating point at once: SSIM holds some sixty times as much.
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2**20
 
 
 def psnr(images: Tensor, dense: Tensor) -> npt.NDArray[np.float64]:

@@ -15,7 +15,13 @@ from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.gates import GateTable
 from dipgo_core.hooks import is_hooked
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel, block_graph, set_sampler
+from dipgo_core.pipelines import (
+    LoadedModel,
+    block_graph,
+    decode,
+    initial_latents,
+    set_sampler,
+)
 
 ITEMS = [Item(text, i) for i, text in enumerate(["a red cat", "the moon", "a dog", "blue", "on"])]
 SEEDS = [image_seed(0, "test", i) for i in range(5)]
@@ -58,18 +64,43 @@ def test_images_do_not_depend_on_the_batch(model: LoadedModel, gated: bool) -> N
     assert (one.int() - two.int()).abs().max() <= 1  # one grey level: rounding of 1e-5
 
 
-def test_latents_do_not_depend_on_the_batch() -> None:
-    model = tiny_model(tiny_sd())
-    set_sampler(model, DDIM)
+@pytest.mark.parametrize("gated", [False, True])
+def test_latents_of_any_batch_agree_within_1e_5(model: LoadedModel, gated: bool) -> None:
+    graph = block_graph(model)
+    gates = GateTable.from_calls([0, 3], 6, graph.num_blocks) if gated else None
 
-    def latents(part: slice) -> torch.Tensor:
-        arguments = call_arguments(model, ITEMS[part], SEEDS[part], DDIM)
-        return model.pipe(**{**arguments, "output_type": "latent"}).images
+    def latents(size: int) -> torch.Tensor:
+        batches = generate(model, ITEMS, SEEDS, DDIM, gates=gates, graph=graph, batch_size=size)
+        return torch.cat([batch.latents for batch in batches])
 
-    alone = torch.cat([latents(slice(i, i + 1)) for i in range(5)])
+    together = latents(5)
+    for size in (1, 2):
+        assert (latents(size) - together).abs().max() <= 1e-5 * together.abs().max()
 
-    together = latents(slice(0, 5))
-    assert (alone - together).abs().max() <= 1e-5 * together.abs().max()
+
+def test_latents_are_those_the_images_were_decoded_from(model: LoadedModel) -> None:
+    (batch,) = generate(model, ITEMS, SEEDS, DDIM)
+
+    with torch.no_grad():
+        decoded = decode(model, batch.latents) * 255
+
+    assert batch.latents.shape == (5, 4, 8, 8)
+    assert (decoded - batch.images).abs().max() <= 0.5 + 1e-3
+
+
+def test_noise_is_bit_equal_whatever_the_batch(model: LoadedModel) -> None:
+    def first_latents(size: int) -> torch.Tensor:
+        set_sampler(model, DDIM)
+        seen = []
+        for start in range(0, 5, size):
+            part = slice(start, start + size)
+            arguments = call_arguments(model, ITEMS[part], SEEDS[part], DDIM)
+            noise = [torch.randn(1, 4, 8, 8, generator=g) for g in arguments["generator"]]
+            seen.append(torch.cat(noise))
+        return torch.cat(seen)
+
+    assert torch.equal(first_latents(1), first_latents(3))
+    assert torch.equal(first_latents(5), initial_latents(model, SEEDS))
 
 
 def test_all_keep_equals_dense_bit_for_bit(model: LoadedModel) -> None:
