@@ -11,7 +11,7 @@ from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.driver import RunResult
 from orchestrator.export import export_subnet
 from orchestrator.gains import Comparisons
-from orchestrator.metrics import IMAGE_FIGURES, tracking_name
+from orchestrator.metrics import IMAGE_FIGURES, label_of, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
 from orchestrator.plan import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
@@ -152,6 +152,7 @@ def point_entry(
     tags = {
         "dipgo.protocol": point.measured_under,
         "dipgo.state": point.state,
+        "mlflow.note.content": figures_note(point) if point.is_evaluated else "",
         "dipgo.verdict": point.verdict or "",
         "dipgo.error": point.error or "",
     }
@@ -180,6 +181,20 @@ def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
     for name, gain in point.gain.items():
         found[tracking_name(name, point.scorer(name), prefix="gain_")] = gain.value
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def figures_note(point: ResolvedPoint) -> str:
+    """Return what a run's page says of its point: figures with intervals, as Markdown."""
+    names = ("macs_speedup", *TIMES, *IMAGE_FIGURES)
+    shown = [name for name in names if point.value(name) is not None]
+    lines = [f"- {label_of(n, point.scorer(n))}: {point.figure_text(n)}" for n in shown]
+    lines += [
+        f"- gain in {label_of(n, point.scorer(n))} over the best trivial baseline: "
+        f"{gain.text(n)} ({gain.verdict})"
+        for n, gain in point.gain.items()
+    ]
+    where = f"{point.n_images} images, protocol `{point.measured_under}`"
+    return "\n".join([f"{where}, 95 % intervals", "", *lines])
 
 
 def point_files(

@@ -73,6 +73,17 @@ def test_publisher_logs_the_figures_of_a_point(finished: Finished, tracker: List
     assert tracker.entries[point.key].params["loss.alpha"] == "1.0"
 
 
+def test_note_of_a_point_has_its_figures_as_they_are_shown(
+    finished: Finished, tracker: ListTracker
+) -> None:
+    points = resolve_points(finished.plan.points, finished.store.records(), finished.store)
+    point = next(point for point in points if point.method == "search")
+    note = tracker.entries[point.key].tags["mlflow.note.content"]
+    assert f"- CLIP score (tiny): {point.figure_text('clip')}" in note
+    assert f"baseline: {point.gain['clip'].text('clip')} (" in note
+    assert point.protocol in note
+
+
 def test_publisher_gives_each_point_its_files(finished: Finished, tracker: ListTracker) -> None:
     point = next(point for point in finished.plan.points if point.method == "search")
     files = tracker.entries[point.key].files()
