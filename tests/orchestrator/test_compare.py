@@ -16,14 +16,16 @@ from orchestrator.compare import Comparison, Side, compare_sides, side_of_point,
 from orchestrator.export import export_subnet
 from orchestrator.points import ResolvedPoint
 from orchestrator.store import FolderStore
-from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_settings import Baseline, SweepFile
 from tests.orchestrator.finished_sweep import finish
-from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
+from tests.orchestrator.tiny_sweep import tiny_sweep
+
+BASELINES = (Baseline(name="uniform"),)
 
 
 def a_sweep(images: int = 64, models: tuple[str, ...] = ("tiny",)) -> SweepFile:
     sweep = tiny_sweep(
-        targets=(0.5,), baselines=ALL_BASELINES, models=models,
+        targets=(0.5,), baselines=BASELINES, models=models,
         metrics=("fid", "kid", "clip", "psnr", "latency"),
     )  # fmt: skip
     sized = (replace(m, evaluate=replace(m.evaluate, images=images)) for m in sweep.models)
@@ -38,6 +40,12 @@ def results_of(sweep: SweepFile, folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results_of(a_sweep(models=("tiny", "other")), tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def fewer(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The same sweep with half the images."""
+    return results_of(a_sweep(images=32), tmp_path_factory.mktemp("fewer"))
 
 
 def pick(results: Results, method: str, model: str = "tiny") -> ResolvedPoint:
@@ -118,8 +126,7 @@ def test_two_models_are_refused(results: Results) -> None:
         compare_sides(side(results, "uniform"), side(results, "uniform", "other"))
 
 
-def test_two_protocols_are_refused_with_every_field(results: Results, tmp_path: Path) -> None:
-    fewer = results_of(a_sweep(images=32), tmp_path)
+def test_two_protocols_are_refused_with_every_field(results: Results, fewer: Results) -> None:
     with pytest.raises(ConfigError) as caught:
         compare_sweeps(results, fewer, None)
     text = str(caught.value)
@@ -128,9 +135,8 @@ def test_two_protocols_are_refused_with_every_field(results: Results, tmp_path: 
 
 
 def test_cli_refuses_files_of_two_protocols_as_bad_usage(
-    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Results, fewer: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fewer = results_of(a_sweep(images=32), tmp_path / "store")
     files = [exported(results, "search", tmp_path / "a.json"),
              exported(fewer, "search", tmp_path / "b.json")]  # fmt: skip
     with pytest.raises(SystemExit) as caught:
