@@ -136,7 +136,10 @@ def test_unfinished_points_are_left_out() -> None:
 
 def test_disturbed_measurement_is_on_no_front_and_names_its_reason() -> None:
     noisy = {"latency_usable": False, "latency_note": "batch 1: a busy GPU"}
-    points = [point("a", 2.0, clip=1.0), point("b", None, clip=2.0, **noisy)]
+    points = [
+        point("a", 2.0, macs_speedup=2.0, clip=1.0),
+        point("b", None, macs_speedup=2.0, clip=2.0, **noisy),
+    ]
     front = pareto_fronts(points)[0]
     assert front.points == ("a",)
     assert front.disturbed == {"b": "batch 1: a busy GPU"}
