@@ -6,7 +6,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,18 +32,8 @@ def inception_state(name: str) -> dict[str, Tensor]:
     files = checked_inception(name)
     if not files.converted.is_file():
         convert(files)
-    try:
-        state: dict[str, Tensor] = load_file(files.converted)
-        return state
-    except (OSError, SafetensorError) as error:
-        raise ModelFilesError(
-            f"Inception weights {files.converted} cannot be read ({error}): "
-            + (
-                "copy the file again"
-                if files.converted == files.original
-                else "delete it and run again, it is made from the original anew"
-            )
-        ) from error
+    state: dict[str, Tensor] = load_file(files.converted)
+    return state
 
 
 def convert(files: InceptionFiles) -> None:

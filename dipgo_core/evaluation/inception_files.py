@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -70,10 +71,15 @@ def checked_inception(name: str = INCEPTION) -> InceptionFiles:
     Where the safetensors copy is there, nothing else is looked at.
 
     Raises:
-        ModelFilesError: no file (says which, how large, where to put it), or not the published one.
+        ModelFilesError: no file (says which, how large, where to put it), a damaged one, or not the
+            published one.
     """
     files = inception_files(name)
-    if not files.converted.is_file() and ":" not in name:
+    if files.converted.is_file():
+        _source_of(files.converted)
+    elif ":" in name:
+        _check_archive(files.original)
+    else:
         _check_published(files.original)
     return files
 
@@ -104,6 +110,22 @@ def _check_published(path: Path) -> None:
         )
 
 
+def _check_archive(path: Path) -> None:
+    """Check an archive of PyTorch, a zip; those of before 2020 are only read when converted."""
+    with path.open("rb") as stream:
+        if stream.read(2) != b"PK":
+            return
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                damaged = archive.testzip()
+        except zipfile.BadZipFile as error:
+            damaged = str(error)
+    if damaged is not None:
+        raise ModelFilesError(
+            f"{path} cannot be read ({damaged}): it may be truncated, copy it again"
+        )
+
+
 def _converted(digest: str) -> Path:
     return cache_folder() / "inception" / f"{digest}.safetensors"
 
@@ -115,7 +137,8 @@ def _source_of(path: Path) -> str | None:
             return (file.metadata() or {}).get(SOURCE_SHA256)
     except (OSError, SafetensorError) as error:
         raise ModelFilesError(
-            f"Inception weights {path} cannot be read ({error}): copy the file again"
+            f"Inception weights {path} cannot be read ({error}): copy the file again, or delete it "
+            "where it is the copy in the cache, which is then made anew"
         ) from error
 
 

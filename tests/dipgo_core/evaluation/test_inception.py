@@ -128,12 +128,22 @@ def test_archive_with_code_in_it_is_not_executed(tmp_path: Path, cache: Path) ->
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torn_files_are_named(archive: Path, tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("check", [checked_inception, load_extractor])
+def test_torn_files_are_named(archive: Path, tmp_path: Path, suffix: str, check) -> None:
     torn = tmp_path / f"torn{suffix}"
-    torn.write_bytes(archive.read_bytes()[:100])
+    torn.write_bytes(archive.read_bytes()[:500])
 
     with pytest.raises(ModelFilesError, match=rf"torn{suffix} cannot be read"):
-        load_extractor(named(torn))
+        check(named(torn))
+
+
+def test_archive_with_a_flipped_byte_is_refused(archive: Path) -> None:
+    data = bytearray(archive.read_bytes())
+    data[data.index(torch.arange(6.0).numpy().tobytes()) + 5] ^= 1
+    archive.write_bytes(data)
+
+    with pytest.raises(ModelFilesError, match=r"own.pth cannot be read .*copy it again"):
+        checked_inception(named(archive))
 
 
 def test_torn_copy_says_what_to_delete(archive: Path, cache: Path) -> None:
@@ -141,7 +151,7 @@ def test_torn_copy_says_what_to_delete(archive: Path, cache: Path) -> None:
     (copy,) = cache.iterdir()
     copy.write_bytes(b"torn")
 
-    with pytest.raises(ModelFilesError, match="delete it and run again"):
+    with pytest.raises(ModelFilesError, match="delete it where it is the copy"):
         inception_state(named(archive))
 
 
