@@ -27,7 +27,7 @@ from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
 from dipgo_core.items import Item
 from dipgo_core.model_files import model_folder, model_index, weights_digest
-from dipgo_core.zoo import reference_statistics_path
+from dipgo_core.zoo import ZOO_MODELS, reference_statistics_path
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import (
     Calibration,
@@ -216,6 +216,19 @@ def scorer_names(model: SweepModel) -> dict[Role, str]:
         role: getattr(model.evaluate.scorers, role) for role in roles_of(_image_metrics(model))
     }
     return {role: name for role, name in named.items() if name is not None}
+
+
+def scorer_places(model: SweepModel) -> dict[Role, str]:
+    """Return `scorer_names` with paths that open from any working folder: a worker has its own."""
+    return {role: _from_anywhere(name) for role, name in scorer_names(model).items()}
+
+
+def _from_anywhere(name: str) -> str:
+    kind, colon, file = name.partition(":")
+    path = Path(file if colon else name).expanduser()
+    if name in ZOO_MODELS or not path.exists():
+        return name
+    return f"{kind}:{path.absolute()}" if colon else str(path.absolute())
 
 
 def _image_metrics(model: SweepModel) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role, roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
 from dipgo_core.evaluation.scorers import Scorer
 from orchestrator.bars import CALIBRATION_METRICS
-from orchestrator.facts import ModelFacts, scorer_names
+from orchestrator.facts import ModelFacts, scorer_places
 from orchestrator.methods import PointSpec, point_specs, search_label
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
@@ -165,7 +165,7 @@ class ModelTasks:
             needs=(self.reference("test").key,) if dense else (),
             options={
                 **self._batch("test"),
-                "scorer": scorer_names(self.model)[role],
+                "scorer": scorer_places(self.model)[role],
                 "reference": self.facts.reference_value,
             },
             label=f"reference features, {scorer.id}",
@@ -234,7 +234,7 @@ class ModelTasks:
             ),
             options={
                 **self._batch(split),
-                "scorers": scorer_names(self.model),
+                "scorers": scorer_places(self.model),
                 "reference": self.facts.reference_value,
                 "statistics": statistics,
                 **({} if continues is None else {"continues": continues}),

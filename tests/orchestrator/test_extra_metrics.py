@@ -22,6 +22,7 @@ from dipgo_core.evaluation.dino import dino_distances, load_dino
 from dipgo_core.evaluation.lpips import load_lpips, lpips_distances
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.facts import scorer_places
 from orchestrator.pareto import pareto_fronts, pareto_json
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.preflight import prepare
@@ -248,3 +249,14 @@ def test_images_too_small_for_lpips_are_refused_before_anything_runs(folder: Pat
 
     with pytest.raises(PreflightError, match="lpips-alex needs images of 31 x 31 or more, got 16"):
         prepare(load_sweep(folder / "small.yaml"))
+
+
+def test_tasks_name_scorers_that_open_from_any_folder(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    sweep = load_sweep("sweep.yaml")
+
+    places = scorer_places(sweep.models[0])
+
+    assert places["lpips"] == f"lpips-alex:{folder / 'alexnet.pth'}"
+    assert places["dino"] == str(folder / "dino")
+    assert places["cmmd"] == "tiny-clip"
