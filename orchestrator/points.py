@@ -160,16 +160,6 @@ class ResolvedPoint:
         return {**asdict(self), **flat, "scorers": scorers}
 
 
-def columns_of(
-    points: Iterable[ResolvedPoint], figures: Sequence[str] = IMAGE_FIGURES
-) -> tuple[tuple[str, str | None], ...]:
-    """Return each (figure, scorer) that some point was measured by: two scorers are two columns."""
-    found = dict.fromkeys(
-        (name, known.scorer) for point in points for name, known in point.figures.items()
-    )
-    return tuple(sorted((c for c in found if c[0] in figures), key=lambda c: figures.index(c[0])))
-
-
 def resolve_points(
     points: Sequence[Point],
     records: Records,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.metrics import figure_text, label_of
+from orchestrator.metrics import IMAGE_FIGURES, figure_text, label_of
 from orchestrator.pareto import name_at_target
-from orchestrator.points import ResolvedPoint, columns_of
+from orchestrator.points import ResolvedPoint
 from orchestrator.records import Record
 from orchestrator.report.wording import plain
 from orchestrator.speeds import TIMES, latency_conditions
@@ -62,6 +62,16 @@ class LatencyTable:
     figures: tuple[str, ...]
     batches: tuple[str, ...]
     rows: tuple[tuple[ResolvedPoint, tuple[str, ...]], ...]
+
+
+def columns_of(
+    points: Iterable[ResolvedPoint], figures: Sequence[str] = IMAGE_FIGURES
+) -> tuple[tuple[str, str | None], ...]:
+    """Return each (figure, scorer) that some point was measured by: two scorers are two columns."""
+    found = dict.fromkeys(
+        (name, known.scorer) for point in points for name, known in point.figures.items()
+    )
+    return tuple(sorted((c for c in found if c[0] in figures), key=lambda c: figures.index(c[0])))
 
 
 def point_tables(points: Iterable[ResolvedPoint]) -> tuple[PointTable, ...]:

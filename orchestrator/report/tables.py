@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.pareto import Front, pareto_json
-from orchestrator.points import ResolvedPoint, columns_of
+from orchestrator.points import ResolvedPoint
+from orchestrator.report.measured import columns_of
 
 #: Columns of points.csv; image figures, gains and standings follow, as far as they were measured.
 COLUMNS = (
