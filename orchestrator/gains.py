@@ -198,7 +198,8 @@ class Comparisons:
             }
         if role is None or self._figure(metric, record.key) is None:
             return {}
-        rows, reference = self._features(record, role), self._reference(record, role)
+        rows = self._features(record, role)
+        reference = None if rows is None else self._reference(record, role)
         if rows is None or reference is None:
             return {}
         return {metric: DISTRIBUTIONS[metric](rows[:first], reference, groups)}

@@ -271,13 +271,13 @@ class _Builder:
         def at(rung: int, continues: str | None = None) -> Task:
             return tasks.evaluate(sampler, keep, "test", label, rung=rung, continues=continues)
 
-        known = point.evaluate_key
-        if known is None and racing:  # an earlier run may have evaluated everything at the top
-            higher = (at(above).key for above in range(rung + 1, len(tasks.protocols)))
-            known = next((key for key in higher if key in self.records), None)
+        higher = (at(above).key for above in range(rung + 1, len(tasks.protocols)))
+        known = next((key for key in higher if key in self.records), None)  # of an earlier run
+        task = at(rung, known or point.evaluate_key)
+        if known is not None:  # it may be no part of this plan: nobody has to run it first
+            task = replace(task, needs=tuple(need for need in task.needs if need != known))
         lower = () if point.evaluate_key is None else (*point.lower_keys, point.evaluate_key)
-        key = self._add(tasks, at(rung, known))
-        return replace(point, evaluate_key=key, lower_keys=lower, images=images)
+        return replace(point, evaluate_key=self._add(tasks, task), lower_keys=lower, images=images)
 
     def _race(self, tasks: ModelTasks, points: Sequence[Point], rung: int) -> list[Point]:
         """Let points race at a rung; those that are kept are evaluated at the next one."""

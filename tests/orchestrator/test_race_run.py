@@ -55,6 +55,15 @@ def test_driver_runs_to_the_top_again_what_a_new_race_lets_go_on(tmp_path: Path)
     assert more.plan.complete and not more.skipped
 
 
+def test_driver_races_what_an_earlier_run_evaluated_at_the_top(tmp_path: Path) -> None:
+    sweep = a_sweep()
+    model = sweep.models[0]
+    plain = replace(model, evaluate=replace(model.evaluate, rungs=()))
+    run(replace(sweep, models=(plain,)), FolderStore(tmp_path))
+    result, _ = run(sweep, FolderStore(tmp_path))
+    assert result.plan.complete and not result.skipped
+
+
 @pytest.mark.parametrize("kind", ["search", "latency", "evaluate", "race"])
 def test_driver_ends_whatever_fails(tmp_path: Path, kind: str) -> None:
     failures: list[str] = []
