@@ -102,6 +102,22 @@ def test_fid_has_an_interval_only_where_it_can_be_trusted(extractor) -> None:
     assert (too_few.low, too_few.high) == (None, None)
 
 
+def test_fid_infinity_is_shown_with_fid_where_there_are_enough_images(extractor) -> None:
+    # oracle: two equal Gaussians, whose distance is 0; what FID shows is bias
+    rng = np.random.default_rng(0)
+    reference = reference_of(rng.normal(size=(20_000, 8)), extractor.scorer, paired=False)
+    features = rng.normal(size=(64, 8)).astype(np.float32)
+
+    enough = fid_figures(features, reference, np.arange(64))
+    too_few = fid_figures(features[:63], reference, np.arange(63))
+
+    assert (list(enough), list(too_few)) == (["fid", "fid_infinity"], ["fid"])
+    fid, infinity = enough["fid"], enough["fid_infinity"]
+    assert infinity.value < 0.3 * fid.value
+    assert fid.low == infinity.low == 0
+    assert infinity.low <= infinity.value <= infinity.high < fid.high == fid.value
+
+
 def test_kid_interval_contains_its_value(extractor) -> None:
     reference = reference_of(extractor(blobs(1, 96, 0.6)), extractor.scorer)
 
