@@ -43,10 +43,15 @@ class Headline:
 
 
 def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, ...]:
-    """Return one headline per model, protocol and target with a finished searched point."""
+    """Return one headline per model, protocol and target with a finished searched point.
+
+    Points that a race dropped count as finished, with the figures they have: whoever is left was
+    chosen by the test set. (They have no FID.)
+    """
     groups: dict[tuple[str, str, float], list[ResolvedPoint]] = {}
     for point in points:
-        if not point.is_searched or point.state != "done" or point.value(quality) is None:
+        finished = point.state in ("done", "dropped")
+        if not point.is_searched or not finished or point.value(quality) is None:
             continue
         assert point.target is not None
         groups.setdefault((point.model, point.protocol, point.target), []).append(point)

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from orchestrator.driver import RunResult, run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.headlines import headlines
 from orchestrator.pareto import pareto_fronts
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task
@@ -139,6 +140,15 @@ def test_fronts_are_those_of_everything_at_the_top(
     assert {o: k for o, k in found.items() if o[1] != "fid"} == {
         o: k for o, k in expected.items() if o[1] != "fid"
     }
+
+
+def test_every_target_keeps_its_headline(points: tuple[ResolvedPoint, ...]) -> None:
+    # the choice is by calibration, so a race, which looks at test images, must not narrow it
+    found = {line.target: line for line in headlines(points, "psnr")}
+    searched = [point for point in points if point.is_searched]
+    assert set(found) == {0.5, 0.7}
+    for target, line in found.items():
+        assert line.candidates == sum(point.target == target for point in searched)
 
 
 def test_gains_of_unequal_n_are_over_the_first_images(
