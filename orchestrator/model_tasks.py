@@ -252,7 +252,7 @@ class ModelTasks:
             {
                 "images": protocol.images,
                 "top": self.protocol.images,
-                "metrics": list(raced_metrics(protocol.metrics)),
+                "metrics": list(self.model.evaluate.race or raced_metrics(protocol.metrics)),
                 "alpha": alpha_of_rung(len(self.protocols)),
                 "candidates": [asdict(candidate) for candidate in ordered],
             },

@@ -90,6 +90,7 @@ class EvaluateSettings:
     """How every point of a model is measured. Scorers: bundled names, hub ids or local paths.
 
     rungs: image counts of a race, rising, the last of them `images`; empty where nothing is raced.
+    race: metrics whose fronts a race must keep; empty: all of them.
     """
 
     prompts: PromptSource
@@ -101,6 +102,7 @@ class EvaluateSettings:
     batch_size: int = 16
     images_per_prompt: int | None = None  # None: as often as needed
     rungs: tuple[int, ...] = ()
+    race: tuple[Metric, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,7 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
             prompts=prompts,
             images=rungs[-1],
             rungs=rungs if len(rungs) > 1 else (),
+            race=_raced(section, metrics, rungs),
             scorers=scorers,
             reference=reference,
             metrics=metrics,
@@ -169,7 +170,9 @@ def _check_metrics(
         images = rungs[-1] if metric == "fid" else rungs[0]
         if metric in metrics and images < least:
             section.issues.add(place.issue(f"must be at least {least} for {metric}, got {images}"))
-    _check_race(place, metrics, rungs, section.issues)
+    if len(rungs) > 1 and "fid" in metrics and "kid" not in metrics:
+        rule = "a race judges fid by kid: add kid to evaluate.metrics, or give one number of images"
+        section.issues.add(place.issue(rule))
     for metric in metrics:
         role = IMAGE_METRICS[metric].role if metric in IMAGE_METRICS else None
         if role is not None and getattr(scorers, role) is None:
@@ -178,12 +181,20 @@ def _check_metrics(
             section.issues.add(section.place("metrics").issue(f"{rule}: {move}"))
 
 
-def _check_race(
-    place: Node, metrics: tuple[Metric, ...], rungs: tuple[int, ...], issues: Issues
-) -> None:
-    if len(rungs) > 1 and "fid" in metrics and "kid" not in metrics:
-        rule = "a race judges fid by kid: add kid to evaluate.metrics, or give one number of images"
-        issues.add(place.issue(rule))
+def _raced(
+    section: Fields, metrics: tuple[Metric, ...], rungs: tuple[int, ...]
+) -> tuple[Metric, ...]:
+    """Read `race`: the metrics whose fronts a race must keep."""
+    raced = section.get("race", many(choice(METRICS)), ())
+    wrong = [name for name in raced if name not in metrics or name in ("fid", "latency")]
+    place = section.place("race")
+    if wrong:
+        valid = ", ".join(name for name in metrics if name not in ("fid", "latency"))
+        rule = f"a race can look at {valid} of evaluate.metrics, not at {', '.join(wrong)}"
+        section.issues.add(place.issue(rule))
+    elif raced and len(rungs) < 2:
+        section.issues.add(place.issue("is for races: give evaluate.images as a list", at_key=True))
+    return raced
 
 
 def _reference(node: Node | None, issues: Issues, context: Context, scorers: Scorers) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,6 +196,16 @@ def test_speed_of_a_race_is_that_of_the_fronts() -> None:
         macs = [records[c["key"]].outputs["macs"]["kept"] for c in race.inputs["candidates"]]
         expected = [1000 / kept if "latency" in metrics else -kept for kept in macs]
         assert speeds == pytest.approx(expected, rel=1e-2)
+
+
+def test_race_looks_at_the_metrics_that_were_asked_for() -> None:
+    sweep = a_sweep(rungs=(4, 16))
+    model = sweep.models[0]
+    some = replace(model, evaluate=replace(model.evaluate, race=("psnr",)))
+    _, _, ran = run_all(replace(sweep, models=(some,)))
+    race = next(task for task in ran if task.kind == "race")
+    assert race.inputs["metrics"] == ["psnr"]
+    assert all("clip" in task.inputs["protocol"]["metrics"] for task in evaluations(ran))
 
 
 def test_everything_at_the_top_is_not_made_again_for_a_race() -> None:

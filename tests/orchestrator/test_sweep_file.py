@@ -298,6 +298,12 @@ BROKEN = [
     ("evaluate: {rungs: [3, 9]}", "6:19: evaluate.rungs: must be at least 4 for kid, got 3"),
     ("evaluate: {rungs: 9}", "6:19: evaluate.rungs: must be a list"),
     ("evaluate: {images: 9, rungs: [4, 9]}", "6:23: evaluate.rungs: says the same as images"),
+    (
+        "evaluate: {images: [4, 9], race: [fid]}",
+        "6:34: evaluate.race: a race can look at kid, clip",
+    ),
+    ("evaluate: {images: [4, 9], race: [lpips]}", "6:34: evaluate.race: a race can look at kid"),
+    ("evaluate: {race: [kid]}", "6:12: evaluate.race: is for races"),
     ("evaluate: {images: [4, 9], metrics: [fid]}", "6:20: evaluate.images: a race judges fid by"),
     ("evaluate: {metrics: [fid, fdi]}", "6:27: evaluate.metrics.1: must be one of fid, kid"),
     ("evaluate: {prompts: none.txt}", "6:21: evaluate.prompts: no such file: none.txt"),
@@ -326,6 +332,11 @@ def test_rungs_may_be_given_on_the_command_line(load: Load) -> None:
     load(SMALL)
     sweep = load_sweep("s.yaml", ["evaluate.images=[64,256]"])
     assert sweep.models[0].evaluate.rungs == (64, 256)
+
+
+def test_race_may_look_at_some_metrics(load: Load) -> None:
+    evaluate = load(SMALL + "evaluate: {images: [8, 16], race: [psnr, kid]}\n").models[0].evaluate
+    assert evaluate.race == ("psnr", "kid")
 
 
 def test_one_number_of_images_is_no_race(load: Load) -> None:
