@@ -33,7 +33,7 @@ def run_reference(work: Work) -> Outcome:
             image_file(int(first)): digest.tobytes().hex()
             for first, digest in zip(made["firsts"], made["digests"], strict=True)
         }
-        latents.append(made["latents"])
+        latents += [made["latents"]] if "latents" in made else []
         forwards += int(made["facts"][2])
     if protocol.split == "calibration":
         data = packed({"latents": np.concatenate(latents)})
@@ -109,7 +109,8 @@ def _make(work: Work, shard: range) -> Arrays:
     Returns the first image and the digest of each artifact, forwards, and on the calibration split
     the final latents; never the images.
     """
-    forwards, latents = 0, []
+    forwards, keep_latents = 0, work.protocol.split == "calibration"
+    latents: list[npt.NDArray[np.float32]] = []
 
     def pixels() -> Iterator[Tensor]:
         nonlocal forwards
@@ -122,7 +123,8 @@ def _make(work: Work, shard: range) -> Arrays:
             batch_size=work.batch_size,
         ):
             forwards += batch.forwards
-            latents.append(batch.latents.float().cpu().numpy())
+            if keep_latents:
+                latents.append(batch.latents.float().cpu().numpy())
             yield batch.images
 
     firsts, digests, first = [], [], shard.start
@@ -131,12 +133,12 @@ def _make(work: Work, shard: range) -> Arrays:
         firsts.append(first)
         digests.append(np.frombuffer(bytes.fromhex(digest), dtype=np.uint8))
         first += len(images)
-    return {
+    made = {
         "facts": np.array([shard.start, shard.stop, forwards], dtype=np.int64),
         "firsts": np.array(firsts, dtype=np.int64),
         "digests": np.stack(digests),
-        "latents": np.concatenate(latents),
     }
+    return {**made, "latents": np.concatenate(latents)} if keep_latents else made
 
 
 def in_chunks(batches: Iterable[Tensor], most_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:

@@ -36,5 +36,5 @@ def test_peak_grows_with_features_and_not_with_images(tmp_path: Path) -> None:
     run = subprocess.run(arguments, check=True, capture_output=True, text=True, env=given_back)
     first, last = map(int, run.stdout.split())
     features, images = 3 * n * DIM * 4, 3 * n * 3 * 512 * 512
-    assert last - first <= 4 * features + 96 * MIB  # ours, the dense ones, their bytes; slack
+    assert last - first <= 4 * features + 64 * MIB  # ours, the dense ones, their bytes; slack
     assert images > 200 * MIB  # what there would be if they piled up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
+from fidelity import by_program, save_images, untrained_inception
 from torch import Tensor
 
 from dipgo_core.errors import ModelFilesError
@@ -189,27 +188,12 @@ def test_several_processes_may_convert_at_once(archive: Path, cache: Path) -> No
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of a seeded, untrained Inception: no download is needed for the right shapes."""
-    module = "torch_fidelity.feature_extractor_inceptionv3"
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(f"{module}.FeatureExtractorInceptionV3.load_state_dict", lambda *_: None)
-        network = torch_fidelity.FeatureExtractorInceptionV3("x", ["2048"])
-    path = tmp_path_factory.mktemp("weights") / "untrained.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return untrained_inception(tmp_path_factory.mktemp("weights") / "untrained.pth")
 
 
 def noise(seed: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, 48, 48), generator=generator, dtype=torch.uint8)
-
-
-def save(images: Tensor, folder: Path) -> Path:
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
-    return folder
 
 
 @pytest.mark.slow
@@ -230,13 +214,10 @@ def test_fid_and_kid_equal_the_command_line_of_torch_fidelity(
     untrained: Path, tmp_path: Path
 ) -> None:
     # oracle: the library's program, in a process of its own, on the same two folders of PNGs
-    ours, real = save(noise(0, 12), tmp_path / "ours"), save(noise(1, 14) // 2, tmp_path / "real")
-    options = ["--fid", "--kid", "--kid-subset-size", "6", "--cpu", "--no-cache", "--json"]
-    options += ["--silent", "--feature-extractor-weights-path", str(untrained)]
-    program = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(ours)]
-    done = subprocess.run(
-        [*program, "--input2", str(real), *options], capture_output=True, text=True, check=True
-    )
+    ours = save_images(noise(0, 12), tmp_path / "ours")
+    real = save_images(noise(1, 14) // 2, tmp_path / "real")
+    weights = ("--feature-extractor-weights-path", str(untrained))
+    fid, kid = by_program(ours, real, 6, *weights)
     extractor = load_extractor(named(untrained))
     reference, features = folder_reference(real, extractor), extractor(noise(0, 12))
 
@@ -244,7 +225,5 @@ def test_fid_and_kid_equal_the_command_line_of_torch_fidelity(
         "kid": kid_figure(features, reference, np.arange(12), subset_size=6)
     }
 
-    expected = json.loads(done.stdout)
-    fid, kid = "frechet_inception_distance", "kernel_inception_distance_mean"
-    assert found["fid"].value == pytest.approx(expected[fid], rel=1e-6)
-    assert found["kid"].value == pytest.approx(expected[kid], rel=1e-6)
+    assert found["fid"].value == pytest.approx(fid, rel=1e-6)
+    assert found["kid"].value == pytest.approx(kid, rel=1e-6)
