@@ -185,7 +185,8 @@ def _raced(
     section: Fields, metrics: tuple[Metric, ...], rungs: tuple[int, ...]
 ) -> tuple[Metric, ...]:
     """Read `race`: the metrics whose fronts a race must keep."""
-    raced = section.get("race", many(choice(METRICS)), ())
+    every: tuple[Metric, ...] = ()
+    raced = section.get("race", many(choice(METRICS)), every)
     wrong = [name for name in raced if name not in metrics or name in ("fid", "latency")]
     place = section.place("race")
     if wrong:
