@@ -66,7 +66,11 @@ def items_of_blob(data: bytes) -> tuple[Item, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Facts of one model. reference: as in a protocol; reference_value: where it lies."""
+    """Facts of one model. reference: as in a protocol; reference_value: where it lies.
+
+    folder: the local folder that the sweep file names as the model, from the root, None for others.
+    Where it lies decides no result and is in no key: its weights are.
+    """
 
     weights_sha256: str
     height: int
@@ -76,6 +80,7 @@ class ModelFacts:
     scorers: Mapping[Role, Scorer] = field(default_factory=dict)
     reference: str = "dense"
     reference_value: str = ""
+    folder: str | None = None
 
 
 #: What only the hub could tell when the sweep ran: by `items_key` digest and number of items, by
@@ -197,6 +202,7 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
         scorers={role: scorer for role, scorer in scorers.items() if scorer is not None},
         reference=reference[0],
         reference_value=reference[1],
+        folder=_local_folder(model),
     )
 
 
@@ -258,6 +264,12 @@ def config_files(model: SweepModel) -> tuple[str, ...]:
     """Return the files of a model that facts are read from; small ones."""
     attribute = find_family(model.family).denoiser_attribute
     return ("model_index.json", f"{attribute}/config.json", "vae/config.json")
+
+
+def _local_folder(model: SweepModel) -> str | None:
+    known = find_known(model.settings.id)
+    folder = model_folder(model.settings.id) if known is None else None
+    return None if folder is None else str(folder.absolute())
 
 
 def pipeline_folder(model: SweepModel) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dipgo_core import NUMERICS_VERSION
@@ -324,16 +325,18 @@ class ModelTasks:
             else getattr(self.sweep.resources, "evaluate" if kind == "statistics" else kind)
         )
         model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
+        folder = self.facts.folder
+        where = {} if folder is None else {"model_folder": folder}
         return Task(
             kind=kind,
             inputs={
-                "model": model,
+                "model": model if folder is None else {**model, "id": Path(folder).name},
                 "sampler": sampler.to_json(),
                 "versions": numerics_versions(kind),
                 **inputs,
             },
             needs=needs,
-            options=options or {},
+            options={**(options or {}), **where},
             label=f"{self.model.name}: {label}",
             affinity=f"{self.facts.weights_sha256}/{self.model.settings.dtype}",
             cpus=resources.cpus,

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.errors import DipgoError, ModelFilesError, TaskError
+from dipgo_core.evaluation.device import device_name
 from dipgo_core.evaluation.fid import load_extractor
 from dipgo_core.evaluation.prompts import in_order
 from dipgo_core.evaluation.protocol import image_seed
@@ -417,6 +418,20 @@ def test_plan_of_real_records_has_nothing_to_do(finished: Any, folder: Path) -> 
         device=tasks_of(plan, "latency")[0].inputs["device"],
     )
     assert again.complete
+
+
+def test_a_copy_of_the_model_in_another_folder_has_the_same_tasks(
+    finished: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan, _ = finished
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+
+    moved = sweep_of(Path("elsewhere"))
+    tasks = build_plan(moved, {}, facts=gather_facts(moved), device=device_name("cpu")).ready
+
+    assert {task.key for task in tasks} <= {task.key for task in plan.tasks}
+    assert {t.options["model_folder"] for t in tasks} == {str(tmp_path / "elsewhere" / "model")}
 
 
 def test_packed_keeps_the_values_of_a_transposed_array() -> None:
