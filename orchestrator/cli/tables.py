@@ -139,9 +139,10 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
         "key",
     )  # fmt: skip
     print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
-    for key, reason in front.disturbed.items():
-        say(f"no measured speed of {by_key[key].name} ({key[:12]}): {reason}")
     if front.disturbed:
+        names = ", ".join(name_at_target(by_key[key]) for key in front.disturbed)
+        reason = next(iter(front.disturbed.values()))
+        say(f"no measured speed, for it was disturbed: {names} (the first: {reason})")
         say("to measure again when nothing else runs, raise `latency.repeat` (docs/latency.md)")
 
 

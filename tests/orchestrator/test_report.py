@@ -316,3 +316,31 @@ def test_protocols_of_a_report_say_in_what_they_differ(raced: Written) -> None:
     assert first.differences == () and "images: 32 against 64" in second.differences
     for name in ("report.html", "report.md"):
         assert "images: 32 against 64" in (raced.folder / name).read_text("utf-8")
+
+
+def test_latency_section_has_loop_throughput_memory_and_energy(written: Written) -> None:
+    section = written.html[written.html.index('id="latency"') : written.html.index('id="costs"')]
+    for words in (
+        "denoising loop, ms",
+        "images per second<small>batch 1",
+        "peak memory, MB",
+        ">700<",
+        "energy of an image, J",
+        "device a quiet cpu, threads 1",
+    ):
+        assert words in section, words  # fmt: skip
+    point = next(p for p in written.points if p.loop_speedup)
+    assert point.figure_text("loop_speedup").split(" ")[0] in section
+
+
+def test_disturbed_latency_is_named_with_its_reason(written: Written, tmp_path: Path) -> None:
+    noisy = [
+        replace(p, speedup=None, latency_usable=False, latency_note="batch 1: a busy core")
+        if p.method == "uniform" else p for p in written.points
+    ]  # fmt: skip
+    write_report(
+        written.finished.sweep, noisy, pareto_fronts(noisy), written.finished.store, tmp_path
+    )
+    for name in ("report.html", "report.md", "points.csv"):
+        assert "batch 1: a busy core" in (tmp_path / name).read_text("utf-8")
+    assert "not usable" in (tmp_path / "report.html").read_text("utf-8")
