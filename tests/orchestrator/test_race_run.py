@@ -22,7 +22,14 @@ from orchestrator.sweep_settings import SweepFile
 from orchestrator.task.work import loaded
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.test_task import sweep_of
-from tests.orchestrator.tiny_sweep import ALL_BASELINES, Listener, run, run_tiny_task, tiny_sweep
+from tests.orchestrator.tiny_sweep import (
+    ALL_BASELINES,
+    Listener,
+    run,
+    run_tiny_task,
+    tiny_facts,
+    tiny_sweep,
+)
 from tests.support.tiny import tiny_sd
 
 # --- made-up figures, the driver's order of things --------------------------------------------
@@ -84,6 +91,40 @@ def test_driver_ends_whatever_fails(tmp_path: Path, kind: str) -> None:
     assert states == ({"failed"} if kind == "race" else {"done", "failed", "dropped"})
     again, _ = run(a_sweep(targets=(0.5,)), store)
     assert again.plan.complete and not again.failed
+
+
+def made_up_results(folder: str) -> Any:
+    """A task function for other processes; a closure, so that they get it by value."""
+
+    def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        import sys
+
+        sys.path.insert(0, folder)
+        from tiny_sweep import run_tiny_task
+
+        done: Record = run_tiny_task(task, store)
+        return done
+
+    return run_task
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_holds_every_race(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from orchestrator.executors.ray_tune import RayTuneExecutor
+
+    sweep, store, listener = a_sweep(targets=(0.5,)), FolderStore(tmp_path), Listener()
+    result = run_sweep(
+        sweep,
+        store,
+        RayTuneExecutor(num_cpus=2),
+        listener,
+        run_task=made_up_results(str(Path(__file__).parent)),
+        facts=tiny_facts(sweep),
+    )
+    assert result.plan.complete and not result.skipped
+    assert [record.kind for record in store.records().values()].count("race") == 2
 
 
 # --- made-up arrays, decided for real ---------------------------------------------------------
