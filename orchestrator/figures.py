@@ -87,13 +87,13 @@ def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> F
     """Draw every front: a row for each model, protocol and device, a column for each metric."""
     rows = list(dict.fromkeys((f.model, f.protocol, f.device) for f in fronts))
     columns = list(dict.fromkeys(f.objectives[1] for f in fronts))
-    width, height = 3.7 * max(1, len(columns)), 3.1 * max(1, len(rows)) + 0.6
+    width, height = 3.7 * max(1, len(columns)), 3.2 * max(1, len(rows)) + 0.7
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots(max(1, len(rows)), max(1, len(columns)), squeeze=False)
         figure.subplots_adjust(
-            left=0.75 / width, right=1 - 0.1 / width, top=1 - 0.35 / height, bottom=1.15 / height,
-            wspace=0.28, hspace=0.38,
+            left=0.75 / width, right=1 - 0.1 / width, top=1 - 0.48 / height, bottom=1.15 / height,
+            wspace=0.28, hspace=0.46,
         )  # fmt: skip
         for cell in axes.flat:
             cell.set_axis_off()
