@@ -23,7 +23,7 @@ class Scorers:
 
     features: str
     clip: str | None
-    cmmd: str = "openai/clip-vit-large-patch14-336"
+    cmmd: str = "timm/vit_large_patch14_clip_336.openai"  # the paper's network, in safetensors
     lpips: str = "lpips-alex"
     dino: str = "facebook/dinov2-base"
     image_reward: str | None = "THUDM/ImageReward"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
@@ -164,16 +164,77 @@ def hub_pipeline_files(hub_id: str, commit: str) -> PipelineFiles:
     return _complete(pipeline_files(index, hub.files_at(hub_id, commit)), hub_id, commit)
 
 
-def network_files(names: Iterable[str]) -> PipelineFiles:
-    """Return which of the files `names` a network saved by transformers consists of: its configs,
-    its tokenizer, and model.safetensors, whole or in shards."""
-    there = sorted(name for name in names if "/" not in name and _decides(name))
-    weights = [name for name in there if _WEIGHTS.fullmatch(name)]
-    others = [name for name in there if not name.endswith(".safetensors")]
+#: What open_clip calls its files, and those it keeps of a tokenizer.
+OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS: Final = "open_clip_model.safetensors"
+_OPEN_CLIP_PICKLE: Final = "open_clip_pytorch_model.bin"
+_TOKENIZER: Final = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+#: Either of these says what kind of network the weights beside it are.
+NETWORK_CONFIGS: Final = ("config.json", OPEN_CLIP_CONFIG)
+
+
+def network_files(names: Iterable[str], folder: Path) -> PipelineFiles:
+    """Return which of the files `names` a network consists of, as transformers or open_clip saves
+    it: configs, a tokenizer, and safetensors. folder: where its config.json lies, if it has one."""
+    there = {name for name in names if "/" not in name}
+    if is_open_clip(there, folder):
+        return _open_clip_files(there)
+    found = sorted(filter(_decides, there))
+    weights = [name for name in found if _WEIGHTS.fullmatch(name)]
+    others = [name for name in found if not name.endswith(".safetensors")]
     lacking = [] if "config.json" in others else ["config.json"]
     lacking += absent_shards(weights) if weights else ["model.safetensors"]
     files = tuple(others + weights)
     return PipelineFiles(files, files, tuple(lacking))
+
+
+def is_open_clip(names: Collection[str], folder: Path) -> bool:
+    """Return whether files are those of a CLIP that open_clip saved, and transformers did not too.
+
+    folder: where config.json lies, which is read where names alone do not tell: that of timm,
+    whose weights are an image tower only, says no model_type.
+    """
+    if OPEN_CLIP_CONFIG not in names:
+        return False
+    if "config.json" not in names or not any(map(_WEIGHTS.fullmatch, names)):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # told where it is loaded
+    return not isinstance(config, dict) or "model_type" not in config
+
+
+def _open_clip_files(there: Collection[str]) -> PipelineFiles:
+    files = [n for n in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, *_TOKENIZER) if n in there]
+    lacking = [] if OPEN_CLIP_WEIGHTS in there else [OPEN_CLIP_WEIGHTS]
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
+        lacking.append("tokenizer.json")
+    return PipelineFiles(tuple(files), tuple(files), tuple(lacking))
+
+
+def lacking_message(files: PipelineFiles) -> str:
+    """Return what a network's files lack, and what to do about it."""
+    lacks = hub.listed(files.missing)
+    if files.missing == (_TOKENIZER[0],):
+        return f"has no {lacks}, nor {_TOKENIZER[1]} with {_TOKENIZER[2]}: choose another revision"
+    if OPEN_CLIP_WEIGHTS not in files.missing:
+        return (
+            f"has no {lacks}. Only safetensors are read; choose another revision, or convert the "
+            "model with `save_pretrained` and name the folder"
+        )
+    return (
+        f"has no {lacks}. {_OPEN_CLIP_PICKLE} is a pickle, which is never read: choose a revision "
+        f"that has safetensors, or download the repository, write {OPEN_CLIP_WEIGHTS} beside it "
+        f"with safetensors.torch.save_file(torch.load({_OPEN_CLIP_PICKLE!r}, weights_only=True), "
+        f"{OPEN_CLIP_WEIGHTS!r}) and name the folder"
+    )
 
 
 def hub_network(hub_id: str, revision: str | None = None) -> Path:
@@ -196,17 +257,16 @@ def hub_network_files(hub_id: str, commit: str) -> PipelineFiles:
     Raises:
         HubError: the repository cannot be read, or holds no network of safetensors.
     """
-    files = network_files(hub.files_at(hub_id, commit))
-    return _complete(files, hub_id, commit)
+    names = hub.files_at(hub_id, commit)
+    folder = hub.snapshot_folder(hub_id, commit)
+    if set(NETWORK_CONFIGS) <= set(names):
+        folder = hub.fetch(hub_id, commit, ["config.json"])  # tells which of the two is meant
+    return _complete(network_files(names, folder), hub_id, commit)
 
 
 def _complete(files: PipelineFiles, hub_id: str, commit: str) -> PipelineFiles:
     if files.missing:
-        raise HubError(
-            f"{hub_id} at {commit[:12]} has no {hub.listed(files.missing)}. Only safetensors are "
-            "read; choose another revision, or convert the model with `save_pretrained` and name "
-            "the folder"
-        )
+        raise HubError(f"{hub_id} at {commit[:12]} {lacking_message(files)}")
     return files
 
 

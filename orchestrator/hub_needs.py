@@ -83,7 +83,8 @@ class HubNeed:
         if self.file is not None:
             return self.file in names
         if self.kind == "scorer":
-            return not network_files(names).missing
+            folder = hub.snapshot_folder(self.id, commit or "")
+            return not network_files(names, folder).missing
         if commit is None or "model_index.json" not in names:
             return False
         index = model_index(hub.snapshot_folder(self.id, commit))

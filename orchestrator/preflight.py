@@ -13,7 +13,7 @@ from dipgo_core.errors import DipgoError
 from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.evaluation.scorers import MODEL_TYPES, model_type_of
-from dipgo_core.model_files import check_weights, model_folder
+from dipgo_core.model_files import NETWORK_CONFIGS, check_weights, model_folder
 from orchestrator.facts import ModelFacts, config_files, find_facts, refusal, scorer_names
 from orchestrator.hub_needs import (
     PINNABLE,
@@ -122,13 +122,13 @@ def _check_need(need: HubNeed, commit: str) -> None:
     folder = hub.snapshot_folder(need.id, commit, need.repository)
     present = [name for name in files if (folder / name).is_file()]
     check_weights(folder / name for name in present)
-    if need.role is not None and need.role in MODEL_TYPES and "config.json" in present:
+    if len(present) < len(files):
+        if hub.offline():
+            hub.fetch(need.id, commit, files, need.repository)  # says what is missing
+        hub.check_access(need.id, need.repository)
+    if need.role is not None and need.role in MODEL_TYPES:
+        hub.fetch(need.id, commit, [name for name in files if name in NETWORK_CONFIGS])
         model_type_of(need.role, folder)
-    if len(present) == len(files):
-        return
-    if hub.offline():
-        hub.fetch(need.id, commit, files, need.repository)  # says what is missing
-    hub.check_access(need.id, need.repository)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,36 +17,51 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
 from dipgo_core.errors import EvaluationError, ModelFilesError
-from dipgo_core.evaluation.scorers import Scorer, clip_scorer, network_folder
-from dipgo_core.hub import resolve_commit, split_id
-from dipgo_core.model_files import hub_network
+from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels, open_clip_tokens
+from dipgo_core.evaluation.open_clip_weights import load_open_clip
+from dipgo_core.evaluation.scorers import OPEN_CLIP, Scorer, clip_scorer, model_type_of
+from dipgo_core.evaluation.vision_model import fetched_network
 
 _CHUNK = 64  # images or texts the model sees at once
 
 
 @dataclass(frozen=True, eq=False)
 class ClipScorer:
-    """A loaded CLIP. texts: unit features of prompts met so far, filled as they come."""
+    """A loaded CLIP. texts: unit features of prompts met so far, filled as they come.
+
+    tokens: prompts in, input_ids and attention_mask out, each (n, context length). pixels: uint8
+    images (n, 3, H, W) in, what the image tower sees out.
+    """
 
     scorer: Scorer
     model: Any
-    processor: Any
+    tokens: Callable[[Sequence[str]], Any]
+    pixels: Callable[[Tensor], Tensor]
     texts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_clip(name: str, *, device: str | torch.device = "cpu") -> ClipScorer:
-    """Load a CLIP by bundled name, local folder or ``owner/name@revision`` on the hub, from
-    safetensors only.
+    """Load a CLIP by bundled name, local folder or ``owner/name@revision`` on the hub, saved by
+    transformers or by open_clip, from safetensors only.
 
     Raises:
         ModelFilesError: files are missing or broken, or the hub cannot be reached; names them.
     """
-    folder = network_folder(name)
-    if folder is None:
-        hub_id, revision = split_id(name)
-        commit = resolve_commit(hub_id, revision)
-        name, folder = f"{hub_id}@{commit}", hub_network(hub_id, commit)
-    scorer = clip_scorer(name)
+    pinned, folder = fetched_network(name)
+    scorer = clip_scorer(pinned)
+    if model_type_of("clip", folder) == OPEN_CLIP:
+        model, config = load_open_clip(folder)
+        tokens = open_clip_tokens(folder, config)
+        pixels = partial(open_clip_pixels, config=config)
+    else:
+        model, processor = _of_transformers(pinned, folder)
+        length = model.config.text_config.max_position_embeddings
+        tokens = partial(_tokens, processor.tokenizer, length)
+        pixels = partial(_pixels, processor.image_processor)
+    return ClipScorer(scorer, model.to(device), tokens, pixels)
+
+
+def _of_transformers(name: str, folder: Path) -> tuple[Any, Any]:
     try:
         model = CLIPModel.from_pretrained(folder, use_safetensors=True)
         processor = CLIPProcessor.from_pretrained(folder)
@@ -54,8 +71,18 @@ def load_clip(name: str, *, device: str | torch.device = "cpu") -> ClipScorer:
             "model.safetensors, the tokenizer's files and preprocessor_config.json; without "
             "network, give the path of a folder that holds them"
         ) from error
-    model.eval().requires_grad_(False).to(device)
-    return ClipScorer(scorer, model, processor)
+    return model.eval().requires_grad_(False), processor
+
+
+def _tokens(tokenizer: Any, length: int, prompts: Sequence[str]) -> Any:
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+
+
+def _pixels(processor: Any, images: Tensor) -> Tensor:
+    pixels: Tensor = processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 @torch.no_grad()
@@ -83,13 +110,7 @@ def _remember(clip: ClipScorer, prompts: Sequence[str]) -> None:
     fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in clip.texts]
     for start in range(0, len(fresh), _CHUNK):
         part = fresh[start : start + _CHUNK]
-        tokens = clip.processor.tokenizer(
-            part,
-            padding="max_length",
-            truncation=True,
-            max_length=clip.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(clip.model.device)
+        tokens = clip.tokens(part).to(clip.model.device)
         output = clip.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         )
@@ -97,8 +118,7 @@ def _remember(clip: ClipScorer, prompts: Sequence[str]) -> None:
 
 
 def _image_features(clip: ClipScorer, images: Tensor) -> Tensor:
-    pixels = clip.processor.image_processor(images=list(images.cpu()), return_tensors="pt")
-    values = pixels["pixel_values"].to(clip.model.device, clip.model.dtype)
+    values = clip.pixels(images).to(clip.model.device, clip.model.dtype)
     return _unit(clip.model.get_image_features(pixel_values=values))
 
 

@@ -5,7 +5,9 @@ The distance itself is in `cmmd_distance`, without torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
-from dipgo_core.evaluation.scorers import Scorer, cmmd_scorer, model_type_of
+from dipgo_core.evaluation.open_clip_weights import load_open_clip_tower
+from dipgo_core.evaluation.scorers import OPEN_CLIP, Scorer, cmmd_scorer, model_type_of
 from dipgo_core.evaluation.vision_model import (
     check_finite,
     check_images,
@@ -73,14 +76,21 @@ def load_cmmd(name: str, *, device: str | torch.device = "cpu") -> CmmdEmbedder:
         ModelFilesError: files are missing or torn, or of another kind of model.
     """
     pinned, folder = fetched_network(name)
+    model, means = _tower(folder)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in means)
+    return CmmdEmbedder(cmmd_scorer(pinned), model.to(device), mean, std)
+
+
+def _tower(folder: Path) -> tuple[Any, tuple[Sequence[float], Sequence[float]]]:
+    """Return the image tower, and mean and standard deviation of the channels it was trained on."""
+    kind = model_type_of("cmmd", folder)
+    if kind == OPEN_CLIP:
+        model, config = load_open_clip_tower(folder)
+        return model, (config.preprocess.mean, config.preprocess.std)
     tower = None
-    if model_type_of("cmmd", folder) == "clip":  # its whole tells how wide the projection is
+    if kind == "clip":  # its whole tells how wide the projection is
         whole = CLIPConfig.from_pretrained(folder)
         tower = whole.vision_config
         tower.projection_dim = whole.projection_dim
     model, processor = load_vision_model(folder, CLIPVisionModelWithProjection, config=tower)
-    mean, std = (
-        torch.tensor(values, device=device)[:, None, None]
-        for values in (processor.image_mean, processor.image_std)
-    )
-    return CmmdEmbedder(cmmd_scorer(pinned), model.to(device), mean, std)
+    return model, (processor.image_mean, processor.image_std)

@@ -27,8 +27,16 @@ from dipgo_core.evaluation.lpips_files import (
     heads_file,
 )
 from dipgo_core.evaluation.metrics import Role
+from dipgo_core.evaluation.open_clip_config import read_open_clip
 from dipgo_core.hub import MAIN, is_hub_id, split_id
-from dipgo_core.model_files import check_weights
+from dipgo_core.model_files import (
+    NETWORK_CONFIGS,
+    OPEN_CLIP_CONFIG,
+    check_weights,
+    is_open_clip,
+    lacking_message,
+    network_files,
+)
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
 TINY_FEATURES = "tiny-features"
@@ -93,12 +101,17 @@ def clip_scorer(name: str) -> Scorer:
     """Return the CLIP scorer called `name`: "tiny-clip", a local folder, or ``owner/name`` on the
     hub, of which ``owner/name@revision`` names a commit.
 
-    A folder is digested by its files; a hub id by its revision, so that no download is needed.
+    A folder is digested by its files; a hub id by its revision, so that no download is needed: the
+    commit decides how images are resized, too.
 
     Raises:
         ModelFilesError: the name is a path without a model in it, or its weights are damaged.
     """
-    return _network_scorer("clip", name, "the model's own image processor")
+    resize = "the model's own image processor"
+    folder = network_folder(name)
+    if folder is not None and model_type_of("clip", folder) == OPEN_CLIP:
+        resize = read_open_clip(folder).resize
+    return _network_scorer("clip", name, resize)
 
 
 def cmmd_scorer(name: str) -> Scorer:
@@ -158,15 +171,20 @@ def _network_scorer(role: Role, name: str, resize: str) -> Scorer:
         hub_id, revision = split_id(name)
         return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}", resize)
     model_type_of(role, folder)
-    check_weights(sorted(folder.glob("*.safetensors")))
+    files = network_files(_names(folder), folder)
+    if files.missing:
+        raise ModelFilesError(f"{folder} {lacking_message(files)}")
+    check_weights(folder / file for file in files.loaded)
     bundled = name in ZOO_MODELS
     return Scorer(name if bundled else folder.name, folder_sha256(folder), resize)
 
 
+#: What `model_type_of` calls a CLIP that open_clip saved.
+OPEN_CLIP = "open_clip"
 #: What a network of transformers calls itself in its config.json, by role.
 MODEL_TYPES: Mapping[Role, tuple[str, ...]] = {
-    "clip": ("clip",),
-    "cmmd": ("clip", "clip_vision_model"),
+    "clip": ("clip", OPEN_CLIP),
+    "cmmd": ("clip", "clip_vision_model", OPEN_CLIP),
     "dino": ("dinov2", "dinov2_with_registers"),
 }
 
@@ -175,13 +193,9 @@ def model_type_of(role: Role, folder: Path) -> str:
     """Return what the network in a folder is, of the kinds that a role can use.
 
     Raises:
-        ModelFilesError: config.json cannot be read, or it is another kind of network.
+        ModelFilesError: its config cannot be read, or it is another kind of network.
     """
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelFilesError(f"{path} cannot be read ({error}): copy it again") from error
+    found = _model_type(folder)
     if found not in MODEL_TYPES[role]:
         raise ModelFilesError(
             f"the {role} scorer must be a {' or '.join(MODEL_TYPES[role])}, {folder} holds a "
@@ -190,16 +204,32 @@ def model_type_of(role: Role, folder: Path) -> str:
     return str(found)
 
 
+def _model_type(folder: Path) -> Any:
+    if is_open_clip(_names(folder), folder):
+        read_open_clip(folder)  # refuses what is read by open_clip alone
+        return OPEN_CLIP
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelFilesError(f"{path} cannot be read ({error}): copy it again") from error
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
 def hub_scorer(name: str) -> bool:
     """Return whether a scorer's name means a repository on the hub."""
     return is_hub_id(split_id(name)[0]) and not Path(name).is_dir()
 
 
 def network_folder(name: str) -> Path | None:
-    """Return the local folder of a network that transformers loads, or None where `name` is none.
+    """Return the local folder of a network that transformers or open_clip saved, or None where
+    `name` is none.
 
     Raises:
-        ModelFilesError: a folder was named, and it is missing or holds no config.json.
+        ModelFilesError: a folder was named, and it is missing or holds no config.
     """
     if name in ZOO_MODELS:
         folder = zoo_path(name)
@@ -207,10 +237,10 @@ def network_folder(name: str) -> Path | None:
         folder = Path(name).expanduser()
     else:
         return None
-    if not (folder / "config.json").is_file():
+    if not any((folder / config).is_file() for config in NETWORK_CONFIGS):
         raise ModelFilesError(
-            f"no network in {folder}: config.json is missing; name a folder written by "
-            "save_pretrained, a hub id, or a bundled name"
+            f"no network in {folder}: config.json is missing, and {OPEN_CLIP_CONFIG} too; name a "
+            "folder written by save_pretrained or open_clip, a hub id, or a bundled name"
         )
     return folder
 

@@ -41,7 +41,7 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
             left at random.
     """
     try:
-        with _unreported():
+        with unreported():
             model, info = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -65,7 +65,7 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
+def unreported() -> Iterator[None]:
     """Keep transformers from listing what a file holds besides; what it lacks is checked here."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)
