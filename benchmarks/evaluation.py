@@ -24,19 +24,17 @@ from contextlib import closing
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 HERE: Final = Path(__file__).resolve().parent
-sys.path += [
-    str(HERE.parent / "tests" / "support"),
-    str(HERE.parent / "tests/dipgo_core/evaluation"),
-]
+ROOT: Final = HERE.parent
+#: The tests' own draws and oracles; some libraries install a package of the same name.
+sys.modules["tests"] = ModuleType("tests")
+sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402  # the path to the shared draws comes first
+import numpy as np  # noqa: E402  # after the path to the tests
 import torch  # noqa: E402
-from fidelity import by_program, save_images, untrained_inception  # noqa: E402
-from simulated import DIM, SIDE, run_simulated  # noqa: E402
-from synthetic import DRAWS, SIZES, clustered, groups_of  # noqa: E402
 
 from dipgo_core.config import ModelSettings, SamplerSettings  # noqa: E402
 from dipgo_core.evaluation.clip_score import load_clip  # noqa: E402
@@ -61,9 +59,13 @@ from dipgo_core.evaluation.prompts import in_order, items_sha256, read_items  # 
 from dipgo_core.evaluation.protocol import Protocol, largest_kid_subset  # noqa: E402
 from dipgo_core.evaluation.scorers import Scorer  # noqa: E402
 from dipgo_core.pipelines import LoadedModel, load_model  # noqa: E402
+from tests.support.fidelity import by_program, save_images, untrained_inception  # noqa: E402
+from tests.support.simulated import DIM, SIDE, run_simulated  # noqa: E402
+from tests.support.synthetic import DRAWS, SIZES, clustered, groups_of  # noqa: E402
 
 Row = Mapping[str, Any]
 STEPS = 10
+KID_SUBSET = 24
 METRICS = ("fid", "kid", "clip", "psnr", "ssim")
 
 
@@ -71,17 +73,23 @@ def main() -> None:
     """Measure the sections named, print their tables, keep them if asked to."""
     options = _options()
     torch.set_num_threads(options.threads)
-    results = HERE / "evaluation.json"
-    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     for name in options.sections or SECTIONS:
         rows = list(SECTIONS[name][1](options))
-        known[name] = {"machine": _machine(options), "rows": rows}
-        print(_section(name, known[name]), flush=True)
+        found = {"machine": _machine(options), "rows": rows}
+        print(_section(name, found), flush=True)
         if options.write:
-            results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            parts = [_section(name, known[name]) for name in SECTIONS if name in known]
-            text = "# Evaluation, measured\n\n" + "\n".join(parts)
-            (HERE / "evaluation.md").write_text(text, encoding="utf-8")
+            _keep(name, found)
+
+
+def _keep(name: str, found: Mapping[str, Any]) -> None:
+    """Write a section beside those measured earlier, and the page of all."""
+    results = HERE / "evaluation.json"
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    known[name] = found
+    results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    parts = [_section(name, known[name]) for name in SECTIONS if name in known]
+    text = "# Evaluation, measured\n\n" + "\n".join(parts)
+    (HERE / "evaluation.md").write_text(text, encoding="utf-8")
 
 
 # the same figures as torch-fidelity -----------------------------------------------------------
@@ -89,11 +97,11 @@ def main() -> None:
 
 def fidelity(options: argparse.Namespace) -> Iterator[Row]:
     """Compare FID and KID of two folders with those of torch-fidelity's own program."""
-    generator = torch.Generator().manual_seed(0)
+    ours_drawn, real_drawn = _noise(0, 48), _noise(1, 56) // 2
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        ours = save_images(_blobs(generator, 96, 1.0), root / "ours")
-        real = save_images(_blobs(generator, 120, 0.7), root / "real")
+        ours = save_images(ours_drawn, root / "ours")
+        real = save_images(real_drawn, root / "real")
         weights = untrained_inception(root / "untrained.pth")
         for label, extractor, arguments in (
             ("tiny-features", "tiny-features", ("--feature-extractor", "tiny-features")),
@@ -103,7 +111,7 @@ def fidelity(options: argparse.Namespace) -> Iterator[Row]:
                 ("--feature-extractor-weights-path", str(weights)),
             ),
         ):
-            fid, kid = by_program(ours, real, 48, *arguments)
+            fid, kid = by_program(ours, real, KID_SUBSET, *arguments)
             yield from _compared(label, load_extractor(extractor), ours, real, fid, kid)
 
 
@@ -115,23 +123,22 @@ def _compared(
     groups = np.arange(found.n)
     figures = {
         "FID": (fid_figures(found.features, reference, groups)["fid"].value, fid),
-        "KID": (kid_figure(found.features, reference, groups, subset_size=48).value, kid),
+        "KID": (kid_figure(found.features, reference, groups, subset_size=KID_SUBSET).value, kid),
     }
     for name, (mine, theirs) in figures.items():
         yield {
             "extractor": label,
             "metric": name,
-            "images": "96 and 120",
+            "images": f"{found.n} and {reference.n}",
             "this project": f"{mine:.9g}",
             "torch-fidelity's program": f"{theirs:.9g}",
             "relative difference": f"{abs(mine - theirs) / abs(theirs):.1e}",
         }
 
 
-def _blobs(generator: torch.Generator, count: int, tint: float) -> torch.Tensor:
-    coarse = torch.rand(count, 3, 4, 4, generator=generator) * tint
-    images = torch.nn.functional.interpolate(coarse, size=64, mode="bilinear")
-    return (images * 255).to(torch.uint8)
+def _noise(seed: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 48, 48), generator=generator, dtype=torch.uint8)
 
 
 # throughput against a loop that scores nothing -------------------------------------------------
@@ -244,7 +251,7 @@ def memory(options: argparse.Namespace) -> Iterator[Row]:
 
 def coverage(options: argparse.Namespace) -> Iterator[Row]:
     """Count how many of 200 draws a 95 % interval covers the truth in, prompts of many images."""
-    from test_mmd_intervals import covered as kid_covered
+    from tests.dipgo_core.evaluation.test_mmd_intervals import covered as kid_covered
 
     for kind in ("alone", "equal", "unequal"):
         yield _covered("mean score (CLIP, PSNR, ...)", kind, _mean_covers)
