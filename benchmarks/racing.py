@@ -420,7 +420,8 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
         "whatever one of them cannot tell apart. *With hindsight* is the share if exactly the "
         "points on some front of the raced metrics went on after the first rung. The sweep, its "
         "metrics and its rungs were fixed before any result was seen; that single images are "
-        "resampled, not prompts, was decided after first replays, which dropped still less.",
+        "resampled, not prompts, was decided after first replays, which dropped still less, and so "
+        "was racing on fewer of the metrics.",
     ]
 
 
