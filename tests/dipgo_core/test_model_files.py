@@ -13,8 +13,10 @@ from dipgo_core.config import ModelSettings
 from dipgo_core.errors import HubError, HubUnreachableError, ModelFilesError
 from dipgo_core.model_files import (
     absent_shards,
+    hub_network_files,
     hub_pipeline,
     model_index,
+    network_files,
     pipeline_files,
     weights_digest,
 )
@@ -112,3 +114,54 @@ def test_hub_model_without_safetensors_is_refused_before_weights_are_fetched(
     with pytest.raises(HubError, match=r"owner/pickled at .* has no text_encoder/\*.safetensors"):
         hub_pipeline(ModelSettings(id="owner/pickled"))
     assert fake_hub.downloads == {"owner/pickled/model_index.json": 1}
+
+
+TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "vocab.json": b"{}"}
+OPEN_CLIP = {
+    "open_clip_config.json": b"{}",
+    "open_clip_model.safetensors": b"weights",
+    "open_clip_pytorch_model.bin": b"pickle",
+    "README.md": b"",
+    "preprocessor_config.json": b"{}",
+    **TOKENIZER,
+}
+TAKEN = {"open_clip_config.json", "open_clip_model.safetensors", *TOKENIZER}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"config.json": b'{"model_type": "clip"}', "pytorch_model.bin": b"pickle"},
+        {"config.json": b'{"architecture": "vit"}', "model.safetensors": b"timm's"},
+    ],
+    ids=["alone", "beside pickles of transformers", "beside a tower of timm"],
+)
+def test_clip_of_open_clip_is_taken_where_transformers_has_none(
+    others: dict[str, bytes], fake_hub: FakeHub
+) -> None:
+    commit = fake_hub.put("owner/clip", {**OPEN_CLIP, **others})
+    assert set(hub_network_files("owner/clip", commit).loaded) == TAKEN
+    assert set(fake_hub.downloads) <= {"owner/clip/config.json"}
+
+
+def test_clip_that_both_saved_is_that_of_transformers(fake_hub: FakeHub) -> None:
+    theirs = {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"weights"}
+    commit = fake_hub.put("owner/clip", {**OPEN_CLIP, **theirs})
+    loaded = set(hub_network_files("owner/clip", commit).loaded)
+    assert {"config.json", "model.safetensors"} <= loaded
+    assert "open_clip_model.safetensors" not in loaded
+
+
+def test_clip_of_pickles_alone_is_refused_with_the_way_out(fake_hub: FakeHub) -> None:
+    files = {name: data for name, data in OPEN_CLIP.items() if name[-11:] != "safetensors"}
+    commit = fake_hub.put("owner/clip", files)
+    with pytest.raises(HubError, match=r"has no open_clip_model\.safetensors.*save_file\(torch"):
+        hub_network_files("owner/clip", commit)
+    assert not fake_hub.downloads
+
+
+def test_clip_of_open_clip_without_a_vocabulary_lacks_it(tmp_path: Path) -> None:
+    names = set(OPEN_CLIP) - {"tokenizer.json"}
+    assert network_files(names, tmp_path).missing == ("tokenizer.json",)
+    assert network_files({*names, "merges.txt"}, tmp_path).missing == ()

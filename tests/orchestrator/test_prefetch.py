@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import constants
+from tiny_open_clip import save_open_clip
 
 from dipgo_core import hub
 from dipgo_core.zoo import zoo_path
@@ -97,6 +98,24 @@ def test_fetched_sweep_is_complete_offline(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("prefetch")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    _, document, _ = command("prefetch", "--json")
+    assert (document["problems"], document["bytes_to_fetch"]) == ([], 0)
+
+
+def test_clip_of_open_clip_is_fetched_with_its_vocabulary_and_complete_offline(
+    command: Command, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "clip").mkdir()
+    files = {path.name: path.read_bytes() for path in save_open_clip(tmp_path / "clip").iterdir()}
+    pickle = {"open_clip_pytorch_model.bin": b"pickle"}
+    timm = {"config.json": b'{"architecture": "vit"}', "model.safetensors": b"a tower of timm"}
+    fake_hub.put("owner/clip", {**files, **pickle, **timm})
+    _, document, _ = command("prefetch", "--json")
+    clip = document["hub"][1]
+    assert {file["path"] for file in clip["files"]} == set(files)
+    assert fake_hub.downloads["owner/clip/open_clip_model.safetensors"] == 1
+    assert not fake_hub.downloads["owner/clip/model.safetensors"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     _, document, _ = command("prefetch", "--json")
     assert (document["problems"], document["bytes_to_fetch"]) == ([], 0)

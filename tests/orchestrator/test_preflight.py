@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import constants
+from tiny_open_clip import save_open_clip
 
 from dipgo_core.errors import PreflightError
 from dipgo_core.zoo import zoo_path
@@ -35,6 +36,11 @@ def files_of(name: str) -> dict[str, bytes]:
     folder = zoo_path(name)
     found = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def open_clip_files(folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    return {path.name: path.read_bytes() for path in save_open_clip(folder).iterdir()}
 
 
 @pytest.fixture
@@ -186,3 +192,23 @@ def test_folder_without_a_network_is_told_with_the_rest(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text + evaluate)
     with pytest.raises(PreflightError, match=r"2 problems:[\s\S]*clip: no network in .*empty"):
         prepare(load_sweep(tmp_path / "x.yaml"))
+
+
+def test_clip_of_open_clip_is_checked_before_its_weights_are_fetched(
+    sweep: SweepFile, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    files = open_clip_files(tmp_path / "clip")
+    commit = fake_hub.put("owner/clip", files)
+    assert prepare(sweep).facts["m"].scorers["clip"].digest == f"hub:owner/clip@{commit}"
+    assert not fake_hub.downloads["owner/clip/open_clip_model.safetensors"]
+
+
+def test_clip_that_open_clip_alone_can_build_is_refused(
+    sweep: SweepFile, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    files = open_clip_files(tmp_path / "clip")
+    config = {"model_cfg": {"custom_text": True, "vision_cfg": {}, "text_cfg": {}}}
+    fake_hub.put("owner/clip", {**files, "open_clip_config.json": json.dumps(config).encode()})
+    with pytest.raises(PreflightError, match=r"scorers.clip: .*model_cfg.custom_text is True"):
+        prepare(sweep)
+    assert not fake_hub.downloads["owner/clip/open_clip_model.safetensors"]

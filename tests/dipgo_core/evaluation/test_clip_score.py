@@ -62,9 +62,7 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8, generator=generator)
 
 
-def test_scores_are_100_times_the_models_own_cosine(
-    clip: ClipScorer, folder: Path, images
-) -> None:
+def test_scores_are_100_times_the_models_own_cosine(clip: ClipScorer, folder: Path, images) -> None:
     processor = CLIPProcessor.from_pretrained(folder)
     inputs = processor(text=PROMPTS, images=list(images), padding=True, return_tensors="pt")
     with torch.no_grad():

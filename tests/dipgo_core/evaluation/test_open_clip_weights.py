@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from fake_hub import FakeHub
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 from tiny_open_clip import MODEL, PREPROCESS, save_open_clip, save_tokenizer
@@ -24,9 +25,8 @@ from dipgo_core.evaluation.cmmd import load_cmmd
 from dipgo_core.evaluation.open_clip_config import read_open_clip
 from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels
 from dipgo_core.evaluation.open_clip_weights import load_open_clip
-from dipgo_core.evaluation.prompts import read_items
 from dipgo_core.evaluation.scorers import clip_scorer, cmmd_scorer, folder_sha256
-from dipgo_core.zoo import zoo_path
+from dipgo_core.zoo import captions
 
 WEIGHTS = "open_clip_model.safetensors"
 ODD_PROMPTS = [
@@ -103,8 +103,7 @@ def test_features_are_those_of_open_clip(fields: Mapping[str, Any], tmp_path: Pa
 
 
 def test_prompts_become_the_same_tokens(clip: ClipScorer) -> None:
-    bundled = [item.prompt for item in read_items(zoo_path("captions") / "test.txt")]
-    prompts = [*bundled[:100], *ODD_PROMPTS]
+    prompts = [*captions("test"), *ODD_PROMPTS]
 
     assert torch.equal(clip.tokens(prompts).input_ids, open_clip.SimpleTokenizer()(prompts))
 
@@ -174,6 +173,18 @@ def test_folder_is_known_by_its_files_and_says_how_it_resizes(folder: Path) -> N
 
     assert scorer.digest == folder_sha256(folder)
     assert scorer.resize == "Pillow's bicubic to 28 on the shorter side, then the middle square"
+
+
+def test_hub_id_is_loaded_at_its_commit(folder: Path, clip, fake_hub: FakeHub) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = fake_hub.put("owner/clip", {**files, "open_clip_pytorch_model.bin": b"pickle"})
+    images = random_images(1)
+
+    loaded = load_clip("owner/clip")
+
+    assert loaded.scorer.digest == f"hub:owner/clip@{commit}"
+    assert clip_scores(loaded, images, ["a cat"]) == clip_scores(clip, images, ["a cat"])
+    assert not fake_hub.downloads["owner/clip/open_clip_pytorch_model.bin"]
 
 
 def test_half_precision_weights_are_read_as_float32(folder: Path, tmp_path: Path) -> None:

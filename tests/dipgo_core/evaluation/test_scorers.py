@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dipgo_core.errors import ModelFilesError, UnknownModelError
 from dipgo_core.evaluation.inception_files import INCEPTION_SHA256
 from dipgo_core.evaluation.scorers import (
     clip_scorer,
+    dino_scorer,
     features_scorer,
     file_sha256,
     folder_sha256,
@@ -73,6 +75,21 @@ def test_hub_scorers_are_told_from_others(name: str, expected: bool) -> None:
 def test_network_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError, match=r"config.json is missing"):
         clip_scorer(str(tmp_path))
+
+
+def test_open_clip_folder_of_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelFilesError, match=r"is a pickle, .*write open_clip_model\.safetensors"):
+        clip_scorer(str(tmp_path))
+
+
+def test_clip_of_open_clip_is_no_dinov2(tmp_path: Path) -> None:
+    model = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    with pytest.raises(ModelFilesError, match="dino scorer must be a dinov2.*holds a open_clip"):
+        dino_scorer(str(tmp_path))
 
 
 def test_folder_digest_follows_names_and_bytes_but_not_hidden_files(tmp_path: Path) -> None:
