@@ -18,12 +18,13 @@ from tiny_open_clip import MODEL, PREPROCESS, save_open_clip, save_tokenizer
 from tiny_scorers import random_images
 from torch.nn import functional
 from torchvision.transforms import functional as pictures
+from transformers import CLIPTokenizer
 
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.evaluation.clip_score import ClipScorer, clip_scores, load_clip
 from dipgo_core.evaluation.cmmd import load_cmmd
 from dipgo_core.evaluation.open_clip_config import read_open_clip
-from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels
+from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels, open_clip_tokens
 from dipgo_core.evaluation.open_clip_weights import load_open_clip
 from dipgo_core.evaluation.scorers import clip_scorer, cmmd_scorer, folder_sha256
 from dipgo_core.zoo import captions
@@ -106,6 +107,15 @@ def test_prompts_become_the_same_tokens(clip: ClipScorer) -> None:
     prompts = [*captions("test"), *ODD_PROMPTS]
 
     assert torch.equal(clip.tokens(prompts).input_ids, open_clip.SimpleTokenizer()(prompts))
+
+
+def test_vocabulary_may_lie_in_tokenizer_json_alone(folder: Path, clip, tmp_path: Path) -> None:
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+
+    tokens = open_clip_tokens(tmp_path, read_open_clip(folder))
+
+    assert torch.equal(tokens(ODD_PROMPTS).input_ids, clip.tokens(ODD_PROMPTS).input_ids)
 
 
 @pytest.mark.parametrize("pad", ["!", "<|endoftext|>"])
