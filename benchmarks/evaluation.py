@@ -132,8 +132,12 @@ def _compared(
             "images": f"{found.n} and {reference.n}",
             "this project": f"{mine:.9g}",
             "torch-fidelity's program": f"{theirs:.9g}",
-            "relative difference": f"{abs(mine - theirs) / abs(theirs):.1e}",
+            "relative difference": _relative(mine, theirs),
         }
+
+
+def _relative(mine: float, theirs: float) -> str:
+    return "both are 0" if mine == theirs == 0 else f"{abs(mine - theirs) / abs(theirs):.1e}"
 
 
 def _noise(seed: int, count: int) -> torch.Tensor:

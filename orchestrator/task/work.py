@@ -140,10 +140,29 @@ def put_shard(work: Work, start: int, arrays: Arrays) -> None:
     work.store.put_progress(work.task.key, _shard_name(start), packed(arrays))
 
 
+#: Names of numpy's types in safetensors' header.
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
+
+
 def packed(arrays: Mapping[str, Any]) -> bytes:
-    """Return numpy arrays as safetensors, which writes memory as it lies: contiguous ones only."""
-    data: bytes = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
-    return data
+    """Return numpy arrays as safetensors (https://huggingface.co/docs/safetensors, "Format").
+
+    The library's own function holds three copies of the arrays at once, this one two: features of
+    30,000 images are 245 MB.
+    """
+    rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    header, end = {}, 0
+    for name, values in sorted(rows.items(), key=lambda item: -item[1].itemsize):
+        start, end = end, end + values.nbytes
+        header[name] = {
+            "dtype": _DTYPES[values.dtype.name],
+            "shape": list(values.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # arrays start at a multiple of their item's size
+    parts = (rows[name].reshape(-1).view(np.uint8).data for name in header)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def stored_shard(work: Work, shard: range) -> Arrays | None:
