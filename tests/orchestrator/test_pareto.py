@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dipgo_core.evaluation.intervals import Figure, Interval
+from dipgo_core.evaluation.intervals import Figure
 from orchestrator.gains import Gain
 from orchestrator.pareto import (
     front_table,
@@ -18,7 +18,7 @@ from orchestrator.pareto import (
     pareto_json,
 )
 from orchestrator.points import ResolvedPoint
-from orchestrator.standing import dominance, unpaired_gap
+from orchestrator.standing import dominance
 
 CONTRACT = {
     "key", "model", "method", "strategy", "loss", "sampler", "target", "pruned_ratio", "macs",
