@@ -168,6 +168,13 @@ def test_fid_jackknife_refuses_what_it_cannot_bound(images: int, prompts: int) -
     assert fid_jackknife(x, x, np.arange(images) % prompts) is None
 
 
+@pytest.mark.parametrize(("images", "trusted"), [(63, False), (64, True)])
+def test_fid_jackknife_asks_for_four_images_a_feature(images: int, trusted: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(images, 16))  # more prompts than blocks
+
+    assert (fid_jackknife(x, x, np.arange(images)) is not None) == trusted
+
+
 @pytest.mark.parametrize("rank", [16, 7])
 def test_frechet_distance_equals_torch_fidelity(rank: int) -> None:
     rng = np.random.default_rng(rank)
