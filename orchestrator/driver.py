@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
-from orchestrator.facts import ModelFacts, known_items
+from orchestrator.facts import ModelFacts, known_items, with_kept_items
 from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.records import Record, Task, TaskKind
@@ -104,6 +104,7 @@ def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
     """
     last = _last_run(sweep, store)
     sweep, facts = as_last_run(sweep, last)
+    facts = with_kept_items(facts, store.get_blob)
     device = last.get("device") or local_device(sweep)
     records = store.records()
     plan = build_plan(sweep, records, facts=facts, device=device)

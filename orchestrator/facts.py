@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dipgo_core import hub
-from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError, PreflightError
+from dipgo_core.errors import (
+    DipgoError,
+    EvaluationError,
+    ModelFilesError,
+    PreflightError,
+    StoreError,
+)
 from dipgo_core.evaluation.lpips_files import check_side
 from dipgo_core.evaluation.metrics import DISTRIBUTION, Role, roles_of
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
+    distinct,
     in_order,
+    item_of_image,
     items_sha256,
     label_items,
     read_items,
@@ -47,16 +55,24 @@ BUNDLED = "bundled"
 @dataclass(frozen=True, kw_only=True)
 class ItemSet:
     """Prompts or labels of one split. `items` is None where they could not be read (planning
-    without network); then `sha256` is provisional, and running the sweep reads them."""
+    without network); then `sha256` is provisional, and running the sweep reads them. repeated: how
+    many were left out because an item before says the same."""
 
     sha256: str
     count: int
     items: tuple[Item, ...] | None = None
+    repeated: int = 0
 
     def blob(self) -> bytes:
         """Return the items as bytes whose SHA-256 is `sha256`."""
         rows = [[item.prompt, item.label] for item in self.items or ()]
         return json.dumps(rows, separators=(",", ":")).encode()
+
+    def shown_sha256(self, images: int) -> str:
+        """Return the digest of what the first images show; provisional where `items` is None."""
+        if self.items is None:
+            return self.sha256
+        return items_sha256([self.items[item_of_image(i, self.count)] for i in range(images)])
 
 
 def items_of_blob(data: bytes) -> tuple[Item, ...]:
@@ -123,6 +139,30 @@ def refusal(sweep: SweepFile, problems: Iterable[str], done: str = "run") -> Pre
     noun = "problem" if len(lines) == 1 else "problems"
     text = "\n".join(f"  {line}" for line in lines)
     return PreflightError(f"{sweep.name} cannot be {done}, {len(lines)} {noun}:\n{text}")
+
+
+def with_kept_items(
+    facts: Mapping[str, ModelFacts], read: Callable[[str], bytes]
+) -> dict[str, ModelFacts]:
+    """Return the facts with those items that the network had to tell and a run has kept.
+
+    read: gives the bytes of `ItemSet.blob` by their digest.
+    """
+    return {
+        name: replace(
+            known, test=_kept(known.test, read), calibration=_kept(known.calibration, read)
+        )
+        for name, known in facts.items()
+    }
+
+
+def _kept(items: ItemSet, read: Callable[[str], bytes]) -> ItemSet:
+    if items.items is not None:
+        return items
+    try:
+        return replace(items, items=items_of_blob(read(items.sha256)))
+    except StoreError:
+        return items  # never run: the digest is provisional
 
 
 def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, list[Any]]:
@@ -224,15 +264,20 @@ def scorer_names(model: SweepModel) -> dict[Role, str]:
     return {role: name for role, name in named.items() if name is not None}
 
 
+#: Roles whose networks have names; only ``NAME:FILE`` is a path.
+_NAMED: tuple[Role, ...] = ("features", "lpips")
+
+
 def scorer_places(model: SweepModel) -> dict[Role, str]:
     """Return `scorer_names` with paths that open from any working folder: a worker has its own."""
-    return {role: _from_anywhere(name) for role, name in scorer_names(model).items()}
+    return {role: _from_anywhere(role, name) for role, name in scorer_names(model).items()}
 
 
-def _from_anywhere(name: str) -> str:
+def _from_anywhere(role: Role, name: str) -> str:
+    """Return a scorer's name with its path made absolute; without a FILE some are names alone."""
     kind, colon, file = name.partition(":")
     path = Path(file if colon else name).expanduser()
-    if name in ZOO_MODELS or not path.exists():
+    if name in ZOO_MODELS or (role in _NAMED and not colon) or not path.exists():
         return name
     return f"{kind}:{path.absolute()}" if colon else str(path.absolute())
 
@@ -285,12 +330,15 @@ def pipeline_folder(model: SweepModel) -> Path | None:
     return cached
 
 
-def class_labels(model: SweepModel) -> dict[str, int]:
-    """Return text to label of a label-conditioned model; numbers as texts without its files."""
+def class_names(model: SweepModel) -> dict[int, tuple[str, ...]]:
+    """Return what a label-conditioned model calls its classes; numbers without its files."""
     folder = pipeline_folder(model)
     index = model_index(folder) if folder is not None else {}
     named = index.get("id2label") or {str(i): f"class {i}" for i in range(IMAGENET_CLASSES)}
-    return {text.strip(): int(label) for label, texts in named.items() for text in texts.split(",")}
+    return {
+        int(label): tuple(text.strip() for text in texts.split(","))
+        for label, texts in named.items()
+    }
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -314,17 +362,23 @@ def _item_set(
                 check_enough(source.rows, split)
             sha256, count = unread.get(key, (key, source.rows or 1))
             return ItemSet(sha256=sha256, count=count)
-    items = in_order(_read(model, source))
+    read = _read(model, source)
+    items = in_order(distinct(read))
     check_enough(len(items), split)
-    return ItemSet(sha256=items_sha256(items), count=len(items), items=items)
+    return ItemSet(
+        sha256=items_sha256(items),
+        count=len(items),
+        items=items,
+        repeated=len(read) - len(items),
+    )
 
 
 def _read(model: SweepModel, source: PromptSource) -> tuple[Item, ...]:
     labelled = find_family(model.family).conditioning == "label"
     if source.kind == "labels":
-        return label_items(class_labels(model), source.rows, chosen=source.labels)
-    items = read_items(source.source)[: source.rows]
-    return with_labels(items, class_labels(model)) if labelled else items
+        return label_items(class_names(model), source.rows, chosen=source.labels)
+    items = read_items(source.source)
+    return with_labels(items, class_names(model)) if labelled else items
 
 
 def check_enough(count: int, split: EvaluateSettings | Calibration) -> None:

@@ -294,10 +294,10 @@ class ModelTasks:
                 "min_seconds": settings.min_seconds,
                 "repeat": settings.repeat,
                 "granularity": self.granularity,
-                "items_sha256": self.facts.test.sha256,
+                "shown_sha256": self.facts.test.shown_sha256(batch_size),
             },
             needs=(self.reference("test").key,),
-            options={"tries": settings.tries},
+            options={"tries": settings.tries, "items_sha256": self.facts.test.sha256},
             label=label,
         )
         return replace(task, exclusive=True)

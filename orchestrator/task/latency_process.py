@@ -26,6 +26,7 @@ from orchestrator.records import Task
 
 _ROOT = Path(__file__).parents[2]  # holds the packages, installed or not
 _STOP_SECONDS = 10.0
+_ATTENTION = "DIFFUSERS_ATTN_BACKEND"  # diffusers' default is what a latency is keyed on
 _SHOWN_LINES = 12
 
 _current: MeasuringProcess | None = None
@@ -68,14 +69,13 @@ class MeasuringProcess:
     def __init__(self, serves: str) -> None:
         self.serves = serves
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
-        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.task.latency_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=_environment(),
             process_group=0,  # Ctrl-C is for the one who asks
         )
 
@@ -141,6 +141,13 @@ class MeasuringProcess:
             stream.close()
         with contextlib.suppress(BrokenPipeError):  # a request that it did not live to read
             self._process.stdin.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, without what would choose another way to compute."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    kept = {name: value for name, value in os.environ.items() if name != _ATTENTION}
+    return {**kept, "PYTHONPATH": path}
 
 
 # in the child -------------------------------------------------------------------------------------

@@ -82,8 +82,7 @@ class Work:
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
-        inputs = self.task.inputs
-        named: str | None = inputs.get("items_sha256")
+        named: str | None = self.task.options.get("items_sha256")
         return items_of_blob(self.store.get_blob(named or self.protocol.items_sha256))
 
     @cached_property

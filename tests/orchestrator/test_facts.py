@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dipgo_core.errors import PreflightError, SweepFileError
+from dipgo_core.errors import PreflightError, StoreError, SweepFileError
 from dipgo_core.zoo import zoo_path
-from orchestrator.facts import gather_facts, known_items
+from orchestrator.facts import gather_facts, known_items, with_kept_items
 from orchestrator.sweep_file import SweepFile, load_sweep
+from tests.orchestrator.tiny_sweep import item_set
 
 
 def test_hub_prompts_keep_the_digest_they_had_when_the_sweep_ran(repository: Path) -> None:
@@ -140,3 +141,25 @@ def test_moments_that_do_not_tell_what_made_them_are_refused(tmp_path: Path) -> 
 
     with pytest.raises(SweepFileError, match="need extractor and resize"):
         sweep_on(tmp_path, "evaluate: {reference: {statistics: real.npz}}")
+
+
+def test_items_shown_are_known_again_from_what_the_run_kept(repository: Path) -> None:
+    sweep = load_sweep(repository / "sweeps" / "sd_family.yaml")
+    unread = gather_facts(sweep, offline=True)
+    seen = item_set("a cat", "a dog", "a cow")
+    known = {name: replace(each, test=replace(seen, items=None)) for name, each in unread.items()}
+    blobs = {seen.sha256: seen.blob()}
+
+    def read(digest: str) -> bytes:
+        if digest not in blobs:
+            raise StoreError(f"no blob {digest}")
+        return blobs[digest]
+
+    for facts in with_kept_items(known, read).values():
+        assert facts.test == seen
+        assert facts.calibration.items is None  # nobody kept them
+
+
+def test_digest_of_items_shown_is_that_of_the_first_images() -> None:
+    assert item_set("a cat", "a dog", "a cow").shown_sha256(2) == item_set("a cat", "a dog").sha256
+    assert item_set("a cat").shown_sha256(2) == item_set("a cat", "a cat").sha256

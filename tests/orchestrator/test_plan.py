@@ -11,12 +11,14 @@ from typing import Any
 from dipgo_core.baselines import random_gates
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
+from orchestrator.model_tasks import ModelTasks
 from orchestrator.plan import Plan, build_plan
 from orchestrator.records import Record, Task
 from orchestrator.sweep_settings import Baseline, LatencySettings, SweepFile
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
     GRAPH,
+    item_set,
     tiny_facts,
     tiny_outputs,
     tiny_sweep,
@@ -63,6 +65,23 @@ def test_plan_measures_latency_once_a_batch_size() -> None:
     point = last.points[-1]
     assert len(point.throughput_keys) == 1
     assert {point.latency_key, *point.throughput_keys} <= set(point.task_keys)
+
+
+def latency_keys(*prompts: str) -> list[str]:
+    """Keys of latencies of one image and of two, of a sweep on these prompts."""
+    sweep = replace(tiny_sweep(targets=(0.5,)), latency=LatencySettings(batch_size=(1, 2)))
+    model = sweep.models[0]
+    facts = replace(tiny_facts(sweep)[model.name], test=item_set(*prompts))
+    made = ModelTasks(sweep=sweep, model=model, facts=facts, device="a cpu")
+    return [task.key for task in made.latencies(model.sampler, ["1101"], "a point")]
+
+
+def test_latency_is_keyed_on_the_prompts_that_it_shows() -> None:
+    one, two = latency_keys("a red boot", "a blue shirt")
+    assert latency_keys("a red boot", "a blue shirt", "a green coat") == [one, two]
+    assert latency_keys("a red boot", "a green coat")[0] == one
+    assert latency_keys("a red boot", "a green coat")[1] != two
+    assert latency_keys("a green coat")[0] != one
 
 
 def test_plan_counts_one_search_for_all_targets() -> None:
