@@ -19,6 +19,8 @@ from dipgo_core.evaluation.intervals import (
     Replicates,
     difference_of,
     interval_of,
+    unpaired_gap,
+    unpaired_ratio,
 )
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.subnet import SubNet
@@ -28,7 +30,6 @@ from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.records import Record, canonical, content_key
 from orchestrator.speeds import TIMES, latency_conditions
-from orchestrator.standing import unpaired_gap
 
 COUNTED = ("macs_speedup",)
 ALIKE = (
@@ -291,12 +292,12 @@ def _paired(figure: str, a: Side, b: Side) -> Interval | None:
 
 def _ratio(figure: str, a: Figure, b: Figure) -> Difference:
     """Return B / A; the two measurements are independent of each other."""
-    mine, theirs = (_logarithm(figure, one) for one in (a, b))
+    mine, theirs = (_bounded(figure, one) for one in (a, b))
     if mine is None or theirs is None:
         return Difference(
             kind="ratio", value=b.value / a.value, low=None, high=None, paired=False, better=None
         )
-    gap = unpaired_gap(theirs, mine)
+    gap = unpaired_ratio(theirs, mine)
     told = _told(figure, gap, paired=False)
     value, low, high = (math.exp(part) for part in (gap.value, gap.low, gap.high))
     return replace(told, kind="ratio", value=value, low=low, high=high)
@@ -325,10 +326,6 @@ def _interval(figure: Figure) -> Interval | None:
     return Interval(figure.value, figure.low, figure.high)
 
 
-def _logarithm(figure: str, known: Figure) -> Interval | None:
-    if FIGURES[figure].counted:
-        return Interval(*(math.log(known.value),) * 3)
-    found = _interval(known)
-    if found is None:
-        return None
-    return Interval(math.log(found.value), math.log(found.low), math.log(found.high))
+def _bounded(figure: str, known: Figure) -> Interval | None:
+    """Return a figure with its bounds; a counted one is exact."""
+    return Interval(*(known.value,) * 3) if FIGURES[figure].counted else _interval(known)

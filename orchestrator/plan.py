@@ -284,15 +284,17 @@ class _Builder:
         runners = {p.key: p for p in points if self._runs(p)}
         if not runners:
             return list(points)
-        waiting = [p for p in runners.values() if not self._is_measured(p)]
-        if waiting:
-            key = self._add_unresolved_race(tasks, rung, waiting)
+        timed = tasks.sweep.objective.speed == "latency" and tasks.measures_latency
+        open_keys = (key for p in runners.values() for key in self._awaited(p, timed))
+        awaited = tuple(dict.fromkeys(open_keys))
+        if awaited:
+            key = self._add_unresolved_race(tasks, rung, awaited)
         else:
             found = candidates_of(
                 list(runners.values()),
                 points,
                 self.records,
-                by_latency=tasks.sweep.objective.speed == "latency" and tasks.measures_latency,
+                by_latency=timed,
                 metrics=tasks.protocol.metrics,
             )
             key = self._add(tasks, tasks.race(rung, found))
@@ -308,9 +310,12 @@ class _Builder:
         return self._evaluated(tasks, point, point.keep, rung=rung + 1)
 
     def _runs(self, point: Point) -> bool:
-        """Whether a point is in the race: it exists, was not dropped, and nothing of it failed."""
+        """Whether a point is in the race: it exists, was not dropped, and its images were scored.
+
+        A latency that failed does not count: it leaves the speed unknown, which keeps the point.
+        """
         gone = point.error is not None or point.dropped is not None
-        return not gone and not any(map(self._is_dead, (*point.needs, *point.task_keys)))
+        return not gone and not any(map(self._is_dead, _scored_by(point)))
 
     def _is_dead(self, key: str) -> bool:
         """Whether a task failed, or waits for one that did."""
@@ -320,20 +325,27 @@ class _Builder:
         open_needs = () if known is None or known.state == "cached" else known.needs
         return any(map(self._is_dead, open_needs))
 
-    def _is_measured(self, point: Point) -> bool:
-        return point.keep is not None and all(key in self.records for key in point.task_keys)
+    def _awaited(self, point: Point, timed: bool) -> tuple[str, ...]:
+        """Return what a race has to wait for: tasks it looks at that are neither done nor dead.
 
-    def _add_unresolved_race(self, tasks: ModelTasks, rung: int, waiting: Sequence[Point]) -> str:
+        timed: whether it looks at measured speeds.
+        """
+        latency = point.latency_key if timed else None
+        if latency is not None and self._is_dead(latency):
+            latency = None
+        keys = (*_scored_by(point), *([] if latency is None else [latency]))
+        return tuple(key for key in keys if key not in self.records)
+
+    def _add_unresolved_race(self, tasks: ModelTasks, rung: int, needs: tuple[str, ...]) -> str:
         """List a race under a key of its own, until everything it looks at is measured."""
         protocol = tasks.protocols[rung]
         key = content_key({"kind": "race", "model": tasks.model.name, "protocol": protocol.hash})
-        needs = (need for p in waiting for need in (*p.needs, *p.task_keys))
         self.tasks[key] = PlannedTask(
             key=key,
             kind="race",
             model=tasks.model.name,
             label=f"{tasks.model.name}: race at {protocol.images} images",
-            needs=tuple(dict.fromkeys(need for need in needs if need not in self.records)),
+            needs=needs,
             state="unresolved",
         )
         return key
@@ -413,6 +425,12 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         needs=(reference_key,) if search_key is None else (reference_key, search_key),
         label=spec.label,
     )
+
+
+def _scored_by(point: Point) -> tuple[str, ...]:
+    """Return the tasks behind the scores that a race compares, and the races before it."""
+    keys = (point.evaluate_key, point.calibration_key)
+    return (*point.needs, *(key for key in keys if key is not None), *point.race_keys)
 
 
 def resolve_gates(

@@ -4,6 +4,11 @@ Every point is measured with few images first (a rung), and goes on to more only
 still put it on a front. A point is dropped if, for *every* raced metric, some other point that is
 at least as fast *surely* beats it: at the top rung it will be on no front against these metrics.
 
+At least as fast: by counted MACs exactly, by measured speed if the 95 % interval of the ratio lies
+at or above 1, as on the fronts (`standing`). Speeds are not measured again at higher rungs; one
+that is not known beats nothing and is beaten by nothing. Points that are one SubNet are one
+candidate.
+
 "Surely" is simultaneous over all pairs of points that matter, all metrics and all rungs, so that
 the chance that a race drops anything that the top rung would put on a front stays near `ALPHA`:
 
@@ -31,8 +36,8 @@ it.
 
 Dropping never takes away what a drop rests on. Where the point that beats is dropped itself, some
 other at least as fast surely beats it in the same metric, and so the first point as well: the
-differences add up, and the error of a sum is at most the sum of errors. Estimates rise along
-such a chain, so that it ends at a point that is kept.
+differences add up, in quality and in speed, and the error of a sum is at most the sum of errors.
+Estimates rise along such a chain, so that it ends at a point that is kept.
 
 A pair without spread (equal images) decides nothing, and a metric that a point lacks (the dense
 run's distance to itself) neither beats nor is beaten.
@@ -49,7 +54,7 @@ import numpy.typing as npt
 from scipy.special import ndtr, stdtrit
 
 from dipgo_core.errors import EvaluationError
-from dipgo_core.evaluation.intervals import Replicates
+from dipgo_core.evaluation.intervals import Interval, Replicates, unpaired_ratio
 from dipgo_core.evaluation.metrics import METRICS
 
 Floats = npt.NDArray[np.float64]
@@ -67,12 +72,15 @@ _NO_SPREAD = 1e-9
 class Candidate:
     """One evaluation in a race. speed: larger = faster, None = not known.
 
+    speed_low, speed_high: ends of the 95 % interval of a measured speed; None = counted, exact.
     bars: evaluations that this one is compared with in the end; they go on as long as it does.
     protected: goes on whatever the figures say (the dense run).
     """
 
     key: str
     speed: float | None
+    speed_low: float | None = None
+    speed_high: float | None = None
     bars: tuple[str, ...] = ()
     protected: bool = False
 
@@ -144,11 +152,25 @@ def decide(
 
 
 def _faster(candidates: Sequence[Candidate]) -> Flags:
-    """faster[j, i]: candidate j is another one, and at least as fast as i.  # (P, P)"""
-    speeds = np.array([np.nan if c.speed is None else c.speed for c in candidates])
-    flags: Flags = speeds[:, None] >= speeds[None, :]  # unknown speeds compare as False
+    """faster[j, i]: candidate j is another one, and surely at least as fast as i.  # (P, P)"""
+    flags = np.array([[_as_fast(j, i) for i in candidates] for j in candidates], dtype=np.bool_)
     np.fill_diagonal(flags, False)
     return flags
+
+
+def _as_fast(a: Candidate, b: Candidate) -> bool:
+    if a.speed is None or b.speed is None:
+        return False
+    mine, theirs = _measured_speed(a), _measured_speed(b)
+    if mine is None or theirs is None:
+        return a.speed >= b.speed
+    return unpaired_ratio(mine, theirs).low >= 0
+
+
+def _measured_speed(one: Candidate) -> Interval | None:
+    if one.speed is None or one.speed_low is None or one.speed_high is None:
+        return None
+    return Interval(one.speed, one.speed_low, one.speed_high)
 
 
 def _columns(

@@ -27,7 +27,7 @@ def candidates_of(
 ) -> tuple[Candidate, ...]:
     """Return one candidate per evaluation; points with the same gates share theirs.
 
-    runners: those of the model's `points` that are in the race, all measured.
+    runners: those of the model's `points` that are in the race, all of them scored.
     by_latency: whether speed is the measured one, as on the fronts; else MACs are counted.
     metrics: those of the sweep; each chooses a bar.
     """
@@ -39,7 +39,7 @@ def candidates_of(
     return tuple(
         Candidate(
             key=key,
-            speed=_speed(same[0], records, by_latency),
+            **_speed(same[0], records, by_latency),
             bars=tuple(sorted({b for p in same for b in bars.get(p.key, ()) if b in sharing})),
             protected=any(point.method == "dense" for point in same),
         )
@@ -47,12 +47,17 @@ def candidates_of(
     )
 
 
-def _speed(point: Point, records: Records, by_latency: bool) -> float | None:
-    """Return the figure that fronts use, larger = faster: the speed-up, or MACs, negated."""
-    if by_latency:
-        measured: float | None = speed_of(records[str(point.latency_key)], ()).get("speedup")
-        return measured
-    return -float(records[str(point.evaluate_key)].outputs["macs"]["kept"])
+def _speed(point: Point, records: Records, by_latency: bool) -> dict[str, float | None]:
+    """Return the figure that fronts use, larger = faster: the speed-up, or MACs, negated.
+
+    None for a speed-up that was disturbed, or whose task has failed.
+    """
+    if not by_latency:
+        return {"speed": -float(records[str(point.evaluate_key)].outputs["macs"]["kept"])}
+    timed = records.get(str(point.latency_key))
+    found = {} if timed is None else speed_of(timed)
+    ends = {"speed": "speedup", "speed_low": "speedup_low", "speed_high": "speedup_high"}
+    return {name: found.get(figure) for name, figure in ends.items()}
 
 
 def _bars(

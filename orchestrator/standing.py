@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from dipgo_core.evaluation.intervals import Interval
+from dipgo_core.evaluation.intervals import Interval, unpaired_gap, unpaired_ratio
 from orchestrator.metrics import larger_is_better
 from orchestrator.points import ResolvedPoint
 
@@ -63,7 +63,7 @@ def speed_gap(a: ResolvedPoint, b: ResolvedPoint, speed: Speed) -> Interval:
     """Return by what a is faster than b, as the logarithm of the ratio; exact where counted."""
     if a.latency_key is not None and a.latency_key == b.latency_key:
         return Interval(0.0, 0.0, 0.0)
-    return unpaired_gap(_logarithm(a, speed), _logarithm(b, speed))
+    return unpaired_ratio(_speed(a, speed), _speed(b, speed))
 
 
 def quality_gap(
@@ -82,21 +82,6 @@ def quality_gap(
     return unpaired_gap(*(_turned(_interval(one, quality), quality) for one in (a, b)))
 
 
-def unpaired_gap(a: Interval, b: Interval) -> Interval:
-    """Return a - b from two separate intervals, by the MOVER of Zou and Donner.
-
-    Statistics in Medicine 27 (2008), 1693-1702, equation for theta1 - theta2. Exact intervals of
-    independent figures give one of the same confidence; where the figures share prompts and noise
-    it is wider than it need be.
-    """
-    value = a.value - b.value
-    return Interval(
-        value,
-        value - math.hypot(a.value - a.low, b.high - b.value),
-        value + math.hypot(a.high - a.value, b.value - b.low),
-    )
-
-
 def _standing(
     point: ResolvedPoint,
     others: Sequence[ResolvedPoint],
@@ -113,10 +98,10 @@ def _standing(
     return "possibly" if possible else "surely"
 
 
-def _logarithm(point: ResolvedPoint, speed: Speed) -> Interval:
-    value, (low, high) = point.value(speed), point.interval(speed)
+def _speed(point: ResolvedPoint, speed: Speed) -> Interval:
+    value = point.value(speed)
     assert value is not None
-    return Interval(math.log(value), math.log(low), math.log(high))
+    return Interval(value, *point.interval(speed))
 
 
 def _interval(point: ResolvedPoint, quality: str) -> Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,19 +33,24 @@ def record_of(task: Task) -> Record:
 
 
 def run_all(
-    sweep: SweepFile, records: Records | None = None, failing: str | None = None
+    sweep: SweepFile, records: Records | None = None, failing: Callable[[Task], bool] | None = None
 ) -> tuple[Plan, Records, list[Task]]:
-    """Plan and 'run' until nothing is ready; tasks of the kind `failing` fail."""
+    """Plan and 'run' until nothing is ready; tasks that are `failing` fail."""
+    fails = failing or (lambda task: False)
     records, ran, failed = dict(records or {}), list[Task](), list[str]()
     while True:
         plan = plan_of(sweep, records, tuple(failed))
         ready = [task for task in plan.ready if task.key not in failed]
         if not ready:
             return plan, records, ran
-        failed += [task.key for task in ready if task.kind == failing]
-        done = [task for task in ready if task.kind != failing]
+        failed += [task.key for task in ready if fails(task)]
+        done = [task for task in ready if not fails(task)]
         ran += done
         records |= {task.key: record_of(task) for task in done}
+
+
+def is_search(task: Task) -> bool:
+    return task.kind == "search"
 
 
 def evaluations(tasks: list[Task], split: str = "test") -> list[Task]:
@@ -168,7 +174,7 @@ TRIVIAL = ("few_steps", "uniform", "best_step_mask")
 
 def test_race_waits_for_what_may_still_come_and_not_for_what_failed() -> None:
     sweep = a_sweep(rungs=(4, 16))
-    plan, records, ran = run_all(sweep, failing="search")
+    plan, records, ran = run_all(sweep, failing=is_search)
     races = [task for task in ran if task.kind == "race"]
     assert len(races) == 1
     searched = {p.key for p in plan.points if p.method in ("search", "best_step_mask")}
@@ -181,7 +187,7 @@ def test_race_waits_for_what_may_still_come_and_not_for_what_failed() -> None:
 
 def test_race_is_held_again_when_what_failed_succeeds() -> None:
     sweep = a_sweep(rungs=(4, 16))
-    _, records, _ = run_all(sweep, failing="search")
+    _, records, _ = run_all(sweep, failing=is_search)
     plan, after, _ = run_all(sweep, records)
     assert plan.complete
     assert len([record for record in after.values() if record.kind == "race"]) == 2
@@ -196,6 +202,36 @@ def test_speed_of_a_race_is_that_of_the_fronts() -> None:
         macs = [records[c["key"]].outputs["macs"]["kept"] for c in race.inputs["candidates"]]
         expected = [1000 / kept if "latency" in metrics else -kept for kept in macs]
         assert speeds == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_failed_latencies_hold_up_no_race(size: int) -> None:
+    sweep = a_sweep(rungs=(4, 16))
+    sweep = replace(sweep, latency=replace(sweep.latency, batch_size=(1, 64)))
+    plan, _, ran = run_all(
+        sweep, failing=lambda task: task.kind == "latency" and task.inputs["batch_size"] == size
+    )
+    race = next(task for task in ran if task.kind == "race")
+    assert all((c["speed"] is None) == (size == 1) for c in race.inputs["candidates"])
+    assert all(point.images == 16 for point in plan.points if point.dropped is None)
+    assert bool(dropped(plan)) == (size != 1)
+
+
+def test_race_by_counted_speed_waits_for_no_latency() -> None:
+    sweep = a_sweep(rungs=(4, 16))
+    by_macs = replace(sweep, objective=replace(sweep.objective, speed="macs"))
+    plan, _, _ = run_all(by_macs, failing=lambda task: task.kind == "latency")
+    assert dropped(plan)
+    assert all(point.images == 16 for point in plan.points if point.dropped is None)
+
+
+def test_speed_of_a_race_has_the_interval_of_its_measurement(raced: Raced) -> None:
+    plan, records, ran = raced
+    race = next(task for task in ran if task.kind == "race")
+    timed = {p.evaluate_keys[0]: records[str(p.latency_key)].outputs for p in plan.points}
+    for candidate in race.inputs["candidates"]:
+        speed = timed[candidate["key"]]["speedup"]
+        assert (candidate["speed_low"], candidate["speed_high"]) == (speed["low"], speed["high"])
 
 
 def test_race_looks_at_the_metrics_that_were_asked_for() -> None:

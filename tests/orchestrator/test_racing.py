@@ -15,6 +15,7 @@ from orchestrator.racing import (
     ALPHA,
     Candidate,
     Decision,
+    _faster,
     _lower_bounds,
     alpha_of_rung,
     decide,
@@ -75,6 +76,28 @@ def test_decide_keeps_a_worse_point_that_is_faster() -> None:
 def test_decide_drops_one_of_equal_speed() -> None:
     found = race({"clip": {"a": scores(30, 1), "b": scores(36, 2)}}, {"a": 2.0, "b": 2.0})
     assert found.kept == ("b",)
+
+
+@pytest.mark.parametrize(("reach", "kept"), [(0.0, ("b",)), (0.0005, ("a", "b"))])
+def test_decide_drops_nobody_on_speed_noise(reach: float, kept: tuple[str, ...]) -> None:
+    clip = {"a": replicates(scores(30, 1)), "b": replicates(scores(36, 2))}
+    speeds = {"a": 1.4999, "b": 1.5000}
+    candidates = [
+        Candidate(key=k, speed=s, speed_low=s - reach, speed_high=s + reach)
+        for k, s in speeds.items()
+    ]
+    assert decide(candidates, {"clip": clip}, alpha=ALPHA, top=MANY).kept == kept
+
+
+def test_sure_speed_is_transitive() -> None:
+    rng = np.random.default_rng(0)
+    speeds = np.exp(rng.normal(0, 0.5, 60))
+    low, high = speeds * np.exp(-rng.uniform(0, 0.4, 60)), speeds * np.exp(rng.uniform(0, 0.4, 60))
+    faster = _faster([
+        Candidate(key=str(i), speed=speeds[i], speed_low=low[i], speed_high=high[i])
+        for i in range(60)
+    ]).astype(int)  # fmt: skip
+    assert faster.any() and not ((faster @ faster > 0) & (faster == 0)).any()
 
 
 def test_decide_keeps_what_is_best_in_one_metric() -> None:

@@ -8,7 +8,7 @@ import pytest
 from dipgo_core.evaluation.intervals import Interval
 from orchestrator.pareto import front_table, pareto_fronts
 from orchestrator.points import ResolvedPoint
-from orchestrator.standing import dominance, quality_gap, unpaired_gap
+from orchestrator.standing import dominance, quality_gap
 from tests.orchestrator.test_pareto import point
 
 
@@ -87,13 +87,3 @@ def test_lower_is_better_turns_the_difference() -> None:
     assert gap.low == pytest.approx(3.0 - 0.5) and gap.high == pytest.approx(
         3.0 + np.hypot(0.2, 0.4)
     )
-
-
-def test_unpaired_gap_covers_the_difference_of_independent_means() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        a, b = (Interval(m, m - 1.96, m + 1.96) for m in rng.normal((3.0, 1.0), 1.0))
-        gap = unpaired_gap(a, b)
-        covered += gap.low <= 2.0 <= gap.high
-    assert 0.92 <= covered / 400 <= 0.98

@@ -150,14 +150,17 @@ def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _race(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the fastest beat the slowest that nothing protects."""
-    ordered = sorted(inputs["candidates"], key=lambda c: (c["speed"], c["key"]))
-    bars = {bar for candidate in ordered for bar in candidate["bars"]}
+    """Let the fastest beat the slowest that nothing protects and whose speed is known."""
+    known = [candidate for candidate in inputs["candidates"] if candidate["speed"] is not None]
+    ordered = sorted(known, key=lambda c: (c["speed"], c["key"]))
+    bars = {bar for candidate in inputs["candidates"] for bar in candidate["bars"]}
+    winner = ordered[-1]["key"] if ordered else ""
     free = [c["key"] for c in ordered if not c["protected"] and c["key"] not in bars]
-    lost = {"images": inputs["images"], "by": dict.fromkeys(inputs["metrics"], ordered[-1]["key"])}
-    dropped = {key: lost for key in free[:1] if key != ordered[-1]["key"]}
-    kept = [c["key"] for c in ordered if c["key"] not in dropped]
-    return {"kept": kept, "dropped": dropped, "critical": 3.0, "candidates": len(ordered)}
+    lost = {"images": inputs["images"], "by": dict.fromkeys(inputs["metrics"], winner)}
+    dropped = {key: lost for key in free[:1] if key != winner}
+    kept = [c["key"] for c in inputs["candidates"] if c["key"] not in dropped]
+    count = len(inputs["candidates"])
+    return {"kept": kept, "dropped": dropped, "critical": 3.0, "candidates": count}
 
 
 def _figure(value: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.intervals import (
     Figure,
+    Interval,
     Replicates,
     average_of,
     bootstrap_mean,
@@ -15,6 +16,8 @@ from dipgo_core.evaluation.intervals import (
     difference_of,
     interval_of,
     mean_replicates_of,
+    unpaired_gap,
+    unpaired_ratio,
 )
 from tests.support.synthetic import COVERED, DRAWS, SIZES, clustered, groups_of
 
@@ -160,3 +163,21 @@ def test_figures_refuse_what_is_no_number() -> None:
 def test_scores_without_their_prompts_are_refused() -> None:
     with pytest.raises(EvaluationError, match="each image needs its prompt"):
         bootstrap_mean(np.ones(3), np.arange(4))
+
+
+def test_unpaired_gap_covers_the_difference_of_independent_means() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        a, b = (Interval(m, m - 1.96, m + 1.96) for m in rng.normal((3.0, 1.0), 1.0))
+        gap = unpaired_gap(a, b)
+        covered += gap.low <= 2.0 <= gap.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_unpaired_ratio_is_the_gap_of_logarithms() -> None:
+    # by hand: ln 4 - ln 2, each reaching ln 2 to either side
+    found = unpaired_ratio(Interval(4.0, 2.0, 8.0), Interval(2.0, 1.0, 4.0))
+    reach = np.log(2) * np.sqrt(2)
+    assert found.value == pytest.approx(np.log(2))
+    assert (found.low, found.high) == pytest.approx((np.log(2) - reach, np.log(2) + reach))
