@@ -21,6 +21,7 @@ from dipgo_core.zoo import captions
 
 BUNDLED = "bundled:"
 _QUOTED = re.compile(r'"([^"]|"")*"')
+_WHOLE = re.compile(r"[+-]?[0-9]+")
 _HUB_KEYS = ("hub", "file", "revision", "split", "config", "column", "rows")
 _FILE_KEYS = ("file", "column", "rows")
 _LABEL_KEYS = ("labels",)
@@ -34,11 +35,11 @@ def read_items(
     source: a file (one prompt a line, .jsonl, .csv, .tsv, .json of COCO captions, .parquet);
     "bundled:calibration" or "bundled:test"; or a mapping {file, column, rows},
     {hub, file, revision, split, config, column, rows}, or {labels: number of classes}, every class
-    once. Where `rows` is given, no more than these are read.
+    once. Where `rows` is given, just these are read.
     folder: where relative paths start.
 
     Raises:
-        EvaluationError: the source is missing, empty, broken, or lacks the column.
+        EvaluationError: the source is missing, empty, broken, lacks the column, or has fewer rows.
         HubError: the hub does not have it, or is out of reach.
     """
     if isinstance(source, Mapping):
@@ -48,56 +49,85 @@ def read_items(
     return _read_file(_located(source, folder), column=None, rows=None)
 
 
+#: What a label-conditioned model calls each of its classes, by label; a class may have several
+#: names, and two classes the same one (ImageNet has two kinds of crane).
+ClassNames = Mapping[int, Sequence[str]]
+
+
 def label_items(
-    labels: Mapping[str, int], count: int | None = None, *, chosen: Sequence[int] = ()
+    names: ClassNames, count: int | None = None, *, chosen: Sequence[int] = ()
 ) -> tuple[Item, ...]:
     """Return one item a class, in order of label; with `count`, that many spread evenly.
 
     Images walk through the items in turn, so that n images show every class equally often, or once
-    more than others where the classes do not divide n.
+    more than others where the classes do not divide n. An item's text is the first name of its
+    class; classes of one name are told apart by their labels alone.
 
-    labels: text to label, as a label-conditioned pipeline holds them; synonyms count once.
     chosen: only these labels.
 
     Raises:
-        EvaluationError: the model has no classes, or not one of the chosen ones.
+        EvaluationError: the model has no classes, fewer than `count`, or not one of the chosen.
     """
-    texts: dict[int, str] = {}
-    for text, label in labels.items():
-        texts.setdefault(label, text)
-    items = [Item(texts[label], label) for label in sorted(texts)]
+    items = [Item(names[label][0], label) for label in sorted(names)]
     if not items:
         raise EvaluationError("the model has no class labels (id2label is empty); give prompts")
-    if unknown := sorted(set(chosen) - set(texts)):
+    if unknown := sorted(set(chosen) - set(names)):
         raise EvaluationError(
             f"the model has no class {hub.listed(map(str, unknown))}; its labels are "
-            f"{min(texts)} to {max(texts)}"
+            f"{min(names)} to {max(names)}"
         )
     if chosen:
-        return tuple(Item(texts[label], label) for label in chosen)
-    if count is None or count >= len(items):
+        return tuple(Item(names[label][0], label) for label in chosen)
+    if count is None:
         return tuple(items)
+    if count > len(items):
+        raise EvaluationError(
+            f"{count} classes are asked for, the model has {len(items)}: ask for no more"
+        )
     return tuple(items[i * len(items) // count] for i in range(count))
 
 
-def with_labels(items: Sequence[Item], labels: Mapping[str, int]) -> tuple[Item, ...]:
+def with_labels(items: Sequence[Item], names: ClassNames) -> tuple[Item, ...]:
     """Return the items with the class label of each text, for a label-conditioned model.
 
     Raises:
-        EvaluationError: a text is no label of the model.
+        EvaluationError: a text is no class of the model, or the name of several.
     """
-    known = tuple(labels)
-    missing = [item.prompt for item in items if item.label is None and item.prompt not in labels]
+    labels: dict[str, list[int]] = {}
+    for label in sorted(names):
+        for name in dict.fromkeys(names[label]):
+            labels.setdefault(name, []).append(label)
+    unlabelled = [item.prompt for item in items if item.label is None]
+    _check_known([text for text in unlabelled if text not in labels], len(items), tuple(labels))
+    for text in unlabelled:
+        if len(labels[text]) > 1:
+            raise EvaluationError(
+                f"{text!r} names the classes {hub.listed(map(str, labels[text]))} of this model: "
+                "say which in a column `label`, or ask for {labels: [...]}"
+            )
+    return tuple(
+        item if item.label is not None else replace(item, label=labels[item.prompt][0])
+        for item in items
+    )
+
+
+def _check_known(missing: Sequence[str], count: int, known: tuple[str, ...]) -> None:
     if missing:
         raise EvaluationError(
-            f"{len(missing)} of {len(items)} texts are no class label of this model, the first is "
+            f"{len(missing)} of {count} texts are no class label of this model, the first is "
             f"{missing[0]!r}.{nearest(missing[0], known)} The model knows {len(known)} labels, "
             f"such as {', '.join(map(repr, known[:3]))}"
         )
-    return tuple(
-        item if item.label is not None else replace(item, label=labels[item.prompt])
-        for item in items
-    )
+
+
+def distinct(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Return the items without those that repeat an earlier one, in label and, but for case, spaces
+    and ways to write one letter, in text: images of one prompt are not independent of each other.
+    """
+    first: dict[tuple[str, int | None], Item] = {}
+    for item in items:
+        first.setdefault((_normal(item.prompt), item.label), item)
+    return tuple(first.values())
 
 
 def in_order(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -151,7 +181,7 @@ def _read_mapping(source: Mapping[str, Any], folder: Path | None) -> tuple[Item,
         valid = " or ".join(f"{{{', '.join(keys)}}}" for keys in kinds.values())
         raise EvaluationError(f"a prompt source is {valid}, got {{{', '.join(map(str, source))}}}")
     if kind == "labels":
-        return label_items({f"class {i}": i for i in range(_positive(source["labels"]))})
+        return label_items({i: (f"class {i}",) for i in range(_positive(source["labels"]))})
     column, rows = source.get("column"), source.get("rows")
     if kind == "hub":
         return _read_hub(source, column=column, rows=rows)
@@ -193,12 +223,17 @@ def _read_file(path: Path, *, column: str | None, rows: int | None) -> tuple[Ite
         ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
-    return _checked(items, str(path))
+    return _checked(items, str(path), rows)
 
 
-def _checked(items: Sequence[Item], source: str) -> tuple[Item, ...]:
+def _checked(items: Sequence[Item], source: str, rows: int | None) -> tuple[Item, ...]:
     if not items:
         raise EvaluationError(f"the prompt set {source} is empty")
+    if rows is not None and len(items) < rows:
+        raise EvaluationError(
+            f"rows is {rows}, but {source} has {len(items)}: lower rows, or leave it out to take "
+            "all of them"
+        )
     for i, item in enumerate(items):
         if not item.prompt.strip():
             raise EvaluationError(f"item {i} of {source} has no text; remove it")
@@ -233,20 +268,38 @@ def _jsonl_rows(path: Path, column: str | None) -> Iterator[Item]:
 
 def _csv_rows(path: Path, column: str | None) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream, strict=True):
-            yield _item(row, column, str(path))
+        for where, row in _table_rows(csv.DictReader(stream, strict=True), path):
+            yield _item(row, column, where)
 
 
 def _tsv_rows(path: Path, column: str | None) -> Iterator[Item]:
     """Tabs part the cells, and nothing else does: PartiPrompts has prompts that begin with a
     quotation mark. A cell that is quoted as a whole is what stands inside."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
-            yield _item({key: _unquoted(cell) for key, cell in row.items()}, column, str(path))
+        table = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for where, row in _table_rows(table, path):
+            yield _item({key: _unquoted(cell) for key, cell in row.items()}, column, where)
 
 
-def _unquoted(cell: Any) -> Any:
-    if not isinstance(cell, str) or not _QUOTED.fullmatch(cell):
+def _table_rows(
+    table: csv.DictReader[str], path: Path
+) -> Iterator[tuple[str, dict[str | Any, str | Any]]]:
+    """Return where each row stands, and its cells, as many as the header has: a text with a
+    separator in it that is not quoted would else be cut there."""
+    for row in table:
+        where, columns = f"{path}:{table.line_num}", table.fieldnames or ()
+        if None in row or None in row.values():
+            cells = sum(cell is not None for key, cell in row.items() if key is not None)
+            raise EvaluationError(
+                f"{where} has {cells + len(row.get(None, ()))} cells, the header has "
+                f"{len(columns)} ({', '.join(columns)}): put texts with commas (of .csv) in "
+                "quotation marks, and write every cell, empty ones too"
+            )
+        yield where, row
+
+
+def _unquoted(cell: str) -> str:
+    if not _QUOTED.fullmatch(cell):
         return cell
     return cell[1:-1].replace('""', '"')
 
@@ -256,11 +309,12 @@ def _coco_rows(path: Path, column: str | None) -> Iterable[Item]:
     try:
         annotations = json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]
         first = {entry["image_id"]: entry["caption"] for entry in reversed(annotations)}
+        images = sorted(first)  # fails where numbers and texts are mixed
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{path} is not a COCO captions file (annotations with image_id and caption): {error!r}"
         ) from error
-    return [Item(str(first[image]).strip()) for image in sorted(first)]
+    return [Item(_text(first[i], "caption", f"{path}: image {i}")) for i in images]
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[Item]:
@@ -291,7 +345,7 @@ def _read_hub(
         raise
     except Exception as error:  # a streamed table is read here
         raise _unloadable(name, error) from error
-    return _checked(items, name)
+    return _checked(items, name, rows)
 
 
 def _data_set(source: Mapping[str, Any], commit: str, *, streaming: bool) -> Iterable[Any]:
@@ -319,10 +373,19 @@ def _split(source: Mapping[str, Any]) -> str:
 
 
 def _item(row: Mapping[str, Any], column: str | None, source: str) -> Item:
-    text = row[_column_of([key for key in row if key is not None], column, source)]
-    if text is None:
+    name = _column_of(tuple(row), column, source)
+    if row[name] is None:
         raise EvaluationError(f"{source} has a row without {column or 'prompt'}; remove it")
-    return Item(str(text).strip(), _label(row.get("label"), source))
+    return Item(_text(row[name], name, source), _label(row.get("label"), source))
+
+
+def _text(value: Any, column: str, source: str) -> str:
+    if not isinstance(value, str):
+        raise EvaluationError(
+            f"{source}: {column} must be text, got {value!r:.80}: choose a column of texts with "
+            "`column`, and write lists as one row a text"
+        )
+    return value.strip()
 
 
 def _column_of(names: Sequence[str], column: str | None, source: str) -> str:
@@ -340,10 +403,10 @@ def _column_of(names: Sequence[str], column: str | None, source: str) -> str:
 def _label(value: Any, source: str) -> int | None:
     if value is None or value == "":
         return None
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise EvaluationError(f"{source}: label must be an integer, got {value!r}") from error
+    whole = isinstance(value, str) and _WHOLE.fullmatch(value.strip())
+    if not whole and (not isinstance(value, int) or isinstance(value, bool)):
+        raise EvaluationError(f"{source}: label must be an integer, got {value!r:.80}")
+    return int(value)
 
 
 def _optional(module: str, package: str, purpose: str) -> Any:

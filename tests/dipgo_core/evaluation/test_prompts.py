@@ -10,6 +10,7 @@ import pytest
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.prompts import (
     check_disjoint,
+    distinct,
     in_order,
     item_of_image,
     items_sha256,
@@ -114,7 +115,7 @@ def test_digest_follows_text_label_and_order() -> None:
 
 
 def test_labels_are_balanced_over_images() -> None:
-    items = label_items({"two": 2, "zero": 0, "nought": 0, "one": 1})
+    items = label_items({2: ["two"], 0: ["zero", "nought"], 1: ["one"]})
 
     shown = [items[item_of_image(i, len(items))].label for i in range(9)]
 
@@ -122,15 +123,53 @@ def test_labels_are_balanced_over_images() -> None:
 
 
 def test_fewer_images_than_classes_are_spread_evenly() -> None:
-    items = label_items({str(i): i for i in range(1000)}, count=4)
+    items = label_items({i: [str(i)] for i in range(1000)}, count=4)
 
     assert [item.label for item in items] == [0, 250, 500, 750]
 
 
 def test_labels_are_found_by_text_and_missing_ones_named() -> None:
-    assert with_labels([Item("cat"), Item("x", 9)], {"cat": 3}) == (Item("cat", 3), Item("x", 9))
+    names = {3: ["cat", "kitty"]}
+    assert with_labels([Item("kitty"), Item("x", 9)], names) == (Item("kitty", 3), Item("x", 9))
     with pytest.raises(EvaluationError, match="'kat'. Did you mean 'cat'"):
-        with_labels([Item("kat")], {"cat": 3})
+        with_labels([Item("kat")], names)
+
+
+#: ImageNet's: 134 and 517 share their only name, every name of 638 is one of 639.
+TWINS = {134: ["crane"], 517: ["crane"], 638: ["maillot"], 639: ["maillot", "tank suit"]}
+
+
+def test_classes_of_one_name_are_each_shown() -> None:
+    items = label_items(TWINS)
+    assert [(item.prompt, item.label) for item in items] == [
+        ("crane", 134), ("crane", 517), ("maillot", 638), ("maillot", 639),
+    ]  # fmt: skip
+    assert [item.label for item in label_items(TWINS, chosen=(638, 134))] == [638, 134]
+
+
+def test_a_text_that_names_two_classes_is_refused() -> None:
+    assert with_labels([Item("tank suit")], TWINS) == (Item("tank suit", 639),)
+    with pytest.raises(EvaluationError, match="'crane' names the classes 134, 517"):
+        with_labels([Item("crane")], TWINS)
+
+
+def test_more_classes_than_there_are_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="5 classes are asked for, the model has 4"):
+        label_items(TWINS, 5)
+
+
+def test_repeated_items_are_left_out_and_the_first_stays() -> None:
+    items = [Item("A cat", 1), Item("a dog"), Item("a  CAT", 1), Item("a cat", 2), Item("a dog")]
+    assert distinct(items) == (Item("A cat", 1), Item("a dog"), Item("a cat", 2))
+    bundled = read_items("bundled:calibration") + read_items("bundled:test")
+    assert distinct(bundled) == bundled
+
+
+def test_fewer_rows_than_asked_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    assert len(read_items({"file": "p.txt", "rows": 2}, folder=tmp_path)) == 2
+    with pytest.raises(EvaluationError, match=r"rows is 3, but .*p.txt has 2"):
+        read_items({"file": "p.txt", "rows": 3}, folder=tmp_path)
 
 
 def test_any_first_items_are_spread_over_the_whole_set() -> None:
@@ -193,6 +232,11 @@ def test_no_more_is_read_than_rows(tmp_path: Path, name: str, start: bytes, rest
     assert [item.prompt for item in items] == ["one", "two"]
 
 
+def coco(*captions: tuple[object, object]) -> bytes:
+    entries = [{"image_id": image, "caption": caption} for image, caption in captions]
+    return json.dumps({"annotations": entries}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -200,7 +244,22 @@ def test_no_more_is_read_than_rows(tmp_path: Path, name: str, start: bytes, rest
         ("p.txt", "a cat".encode("utf-16"), "byte 0 is not UTF-8; save it as UTF-8"),
         ("p.parquet", b"PAR1 torn", "cannot read prompts from .*p.parquet"),
         ("p.csv", b"prompt,label\n,3\n", "item 0 of .* has no text"),
-        ("p.csv", b"id,prompt\n1\n", "has a row without prompt"),
+        ("p.csv", b"id,prompt\n1\n", r"p.csv:2 has 1 cells, the header has 2 \(id, prompt\)"),
+        ("p.csv", b"prompt\na cat\na red cat, on a mat\n", "p.csv:3 has 2 cells, the header has 1"),
+        ("p.csv", b'id,prompt\n1,"a\ncat"\n2,a,b\n', "p.csv:4 has 3 cells, the header has 2"),
+        ("p.tsv", b"Prompt\tCategory\na cat\n", "p.tsv:2 has 1 cells, the header has 2"),
+        (
+            "p.jsonl",
+            b'{"prompt": ["a", "b"]}\n',
+            r"p.jsonl:1: prompt must be text, got \['a', 'b'\]",
+        ),
+        ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: prompt must be text, got 3: .*`column`"),
+        ("p.jsonl", b'{"prompt": null}\n', "has a row without prompt"),
+        ("p.jsonl", b'{"prompt": "x", "label": 1.7}\n', "label must be an integer, got 1.7"),
+        ("p.jsonl", b'{"prompt": "x", "label": true}\n', "label must be an integer, got True"),
+        ("p.csv", b"prompt,label\nx,1_0\n", "label must be an integer, got '1_0'"),
+        ("p.json", coco((1, "x"), ("b", "y")), "not a COCO captions file"),
+        ("p.json", coco((1, ["x"])), r"image 1: caption must be text, got \['x'\]"),
     ],
 )
 def test_broken_files_are_one_clear_error(
@@ -227,8 +286,8 @@ def test_same_prompt_in_other_letters_overlaps(twin: str) -> None:
 
 
 def test_chosen_classes_are_shown_equally_often() -> None:
-    items = label_items({f"class {i}": i for i in range(1000)}, chosen=(207, 360, 11))
+    items = label_items({i: [f"class {i}"] for i in range(1000)}, chosen=(207, 360, 11))
     shown = [items[item_of_image(i, len(items))].label for i in range(300)]
     assert {label: shown.count(label) for label in shown} == {207: 100, 360: 100, 11: 100}
     with pytest.raises(EvaluationError, match="no class 1000; its labels are 0 to 9"):
-        label_items({str(i): i for i in range(10)}, chosen=(3, 1000))
+        label_items({i: [str(i)] for i in range(10)}, chosen=(3, 1000))
