@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,13 @@ from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.evaluation.scorers import MODEL_TYPES, model_type_of
 from dipgo_core.model_files import NETWORK_CONFIGS, check_weights, model_folder
-from orchestrator.facts import ModelFacts, config_files, find_facts, refusal, scorer_names
+from orchestrator.facts import (
+    ModelFacts,
+    config_files,
+    find_facts,
+    refusal,
+    scorer_names,
+)
 from orchestrator.hub_needs import (
     PINNABLE,
     Commits,
@@ -63,6 +69,8 @@ def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready
     ]
     if problems:
         raise refusal(sweep, problems)
+    for remark in remarks_on_items(resolved, facts):
+        logger.warning("%s", remark)
     noted = {need.key: commits[need.key] for need in needs if need.kind in PINNABLE}
     return Ready(sweep=resolved, facts=facts, commits=noted)
 
@@ -177,6 +185,34 @@ _PUBLISHED: Mapping[str, Callable[[str], Path]] = {
     INCEPTION: _inception,
     **dict.fromkeys(BACKBONES, checked_backbone),
 }
+
+
+def remarks_on_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> list[str]:
+    """Return a line for each prompt set that is smaller than it looks: items that repeat others,
+    and calibration sets that have to be shown more than once."""
+    users: dict[str, list[str]] = {}
+    for model in sweep.models:
+        if model.name in facts:
+            for remark in _remarks(model, facts[model.name]):
+                users.setdefault(remark, []).append(model.name)
+    return [f"{', '.join(names)}: {remark}" for remark, names in users.items()]
+
+
+def _remarks(model: SweepModel, facts: ModelFacts) -> Iterator[str]:
+    test, calibration = "evaluate.prompts", "search.calibration.prompts"
+    for field_name, items in ((test, facts.test), (calibration, facts.calibration)):
+        if items.repeated:
+            yield (
+                f"{field_name}: {items.repeated} of {items.count + items.repeated} items repeat "
+                f"an earlier one and are left out, {items.count} are used"
+            )
+    images, count = model.calibration.images, facts.calibration.count
+    if facts.calibration.items is not None and images > count:
+        yield (
+            f"{calibration}: {count} items for {images} calibration images, each is shown up to "
+            f"{-(-images // count)} times with other noise: searches and choices of baselines see "
+            f"{count} independent ones"
+        )
 
 
 def not_here(sweep: SweepFile) -> list[str]:

@@ -126,10 +126,13 @@ def validate(file: SweepPath, override: Overrides = None, as_json: AsJson = Fals
     """Check a sweep file whole, and the files it names: every error at once, without network."""
     from orchestrator.cli.tables import print_sweep
     from orchestrator.facts import gather_facts
+    from orchestrator.preflight import remarks_on_items
     from orchestrator.sweep_file import load_sweep
 
     sweep = load_sweep(file, override or [])
-    gather_facts(sweep, offline=True)
+    remarks = remarks_on_items(sweep, gather_facts(sweep, offline=True))
+    if remarks:
+        say("\n".join(remarks), stderr=True)
     if as_json:
         print_json(sweep.to_json())
     else:

@@ -163,3 +163,41 @@ def test_items_shown_are_known_again_from_what_the_run_kept(repository: Path) ->
 def test_digest_of_items_shown_is_that_of_the_first_images() -> None:
     assert item_set("a cat", "a dog", "a cow").shown_sha256(2) == item_set("a cat", "a dog").sha256
     assert item_set("a cat").shown_sha256(2) == item_set("a cat", "a cat").sha256
+
+
+def test_classes_of_one_name_are_all_items(tmp_path: Path) -> None:
+    twins = shutil.copytree(zoo_path("tiny-dit"), tmp_path / "twins")
+    index = json.loads((twins / "model_index.json").read_text())
+    index["id2label"] |= {"1": "crane", "2": "maillot", "3": "maillot, tank suit", "5": "crane"}
+    (twins / "model_index.json").write_text(json.dumps(index))
+    (facts,) = gather_facts(sweep_on(tmp_path, models=f"[{twins}]")).values()
+    assert sorted(item.label for item in facts.test.items or ()) == list(range(280))
+    assert facts.test.count == 280
+
+
+def test_repeated_prompts_are_one_item(tmp_path: Path) -> None:
+    (tmp_path / "same.txt").write_text("a red hat\nA red  hat\na red hat\na blue bag\n")
+    sweep = sweep_on(tmp_path, "evaluate: {prompts: same.txt, images: 2, metrics: [psnr]}")
+    facts = gather_facts(sweep)["tiny-sd-ddim-10"]
+    assert {item.prompt for item in facts.test.items or ()} == {"a red hat", "a blue bag"}
+    assert (facts.test.count, facts.test.repeated) == (2, 2)
+    with pytest.raises(PreflightError, match=r"images is 4, .* 2 prompts"):
+        gather_facts(sweep_on(tmp_path, "evaluate: {prompts: same.txt, images: 4}"))
+
+
+def test_bundled_sweeps_keep_their_items(repository: Path) -> None:
+    """Oracle: the digests of the records that were made before repeated items were left out."""
+    facts = gather_facts(load_sweep(repository / "sweeps" / "tiny_full.yaml"))
+    assert [(f.test.sha256[:8], f.calibration.sha256[:8]) for f in facts.values()] == [
+        ("98f649cc", "70f5e579"),
+        ("f9672afc", "f9672afc"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "split", ["search: {calibration: {prompts: %s}}", "evaluate: {prompts: %s}"]
+)
+def test_more_rows_than_a_file_has_are_refused(tmp_path: Path, split: str) -> None:
+    sweep = sweep_on(tmp_path, split % "{file: prompts.txt, rows: 100}")
+    with pytest.raises(PreflightError, match=r"rows is 100, but .*prompts.txt has 3"):
+        gather_facts(sweep)

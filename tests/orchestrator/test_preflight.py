@@ -13,6 +13,7 @@ from tiny_open_clip import save_open_clip
 
 from dipgo_core.errors import PreflightError
 from dipgo_core.zoo import zoo_path
+from orchestrator.cli import main
 from orchestrator.facts import known_items
 from orchestrator.hub_needs import hub_needs
 from orchestrator.preflight import as_last_run, prepare
@@ -212,3 +213,33 @@ def test_clip_that_open_clip_alone_can_build_is_refused(
     with pytest.raises(PreflightError, match=r"scorers.clip: .*model_cfg.custom_text is True"):
         prepare(sweep)
     assert not fake_hub.downloads["owner/clip/open_clip_model.safetensors"]
+
+
+def small_sets(tmp_path: Path) -> Path:
+    (tmp_path / "few.txt").write_text("x\ny\nx\n")
+    file = tmp_path / "few.yaml"
+    file.write_text(
+        "schema_version: 1\nname: few\nmodels: [tiny-sd]\ntargets: [0.5]\n"
+        "search: {calibration: {prompts: few.txt, images: 5}}\n"
+        "evaluate: {metrics: [psnr], images: 4}\n"
+    )
+    return file
+
+
+def test_a_run_tells_of_repeated_and_of_too_few_prompts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(load_sweep(small_sets(tmp_path)))
+    assert [record.getMessage().partition(", ")[0] for record in caplog.records] == [
+        "tiny-sd-ddim-10: search.calibration.prompts: 1 of 3 items repeat an earlier one and are "
+        "left out",
+        "tiny-sd-ddim-10: search.calibration.prompts: 2 items for 5 calibration images",
+    ]
+
+
+def test_validate_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["validate", str(small_sets(tmp_path))])
+    told = " ".join(capsys.readouterr().err.split())
+    assert caught.value.code == 0
+    assert "1 of 3 items repeat an earlier one" in told and "up to 3 times" in told
