@@ -18,6 +18,7 @@ from orchestrator.store import Store
 from orchestrator.task.evaluate import run_evaluate
 from orchestrator.task.latency import run_latency
 from orchestrator.task.latency_process import stop_measuring
+from orchestrator.task.memory import return_freed_memory
 from orchestrator.task.race import run_race
 from orchestrator.task.reference import run_reference
 from orchestrator.task.search import run_search
@@ -37,6 +38,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-swe
 
 def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
     """Do a task unless it is done; meanwhile no other process does it."""
+    return_freed_memory()
     with store.task_lock(task.key):
         known = store.get_record(task.key)
         if known is not None:
