@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
-from dipgo_core.errors import EvaluationError, ModelFilesError
+from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels, open_clip_tokens
 from dipgo_core.evaluation.open_clip_weights import load_open_clip
 from dipgo_core.evaluation.scorers import OPEN_CLIP, Scorer, clip_scorer, model_type_of
-from dipgo_core.evaluation.vision_model import fetched_network
+from dipgo_core.evaluation.vision_model import fetched_network, load_whole
 
 _CHUNK = 64  # images or texts the model sees at once
 
@@ -54,24 +52,11 @@ def load_clip(name: str, *, device: str | torch.device = "cpu") -> ClipScorer:
         tokens = open_clip_tokens(folder, config)
         pixels = partial(open_clip_pixels, config=config)
     else:
-        model, processor = _of_transformers(pinned, folder)
+        model, processor = load_whole(folder, CLIPModel, CLIPProcessor)
         length = model.config.text_config.max_position_embeddings
         tokens = partial(_tokens, processor.tokenizer, length)
         pixels = partial(_pixels, processor.image_processor)
     return ClipScorer(scorer, model.to(device), tokens, pixels)
-
-
-def _of_transformers(name: str, folder: Path) -> tuple[Any, Any]:
-    try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelFilesError(
-            f"the CLIP scorer {name} cannot be loaded: {error}\nIt needs config.json, "
-            "model.safetensors, the tokenizer's files and preprocessor_config.json; without "
-            "network, give the path of a folder that holds them"
-        ) from error
-    return model.eval().requires_grad_(False), processor
 
 
 def _tokens(tokenizer: Any, length: int, prompts: Sequence[str]) -> Any:

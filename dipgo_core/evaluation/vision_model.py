@@ -37,6 +37,17 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
     """Return a model without gradients, on the CPU, and its image processor.
 
     Raises:
+        ModelFilesError: as of `load_whole`.
+    """
+    return load_whole(folder, model_class, AutoImageProcessor, config=config)
+
+
+def load_whole(
+    folder: Path, model_class: Any, processor_class: Any, *, config: Any = None
+) -> tuple[Any, Any]:
+    """Return a model without gradients, on the CPU, and its processor.
+
+    Raises:
         ModelFilesError: files are missing or torn, or of another kind of model: no weight is ever
             left at random.
     """
@@ -49,11 +60,12 @@ def load_vision_model(folder: Path, model_class: Any, *, config: Any = None) -> 
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = processor_class.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFilesError(
             f"the network in {folder} cannot be loaded: {error}\nIt needs config.json, "
-            "model.safetensors and preprocessor_config.json"
+            "model.safetensors and preprocessor_config.json, one that reads prompts its "
+            "tokenizer's files too"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelFilesError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub
+from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import (
     CLIPConfig,
@@ -113,6 +115,16 @@ def test_corrupt_weights_are_one_clear_error(folder: Path, tmp_path: Path) -> No
 
     with pytest.raises(ModelFilesError, match="damaged weights: .*model.safetensors"):
         load_clip(str(tmp_path))
+
+
+def test_weights_are_never_left_at_random(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelFilesError, match=r"lacks 1 .*visual_projection\.weight"):
+        load_clip(str(tmp_path / "clip"))
 
 
 def test_hub_id_is_loaded_at_its_commit(folder: Path, fake_hub: FakeHub) -> None:
