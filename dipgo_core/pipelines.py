@@ -14,6 +14,8 @@ from typing import Any, Protocol, cast
 
 import diffusers
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dipgo_core.blocks import trace_denoiser
@@ -29,9 +31,9 @@ from dipgo_core.families import (
 )
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
-from dipgo_core.hub import resolve_commit
+from dipgo_core.hub import listed, resolve_commit
 from dipgo_core.items import Item
-from dipgo_core.model_files import hub_pipeline, model_folder, weights_digest
+from dipgo_core.model_files import hub_pipeline, model_folder, model_index, weights_digest
 from dipgo_core.subnet import SubNet, config_sha256
 
 logger = logging.getLogger(__name__)
@@ -116,11 +118,11 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
         family = family_of_pipeline(_pipeline_class(settings.id, folder))
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             str(folder),
-            dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
+            **_networks(folder, getattr(torch, settings.dtype)),
             **_NO_SAFETY_CHECKER.get(family.name, {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFilesError(
             f"{settings.id} cannot be loaded from {folder}: {error}\nCopy the model again."
         ) from error
@@ -130,6 +132,40 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
 _NO_SAFETY_CHECKER: dict[str, dict[str, Any]] = {
     "sd": {"safety_checker": None, "requires_safety_checker": False}
 }
+
+
+def _networks(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return a saved pipeline's networks, by component; the libraries would fill what a file lacks
+    with random weights, or leave it without any.
+
+    Raises:
+        ModelFilesError: weights are missing; names component and tensors.
+    """
+    classes = {
+        name: getattr(_LIBRARIES[origin[0]], origin[1], None)
+        for name, origin in model_index(folder).items()
+        if isinstance(origin, list) and origin[0] in _LIBRARIES
+    }
+    return {
+        name: _network(folder / name, found, dtype)
+        for name, found in classes.items()
+        if isinstance(found, type) and issubclass(found, nn.Module)
+    }
+
+
+_LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+
+
+def _network(folder: Path, network_class: Any, dtype: torch.dtype) -> nn.Module:
+    network, info = network_class.from_pretrained(
+        str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelFilesError(
+            f"the weights in {folder} lack {len(missing)} tensors of {network_class.__name__}: "
+            f"{listed(missing)}. Copy the model again."
+        )
+    return cast(nn.Module, network)
 
 
 def _pipeline_class(model_id: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import (
     DDIM,
     tiny_dit,
@@ -332,6 +334,25 @@ def test_load_model_names_missing_files(folder: Path, gone: str, message: str) -
     (folder / gone).unlink()
     with pytest.raises(ModelFilesError, match=message):
         load_model(ModelSettings(id=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("text_encoder/model.safetensors", "final_layer_norm.weight"),
+        ("unet/diffusion_pytorch_model.safetensors", "conv_out.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    ],
+)
+def test_load_model_leaves_no_weight_at_random(tmp_path: Path, file: str, tensor: str) -> None:
+    tiny_sd().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / file)
+    lost = {name for name in weights if name.endswith(tensor)}
+    kept = {name: value for name, value in weights.items() if name not in lost}
+    save_file(kept, tmp_path / file, metadata={"format": "pt"})
+    part = re.escape(file.partition("/")[0])
+    with pytest.raises(ModelFilesError, match=rf"{part} lack {len(lost)} tensors.*{tensor}"):
+        load_model(ModelSettings(id=str(tmp_path)))
 
 
 def test_load_model_reads_no_pickled_weights(folder: Path) -> None:
