@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.lpips_files import BACKBONES
 from dipgo_core.evaluation.scorers import TINY_FEATURES
@@ -49,11 +51,14 @@ def _named_or_file(
 
 
 def _network(context: Context) -> Reader[str]:
-    """Read a bundled name, a hub id (also ``owner/name@revision``) or a folder."""
+    """Read a bundled name, a folder, or a hub id (also ``owner/name@revision``)."""
 
     def read(node: Node, issues: Issues) -> str | None:
         name = text()(node, issues)
-        if name is None or name in ZOO_MODELS or HUB_ID.fullmatch(split_id(name)[0]):
+        if name is None or name in ZOO_MODELS:
+            return name
+        found = context.locate(name)
+        if (found is None or not Path(found).is_dir()) and HUB_ID.fullmatch(split_id(name)[0]):
             return name
         return located(context, "folder")(node, issues)
 

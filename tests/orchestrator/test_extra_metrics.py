@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,18 @@ def test_tasks_name_scorers_that_open_from_any_folder(folder: Path, monkeypatch)
     assert places["lpips"] == f"lpips-alex:{folder / 'alexnet.pth'}"
     assert places["dino"] == str(folder / "dino")
     assert places["cmmd"] == "tiny-clip"
+
+
+@pytest.mark.parametrize(
+    ("role", "name"), [("features", "inception-v3-compat"), ("lpips", "lpips-alex")]
+)
+def test_folder_named_like_a_scorer_is_not_taken_for_it(
+    folder: Path, tmp_path: Path, monkeypatch, role: str, name: str
+) -> None:
+    (model,) = load_sweep(folder / "sweep.yaml").models
+    scorers = replace(model.evaluate.scorers, **{role: name})
+    evaluate = replace(model.evaluate, scorers=scorers, metrics=("fid", "lpips"))
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert scorer_places(replace(model, evaluate=evaluate))[role] == name

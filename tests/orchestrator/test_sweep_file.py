@@ -183,6 +183,18 @@ def test_local_folder_tells_its_family(load: Load) -> None:
     assert (model.family, model.settings.id) == ("dit", "my-model")
 
 
+def test_scorer_folder_beside_the_file_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep" / "mine" / "clip").mkdir(parents=True)
+    scorers = "evaluate: {metrics: [psnr], scorers: {clip: mine/clip, cmmd: owner/clip}}\n"
+    (tmp_path / "deep" / "s.yaml").write_text(SMALL + scorers)
+    monkeypatch.chdir(tmp_path)
+    (model,) = load_sweep("deep/s.yaml").models
+    assert model.evaluate.scorers.clip == "deep/mine/clip"
+    assert model.evaluate.scorers.cmmd == "owner/clip"
+
+
 def test_paths_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "p.txt").write_text("a cat\n")
@@ -254,7 +266,7 @@ BROKEN = [
     ("budget: 5", "6:9: budget: must be a mapping (key: value), got 5"),
     ("objective: {speed: clip}", "6:20: objective.speed: must be one of latency, macs, got"),
     ("tracking: {url: x}", "6:12: tracking.url: unknown key", "Did you mean 'uri'?"),
-    ("latency: {min_runs: 0}", "6:21: latency.min_runs: must be a whole number, at least 2"),
+    ("latency: {min_runs: 5}", "6:21: latency.min_runs: must be a whole number, at least 6"),
     (
         "latency: {warmup: 9, max_warmup: 8}",
         "6:34: latency.max_warmup: must be at least warmup (9)",
