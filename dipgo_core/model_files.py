@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,14 +32,33 @@ def weights_digest(settings: ModelSettings) -> str:
     folder = model_folder(settings.id)
     if folder is None:
         return f"hub:{settings.id}@{settings.revision or hub.MAIN}"
-    files = check_pipeline(folder)
-    stamp = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
-    if stamp not in _digests:
-        _digests[stamp] = _digest(folder, files)
-    return _digests[stamp]
+    return _digest(folder, check_pipeline(folder))
 
 
-_digests: dict[tuple[tuple[str, int, int], ...], str] = {}
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, which are read again only after the file changed.
+
+    Raises:
+        ModelFilesError: the file cannot be read.
+    """
+    try:
+        stat = path.stat()
+        stamp = (str(path.absolute()), stat.st_mtime_ns, stat.st_size)
+        if stamp in _digests:
+            return _digests[stamp]
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path}: {error.strerror}") from error
+    if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+        _digests[stamp] = digest
+    return digest
+
+
+#: By path, time of the last change, and size. A file may change twice within one tick of the file
+#: system's clock, so a fresh one is not kept.
+_digests: dict[tuple[str, int, int], str] = {}
+_SETTLED_NS: Final = 2_000_000_000
 
 
 def model_folder(model_id: str) -> Path | None:
@@ -314,7 +334,5 @@ def _fault(path: Path) -> str | None:
 def _digest(folder: Path, files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            part = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()} {part}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return total.hexdigest()

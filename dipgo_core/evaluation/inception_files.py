@@ -6,7 +6,6 @@ The published weights are a PyTorch archive. It is read once, as tensors and not
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.evaluation.lpips_files import torch_hub_folder
+from dipgo_core.model_files import file_sha256
 
 INCEPTION: Final = "inception-v3-compat"
 
@@ -60,8 +60,8 @@ def inception_files(name: str = INCEPTION) -> InceptionFiles:
         return InceptionFiles(INCEPTION_SHA256, original, _converted(INCEPTION_SHA256))
     path = Path(file).expanduser()
     if path.suffix == ".safetensors":
-        return InceptionFiles(_source_of(path) or _sha256(path), path, path)
-    digest = _sha256(path)
+        return InceptionFiles(_source_of(path) or file_sha256(path), path, path)
+    digest = file_sha256(path)
     return InceptionFiles(digest, path, _converted(digest))
 
 
@@ -102,7 +102,7 @@ def _check_published(path: Path) -> None:
             f"{path} has {size:,} bytes, the published file has {INCEPTION_BYTES:,}: it is "
             f"truncated or another file; {where} again"
         )
-    found = _sha256(path)
+    found = file_sha256(path)
     if found != INCEPTION_SHA256:
         raise ModelFilesError(
             f"{path} is damaged or another file: its SHA-256 is {found}, that of the published "
@@ -139,14 +139,4 @@ def _source_of(path: Path) -> str | None:
         raise ModelFilesError(
             f"Inception weights {path} cannot be read ({error}): copy the file again, or delete it "
             "where it is the copy in the cache, which is then made anew"
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelFilesError(
-            f"cannot read the Inception weights {path}: {error.strerror}"
         ) from error

@@ -5,7 +5,6 @@ Nothing is fetched here: the files are put where torch.hub keeps them, or named.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dipgo_core.errors import EvaluationError, ModelFilesError, UnknownModelError, nearest
+from dipgo_core.model_files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def checked_backbone(name: str) -> Path:
     """
     path, backbone = backbone_file(name), backbone_of(name)
     if ":" not in name:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(path)
         if not found.startswith(backbone.sha256_prefix):
             raise ModelFilesError(
                 f"{path} is not the published file: its SHA-256 begins with {found[:8]}, not "

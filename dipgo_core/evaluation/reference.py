@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.fid_intervals import Moments, moments
-from dipgo_core.evaluation.scorers import FEATURE_DIMS, Scorer, file_sha256, folder_sha256
+from dipgo_core.evaluation.scorers import FEATURE_DIMS, Scorer, files_sha256
+from dipgo_core.model_files import file_sha256
 
 KIND = "dipgo.reference"
 SCHEMA_VERSION = 1
@@ -68,8 +69,7 @@ def folder_id(folder: Path) -> str:
     Raises:
         EvaluationError: no images in it.
     """
-    image_files(folder)
-    return f"folder:{folder_sha256(folder)}"
+    return f"folder:{files_sha256(folder, [path.name for path in _images(folder)])}"
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -78,8 +78,12 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         EvaluationError: no such folder, or no images in it.
     """
+    return sorted(path.resolve() for path in _images(folder))
+
+
+def _images(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else iter(())
-    files = sorted(path.resolve() for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise EvaluationError(
             f"no reference images in {folder}: expected {', '.join(sorted(IMAGE_SUFFIXES))} files"

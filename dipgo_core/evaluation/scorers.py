@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dipgo_core.model_files import (
     NETWORK_CONFIGS,
     OPEN_CLIP_CONFIG,
     check_weights,
+    file_sha256,
     is_open_clip,
     lacking_message,
     network_files,
@@ -176,7 +177,7 @@ def _network_scorer(role: Role, name: str, resize: str) -> Scorer:
         raise ModelFilesError(f"{folder} {lacking_message(files)}")
     check_weights(folder / file for file in files.loaded)
     bundled = name in ZOO_MODELS
-    return Scorer(name if bundled else folder.name, folder_sha256(folder), resize)
+    return Scorer(name if bundled else folder.name, files_sha256(folder, files.loaded), resize)
 
 
 #: What `model_type_of` calls a CLIP that open_clip saved.
@@ -245,27 +246,15 @@ def network_folder(name: str) -> Path | None:
     return folder
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes.
+def files_sha256(folder: Path, names: Iterable[str]) -> str:
+    """Return one SHA-256 over names and bytes of files in a folder.
 
     Raises:
-        ModelFilesError: the file cannot be read.
+        ModelFilesError: a file cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelFilesError(f"cannot read {path}: {error.strerror}") from error
-
-
-def folder_sha256(folder: Path) -> str:
-    """Return one SHA-256 over the names and bytes of all files of a folder, hidden ones aside."""
     digest = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
-        name = path.relative_to(folder).as_posix()
-        if not name.startswith(".") and "/." not in name:
-            digest.update(f"{name}\0{file_sha256(path)}\n".encode())
+    for name in sorted(names):
+        digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from dipgo_core.config import ModelSettings
 from dipgo_core.errors import HubError, HubUnreachableError, ModelFilesError
 from dipgo_core.model_files import (
     absent_shards,
+    file_sha256,
     hub_network_files,
     hub_pipeline,
     model_index,
@@ -165,3 +169,30 @@ def test_clip_of_open_clip_without_a_vocabulary_lacks_it(tmp_path: Path) -> None
     names = set(OPEN_CLIP) - {"tokenizer.json"}
     assert network_files(names, tmp_path).missing == ("tokenizer.json",)
     assert network_files({*names, "merges.txt"}, tmp_path).missing == ()
+
+
+@pytest.mark.parametrize(("age", "reads"), [(60, 1), (0, 2)])
+def test_settled_file_is_digested_once(tmp_path: Path, monkeypatch, age: int, reads: int) -> None:
+    (tmp_path / "weights").write_bytes(b"weights")
+    then = time.time() - age
+    os.utime(tmp_path / "weights", (then, then))
+    seen: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: seen.append(1) or digest(*given))
+
+    found = {file_sha256(tmp_path / "weights") for _ in range(2)}
+
+    assert found == {hashlib.sha256(b"weights").hexdigest()}
+    assert len(seen) == reads
+
+
+def test_changed_file_is_digested_again(tmp_path: Path) -> None:
+    for age, text in ((60, b"old"), (50, b"new")):
+        (tmp_path / "weights").write_bytes(text)
+        os.utime(tmp_path / "weights", (time.time() - age,) * 2)
+        assert file_sha256(tmp_path / "weights") == hashlib.sha256(text).hexdigest()
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match="cannot read .*nothing"):
+        file_sha256(tmp_path / "nothing")

@@ -13,7 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dipgo_core.errors import EvaluationError, ModelFilesError
 from dipgo_core.evaluation.cmmd import CmmdEmbedder, load_cmmd
-from dipgo_core.evaluation.scorers import cmmd_scorer, folder_sha256
+from dipgo_core.evaluation.scorers import cmmd_scorer, files_sha256
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_bundled_clip_serves(tmp_path: Path) -> None:
 def test_folder_is_known_by_its_files(folder: Path) -> None:
     scorer = cmmd_scorer(str(folder))
 
-    assert scorer.digest == folder_sha256(folder)
+    assert scorer.digest == files_sha256(folder, [path.name for path in folder.iterdir()])
     assert scorer.resize == "antialiased bicubic to the model's square"
 
 

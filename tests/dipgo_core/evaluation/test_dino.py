@@ -13,7 +13,7 @@ from transformers import BitImageProcessor, Dinov2Model
 
 from dipgo_core.errors import EvaluationError, ModelFilesError
 from dipgo_core.evaluation.dino import DinoScorer, dino_distances, load_dino
-from dipgo_core.evaluation.scorers import dino_scorer, folder_sha256
+from dipgo_core.evaluation.scorers import dino_scorer, files_sha256
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def test_distance_does_not_depend_on_the_batch(dino: DinoScorer) -> None:
 
 
 def test_folder_is_known_by_its_files_and_a_hub_id_by_its_revision(folder: Path) -> None:
-    assert dino_scorer(str(folder)).digest == folder_sha256(folder)
+    assert dino_scorer(str(folder)).digest == files_sha256(
+        folder, [path.name for path in folder.iterdir()]
+    )
     assert dino_scorer("facebook/dinov2-base@abc").digest == "hub:facebook/dinov2-base@abc"
 
 

@@ -15,7 +15,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from dipgo_core.errors import EvaluationError, HubError, ModelFilesError
 from dipgo_core.evaluation.image_reward import RewardScorer, image_rewards, load_image_reward
 from dipgo_core.evaluation.image_reward_files import WEIGHTS
-from dipgo_core.evaluation.scorers import file_sha256, image_reward_scorer
+from dipgo_core.evaluation.scorers import image_reward_scorer
+from dipgo_core.model_files import file_sha256
 
 PROMPTS = ["a red cat", "the dogs", "a cat"]
 

@@ -13,7 +13,8 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 from dipgo_core.errors import EvaluationError, ModelFilesError, UnknownModelError
 from dipgo_core.evaluation.lpips import LpipsScorer, load_lpips, lpips_distances
 from dipgo_core.evaluation.lpips_files import BACKBONES, Backbone, heads_file
-from dipgo_core.evaluation.scorers import file_sha256, lpips_scorer
+from dipgo_core.evaluation.scorers import lpips_scorer
+from dipgo_core.model_files import file_sha256
 
 
 @pytest.fixture(scope="module")

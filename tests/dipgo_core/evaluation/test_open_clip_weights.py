@@ -26,7 +26,7 @@ from dipgo_core.evaluation.cmmd import load_cmmd
 from dipgo_core.evaluation.open_clip_config import read_open_clip
 from dipgo_core.evaluation.open_clip_inputs import open_clip_pixels, open_clip_tokens
 from dipgo_core.evaluation.open_clip_weights import load_open_clip
-from dipgo_core.evaluation.scorers import clip_scorer, cmmd_scorer, folder_sha256
+from dipgo_core.evaluation.scorers import clip_scorer, cmmd_scorer, files_sha256
 from dipgo_core.zoo import captions
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -181,7 +181,7 @@ def test_image_tower_serves_cmmd(folder: Path) -> None:
 def test_folder_is_known_by_its_files_and_says_how_it_resizes(folder: Path) -> None:
     scorer = clip_scorer(str(folder))
 
-    assert scorer.digest == folder_sha256(folder)
+    assert scorer.digest == files_sha256(folder, [path.name for path in folder.iterdir()])
     assert scorer.resize == "Pillow's bicubic to 28 on the shorter side, then the middle square"
 
 

@@ -194,6 +194,8 @@ def test_folder_is_listed_in_order_and_known_by_its_bytes(tmp_path: Path) -> Non
     first = folder_id(tmp_path)
 
     assert [file.name for file in image_files(tmp_path)] == ["a.JPG", "b.png"]
+    (tmp_path / "notes.txt").write_text("changed")
+    assert folder_id(tmp_path) == first
     (tmp_path / "b.png").write_text("changed")
     assert folder_id(tmp_path) != first
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from dipgo_core.evaluation.scorers import (
     clip_scorer,
     dino_scorer,
     features_scorer,
-    file_sha256,
-    folder_sha256,
     hub_scorer,
     network_folder,
 )
@@ -92,18 +91,18 @@ def test_clip_of_open_clip_is_no_dinov2(tmp_path: Path) -> None:
         dino_scorer(str(tmp_path))
 
 
-def test_folder_digest_follows_names_and_bytes_but_not_hidden_files(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a").write_text("1")
-    first = folder_sha256(tmp_path)
-    (tmp_path / ".cache").write_text("x")
-    assert folder_sha256(tmp_path) == first
+@pytest.mark.parametrize(("change", "same"), [("README.md", True), ("config.json", False)])
+def test_folder_is_known_by_the_files_that_are_loaded(
+    tmp_path: Path, change: str, same: bool
+) -> None:
+    folder = shutil.copytree(zoo_path("tiny-clip"), tmp_path / "clip")
+    before = clip_scorer(str(folder)).digest
+    with (folder / change).open("a") as stream:
+        stream.write("\n")
 
-    (tmp_path / "sub" / "a").rename(tmp_path / "sub" / "b")
-
-    assert folder_sha256(tmp_path) != first
+    assert (clip_scorer(str(folder)).digest == before) is same
 
 
-def test_unreadable_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelFilesError, match="cannot read .*nothing"):
-        file_sha256(tmp_path / "nothing")
+def test_bundled_clip_keeps_its_digest() -> None:
+    digest = "1bf337c4be32b9081e868cb14158b31df960e12df1078ecc11d957a44b1c19e3"
+    assert clip_scorer("tiny-clip").digest == digest  # stored results are known by it
