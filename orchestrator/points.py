@@ -71,8 +71,8 @@ class ResolvedPoint:
     loop_speedup: float | None = None
     loop_speedup_low: float | None = None
     loop_speedup_high: float | None = None
-    throughput: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    dense_throughput: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    throughput: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    dense_throughput: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     energy_j: float | None = None
     latency_usable: bool | None = None

@@ -63,7 +63,7 @@ def _figures(outputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _throughput(records: Iterable[Record], name: str) -> dict[str, dict[str, float]]:
+def _throughput(records: Iterable[Record], name: str) -> dict[str, dict[str, float | None]]:
     """Return images per second with their interval, by batch size."""
     return {
         str(record.inputs["batch_size"]): {end: figure[end] for end in ("value", "low", "high")}

@@ -170,6 +170,10 @@ def bootstrap_mean(
     return None if known is None else interval_of(known)
 
 
+#: Of fewer values no interval of a median is told: at 2 it holds half of what it claims to.
+LEAST_FOR_MEDIAN = 6
+
+
 def bootstrap_median(
     values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:

@@ -8,8 +8,8 @@ in the caches, then pushes one ratio up and the next one down, instead of all of
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.device import device_name
-from dipgo_core.evaluation.intervals import Interval, bootstrap_median
+from dipgo_core.evaluation.intervals import LEAST_FOR_MEDIAN, Interval, bootstrap_median
 from dipgo_core.evaluation.stopwatch import Run, Timed, Timer, stopwatch_for, timed
 
 #: Runs are warm when the median of the last WINDOW differs by less than STABLE from the median of
@@ -33,15 +33,16 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Median of one kind of run with its 95 % interval and its 95th percentile.
+    """Median of one kind of run with its 95 % interval, None of fewer pairs than LEAST_FOR_MEDIAN.
 
     Milliseconds, images per second, or for a speed-up dense / pruned of each interleaved pair.
+    p95: the time that 95 % of runs stay below; None for what is no time.
     """
 
     value: float
-    low: float
-    high: float
-    p95: float
+    low: float | None
+    high: float | None
+    p95: float | None
     n: int
 
 
@@ -91,13 +92,15 @@ def measure_latency(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     timer: Timer | None = None,
+    warmed: Callable[[], object] = lambda: None,
 ) -> Latency:
     """Time dense and pruned runs in turn until `min_runs` pairs and `min_seconds` are reached.
 
     Drifts of clock and load hit both alike, so the speed-up is the median of the pairs' ratios.
     An even number of pairs is counted. batch_size: images a run makes. warmup, max_warmup: pairs
     that are run and not counted, at least and at most; between them, until the times settle.
-    timer: `stopwatch.timed` on the device if None; on a GPU, CUDA events give the times.
+    timer: `stopwatch.timed` on the device if None; on a GPU, CUDA events give the times. warmed:
+    called between the warm-up and the runs that count.
 
     Raises:
         EvaluationError: fewer than two runs asked for, or a run that took no time.
@@ -110,11 +113,12 @@ def measure_latency(
     watch = stopwatch_for(device)
     pairs = _Pairs(run_dense, run_pruned, timer or (lambda run: timed(run, watch)))
     warm = _warm_up(pairs, warmup, max_warmup)
+    warmed()
     counted = _counted(pairs, min_runs, min_seconds)
     dense, pruned = (np.array([pair[i].total_ms for pair in counted]) for i in (0, 1))
     return Latency(
-        latency_ms=_timing(pruned),
-        dense_latency_ms=_timing(dense),
+        latency_ms=_time(pruned),
+        dense_latency_ms=_time(dense),
         speedup=_timing(dense / pruned),
         **_loops(counted),
         images_per_second=_timing(1000 * batch_size / pruned),
@@ -186,13 +190,18 @@ def _loops(pairs: Sequence[Pair]) -> dict[str, Timing | None]:
         return dict.fromkeys(("loop_ms", "dense_loop_ms", "loop_speedup"))
     dense, pruned = np.array(times, dtype=np.float64).T
     return {
-        "loop_ms": _timing(pruned),
-        "dense_loop_ms": _timing(dense),
+        "loop_ms": _time(pruned),
+        "dense_loop_ms": _time(dense),
         "loop_speedup": _timing(dense / pruned),
     }
 
 
 def _timing(values: Floats) -> Timing:
+    if len(values) < LEAST_FOR_MEDIAN:
+        return Timing(value=float(np.median(values)), low=None, high=None, p95=None, n=len(values))
     median: Interval = bootstrap_median(values)
-    p95 = float(np.quantile(values, 0.95))
-    return Timing(value=median.value, low=median.low, high=median.high, p95=p95, n=len(values))
+    return Timing(value=median.value, low=median.low, high=median.high, p95=None, n=len(values))
+
+
+def _time(milliseconds: Floats) -> Timing:
+    return replace(_timing(milliseconds), p95=float(np.quantile(milliseconds, 0.95)))

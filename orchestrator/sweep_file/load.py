@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 
 from dipgo_core.config import Convention
 from dipgo_core.errors import ConfigError
+from dipgo_core.evaluation.intervals import LEAST_FOR_MEDIAN
 from orchestrator.sweep_file.evaluate import METRICS
 from orchestrator.sweep_file.fields import (
     Fields,
@@ -204,7 +205,7 @@ def _latency(node: Node, issues: Issues) -> LatencySettings:
             batch_size=fields.get("batch_size", axis(whole(1, 4096)), default.batch_size),
             warmup=fields.get("warmup", whole(0, 10_000), default.warmup),
             max_warmup=fields.get("max_warmup", whole(0, 10_000), default.max_warmup),
-            min_runs=fields.get("min_runs", whole(2, 100_000), default.min_runs),
+            min_runs=fields.get("min_runs", whole(LEAST_FOR_MEDIAN, 100_000), default.min_runs),
             min_seconds=fields.get("min_seconds", number(0), default.min_seconds),
             tries=fields.get("tries", whole(1, 100), default.tries),
             repeat=fields.get("repeat", whole(), default.repeat),

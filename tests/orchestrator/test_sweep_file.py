@@ -306,8 +306,16 @@ BROKEN = [
     ("evaluate: {images: [9]}", "6:20: evaluate.images: must list 2 to"),
     ("evaluate: {images: [9, 8]}", "6:20: evaluate.images: must list 2 to 5 rising numbers"),
     ("evaluate: {rungs: [4, 5, 6, 7, 8, 9]}", "6:19: evaluate.rungs: must list 2 to 5 rising"),
-    ("evaluate: {images: [3, 9]}", "6:20: evaluate.images: must be at least 4 for kid, got 3"),
-    ("evaluate: {rungs: [3, 9]}", "6:19: evaluate.rungs: must be at least 4 for kid, got 3"),
+    ("evaluate: {images: [7, 9]}", "6:20: evaluate.images: must be at least 8 for kid, got 7"),
+    ("evaluate: {rungs: [7, 9]}", "6:19: evaluate.rungs: must be at least 8 for kid, got 7"),
+    (
+        "evaluate: {images: [3, 9], race: [psnr]}",
+        "6:20: evaluate.images: must be at least 4 for kid",
+    ),
+    (
+        "evaluate: {images: [1, 9], metrics: [psnr]}",
+        "6:20: evaluate.images: must be at least 2 for",
+    ),
     ("evaluate: {rungs: 9}", "6:19: evaluate.rungs: must be a list"),
     ("evaluate: {images: 9, rungs: [4, 9]}", "6:23: evaluate.rungs: says the same as images"),
     (

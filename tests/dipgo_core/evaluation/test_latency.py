@@ -43,8 +43,50 @@ def test_pairs_are_interleaved_and_take_turns_in_going_first() -> None:
 
     assert clock.runs == ["d", "p", "p", "d"] * 2  # an even number of pairs
     assert (latency.dense_latency_ms.value, latency.latency_ms.value) == (20, 5)
-    assert (latency.speedup.low, latency.speedup.value, latency.speedup.high) == (4, 4, 4)
-    assert latency.speedup.n == 4
+    assert (latency.speedup.value, latency.speedup.n) == (4, 4)
+
+
+@pytest.mark.parametrize(("pairs", "ends"), [(4, (None, None)), (6, (4, 4))])
+def test_few_pairs_give_no_interval(pairs: int, ends: tuple[float | None, float | None]) -> None:
+    clock = Clock()
+
+    latency = measure_latency(
+        clock.run("d", 20), clock.run("p", 5), warmup=0, min_runs=pairs, min_seconds=0, timer=clock
+    )
+
+    assert latency.speedup.value == 4
+    for figure in (latency.speedup, latency.loop_speedup):
+        assert figure is not None
+        assert (figure.low, figure.high) == ends
+    assert (latency.latency_ms.low is None) == (ends[0] is None)
+
+
+def test_only_times_have_a_95th_percentile() -> None:
+    clock = Clock(drift=0.05)
+
+    latency = measure_latency(clock.run("d", 20), clock.run("p", 5), min_seconds=0, timer=clock)
+
+    assert latency.latency_ms.p95 is not None and latency.latency_ms.p95 > latency.latency_ms.value
+    assert latency.images_per_second.p95 is None  # it would be the fastest twentieth
+    assert latency.speedup.p95 is None
+
+
+def test_warmed_is_called_between_the_warm_up_and_the_runs_that_count() -> None:
+    clock = Clock()
+
+    measure_latency(
+        clock.run("d", 20),
+        clock.run("p", 5),
+        warmup=3,
+        max_warmup=3,
+        min_runs=2,
+        min_seconds=0,
+        timer=clock,
+        warmed=lambda: clock.runs.append("warm"),
+    )
+
+    assert clock.runs.index("warm") == 2 * 3
+    assert len(clock.runs) == 2 * 3 + 1 + 2 * 2
 
 
 def test_runs_go_on_until_the_seconds_are_reached() -> None:
@@ -79,8 +121,9 @@ def test_drift_hits_both_and_leaves_the_speedup() -> None:
     )
 
     assert latency.speedup.value == pytest.approx(4, rel=0.01)
-    assert latency.dense_latency_ms.low < latency.dense_latency_ms.value
-    assert latency.dense_latency_ms.value < latency.dense_latency_ms.p95
+    dense = latency.dense_latency_ms
+    assert dense.low is not None and dense.p95 is not None
+    assert dense.low < dense.value < dense.p95
 
 
 def test_warm_up_ends_when_times_have_settled() -> None:
@@ -127,6 +170,7 @@ def test_interval_of_the_ratio_covers_the_truth(pairs: int) -> None:
         found = measure_latency(
             timer.dense, timer.pruned, warmup=0, min_runs=pairs, min_seconds=0, timer=timer
         ).speedup
+        assert found.low is not None and found.high is not None
         covered += found.low <= 2 <= found.high
     assert 0.90 <= covered / 200 <= 0.99
 
