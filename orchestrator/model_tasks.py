@@ -11,7 +11,7 @@ from typing import Any
 
 from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
-from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role, roles_of
+from dipgo_core.evaluation.metrics import FEATURE_ROLES, METRICS, Role, roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
 from dipgo_core.evaluation.scorers import Scorer
 from orchestrator.bars import CALIBRATION_METRICS
@@ -54,8 +54,9 @@ class ModelTasks:
 
     @cached_property
     def protocol(self) -> Protocol:
-        """How points are measured on the test set, at the top rung of a race."""
-        metrics = tuple(name for name in self.model.evaluate.metrics if name != "latency")
+        """How points are measured on the test set, at the top rung of a race. Metrics come in the
+        order of their registry: the one in which a sweep names them decides no figure."""
+        metrics = tuple(name for name in METRICS if name in self.model.evaluate.metrics)
         return self._test_protocol(self.model.evaluate.images, metrics)
 
     @cached_property

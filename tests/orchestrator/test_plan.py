@@ -6,14 +6,17 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dipgo_core.baselines import random_gates
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
+from orchestrator.facts import gather_facts
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.plan import Plan, build_plan
 from orchestrator.records import Record, Task
+from orchestrator.sweep_file import load_sweep
 from orchestrator.sweep_settings import Baseline, LatencySettings, SweepFile
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
@@ -39,6 +42,23 @@ def record_of(task: Task) -> Record:
         inputs=task.inputs,
         outputs=tiny_outputs(task.kind, task.inputs),
     )
+
+
+def test_order_of_metrics_decides_no_key() -> None:
+    named = ("fid", "kid", "clip", "psnr", "latency")
+    one, other = (tiny_sweep(metrics=metrics) for metrics in (named, named[::-1]))
+    assert [task.key for task in plan_of(one).tasks] == [task.key for task in plan_of(other).tasks]
+
+
+def test_bundled_sweeps_keep_their_protocols(repository: Path) -> None:
+    """Oracle: hashes in records that were made before the order of metrics was fixed."""
+    sweep = load_sweep(repository / "sweeps" / "tiny_full.yaml")
+    facts = gather_facts(sweep)
+    tasks = [ModelTasks(sweep=sweep, model=m, facts=facts[m.name], device="") for m in sweep.models]
+    assert [(t.protocol.hash[:8], t.calibration_protocol.hash[:8]) for t in tasks] == [
+        ("35ad4ee1", "7d29617c"),
+        ("45241734", "41f60071"),
+    ]
 
 
 def run_all(sweep: SweepFile, records: Records | None = None) -> tuple[Plan, Records, list[Task]]:
