@@ -107,9 +107,14 @@ def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
     facts = with_kept_items(facts, store.get_blob)
     device = last.get("device") or local_device(sweep)
     records = store.records()
-    plan = build_plan(sweep, records, facts=facts, device=device)
-    failed = [task.key for task in plan.tasks if _has_failed(task, store)]
-    return build_plan(sweep, records, facts=facts, device=device, failed=failed) if failed else plan
+    memo: Memo = {}
+    failed = set[str]()
+    while True:  # who failed before a race decides whether there is a race, and what follows it
+        plan = build_plan(sweep, records, facts=facts, device=device, memo=memo, failed=failed)
+        found = {task.key for task in plan.tasks if _has_failed(task, store)}
+        if found <= failed:
+            return plan
+        failed |= found
 
 
 def _has_failed(task: PlannedTask, store: Store) -> bool:

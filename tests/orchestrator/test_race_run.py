@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from orchestrator import driver
 from orchestrator.driver import RunResult, run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.headlines import headlines
@@ -93,6 +94,25 @@ def test_driver_ends_whatever_fails(tmp_path: Path, kind: str) -> None:
     assert again.plan.complete and not again.failed
 
 
+def test_plan_sweep_knows_what_failed_at_every_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: dict[int, str] = {}
+
+    def failing(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        protocol = task.inputs.get("protocol", {})
+        scored = task.kind == "evaluate" and protocol["split"] == "test"
+        if scored and failed.setdefault(protocol["images"], task.key) == task.key:
+            raise RuntimeError("out of luck")
+        return run_tiny_task(task, store)
+
+    sweep, store = a_sweep(), FolderStore(tmp_path)
+    result, _ = run(sweep, store, failing)
+    assert set(failed) == {4, 8, 16} and set(result.failed) == set(failed.values())
+    monkeypatch.setattr(driver, "as_last_run", lambda *args: (sweep, tiny_facts(sweep)))
+    assert driver.plan_sweep(sweep, store).points == result.plan.points
+
+
 def made_up_results(folder: str) -> Any:
     """A task function for other processes; a closure, so that they get it by value."""
 
@@ -137,9 +157,10 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def made_up(rungs: tuple[int, ...]) -> SweepFile:
     metrics = ("fid", "kid", "clip", "psnr", "ssim", "latency")
-    return tiny_sweep(
+    sweep = tiny_sweep(
         targets=(0.5, 0.7), alphas=(0.5, 1.0), baselines=ALL_BASELINES, metrics=metrics, rungs=rungs
     )
+    return replace(sweep, objective=replace(sweep.objective, speed="macs"))
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +180,13 @@ def test_dropped_point_names_who_beats_it(points: tuple[ResolvedPoint, ...]) -> 
         assert set(point.dropped.by) == {"kid", "clip", "psnr", "ssim"}
         for winner in (by_key[key] for key in point.dropped.by.values()):
             assert winner.state == "done" and winner.n_images == 256
-            assert winner.speedup and point.speedup and winner.speedup >= point.speedup
+            assert winner.macs and point.macs and winner.macs <= point.macs
         assert point.to_json()["dropped"]["images"] == 64
         assert "fid" not in point.figures
 
 
 def test_dropped_points_are_on_no_front(points: tuple[ResolvedPoint, ...]) -> None:
-    fronts = pareto_fronts(points)
+    fronts = pareto_fronts(points, speed="macs_speedup")
     assert fronts
     compared = {key for front in fronts for key in front.standing}
     assert not compared & {point.key for point in lost(points)}
@@ -176,8 +197,8 @@ def test_fronts_are_those_of_everything_at_the_top(
 ) -> None:
     done = finish(made_up(rungs=(256,)), FolderStore(tmp_path))
     everything = resolve_points(done.plan.points, done.store.records(), done.store)
-    expected = {f.objectives: f.points for f in pareto_fronts(everything)}
-    found = {f.objectives: f.points for f in pareto_fronts(points)}
+    expected = {f.objectives: f.points for f in pareto_fronts(everything, speed="macs_speedup")}
+    found = {f.objectives: f.points for f in pareto_fronts(points, speed="macs_speedup")}
     assert {o: k for o, k in found.items() if o[1] != "fid"} == {
         o: k for o, k in expected.items() if o[1] != "fid"
     }
