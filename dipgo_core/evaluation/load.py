@@ -2,21 +2,25 @@
 
 A measurement is looked at before, during and after. On a CPU it is **disturbed** when the cores
 that others left free were fewer than the threads it used, with a margin of 15 % of these threads:
-one thread on two cores bears 1.15 busy foreign cores, two threads bear 0.3. Foreign work is what
-/proc/stat counts on the cores this process may use (time stolen by a hypervisor included) minus
-this process's own time. A container's CPU limit disturbs when it held the process back for more
-than 5 % of the time. On a GPU, a foreign process with a compute context disturbs, and so does a
-load above 5 % while this process sleeps. What cannot be read is said to be unchecked, never
-assumed to be quiet.
+one thread on two cores bears 1.15 busy foreign cores, two threads bear 0.3. That must hold of the
+whole time, and of each second but a fifth of them: a median of pairs bears a fifth that are slow,
+and load that comes and goes is not averaged away. Foreign work is what /proc/stat counts on the
+cores this process may use (time stolen by a hypervisor included) minus this process's own time. A
+container's CPU limit disturbs when it held the process back for more than 5 % of the time, judged
+over the whole and by the second alike. On a GPU, a foreign process with a compute context disturbs,
+and so does a load above 5 % while this process sleeps. What cannot be read is said to be unchecked,
+never assumed to be quiet.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -27,6 +31,8 @@ T = TypeVar("T")
 
 MARGIN = 0.15  # of the threads a measurement uses
 HELD_BACK = 0.05  # share of the time
+WINDOW_SECONDS = 1.0
+BAD_WINDOWS = 0.2  # share of the time
 BUSY_PERCENT = 5.0
 IDLE_SECONDS = 0.5
 GPU_IDLE_SECONDS = 1.2  # the driver's sample period is up to a second
@@ -84,12 +90,16 @@ class CpuTimes:
 
 @dataclass
 class CpuWatch:
-    """Watches the cores this process may use. threads: how many of them a measurement needs."""
+    """Watches the cores this process may use, in windows of that many seconds.
+
+    threads: how many of them a measurement needs.
+    """
 
     threads: int
     read: Callable[[], CpuTimes] = field(default_factory=lambda: read_cpu_times)
     sleep: Sleep = time.sleep
-    _began: CpuTimes | None = None
+    window_seconds: float = WINDOW_SECONDS
+    _readings: _Readings | None = None
 
     def idle(self) -> Finding:
         self.start()
@@ -97,33 +107,80 @@ class CpuWatch:
         return self.stop()
 
     def start(self) -> None:
-        try:
-            self._began = self.read()
-        except DeviceError:
-            self._began = None  # `stop` says why
+        self._readings = _Readings(self.read, self.window_seconds)
 
     def stop(self) -> Finding:
+        assert self._readings is not None, "stop() comes after start()"
         try:
-            ended = self.read()
+            return cpu_finding(self._readings.ended(), self.threads)
         except DeviceError as error:
             return Finding(unchecked=(f"load of the CPU: {error}",))
-        return QUIET if self._began is None else cpu_finding(self._began, ended, self.threads)
 
 
-def cpu_finding(began: CpuTimes, ended: CpuTimes, threads: int) -> Finding:
-    """Judge the time between two readings by the rule of this module."""
+class _Readings:
+    """Reads the counters from now on, once a window, in a thread that sleeps in between."""
+
+    def __init__(self, read: Callable[[], CpuTimes], window_seconds: float) -> None:
+        self._read = read
+        self._window_seconds = window_seconds
+        self._taken: list[CpuTimes] = []
+        self._error: DeviceError | None = None
+        self._over = threading.Event()
+        self._take()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
+        self._thread.start()
+
+    def ended(self) -> Sequence[CpuTimes]:
+        """Stop, and return all readings, a last one included.
+
+        Raises:
+            DeviceError: one of them failed.
+        """
+        self._over.set()
+        self._thread.join()
+        self._take()
+        if self._error is not None:
+            raise self._error
+        return self._taken
+
+    def _go_on(self) -> None:
+        while self._error is None and not self._over.wait(self._window_seconds):
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            self._taken.append(self._read())
+        except DeviceError as error:
+            self._error = error
+
+
+def cpu_finding(readings: Sequence[CpuTimes], threads: int) -> Finding:
+    """Judge the time from the first reading to the last by the rule of this module."""
+    whole = _cpu_trouble(readings[0], readings[-1], threads)
+    if whole is not None:
+        return Finding(whole)
+    windows = [(a, b, _cpu_trouble(a, b, threads)) for a, b in pairwise(readings)]
+    bad = [(b.at - a.at, trouble) for a, b, trouble in windows if trouble is not None]
+    share = sum(seconds for seconds, _ in bad) / max(readings[-1].at - readings[0].at, 1e-6)
+    if share > BAD_WINDOWS:
+        return Finding(f"for {share:.0%} of the time {max(bad)[1]}")
+    return QUIET
+
+
+def _cpu_trouble(began: CpuTimes, ended: CpuTimes, threads: int) -> str | None:
+    """Return what was wrong between two readings, on average."""
     seconds = max(ended.at - began.at, 1e-6)
     others = max(0.0, (ended.busy - began.busy) - (ended.own - began.own)) / seconds
     free = ended.cores - others
     if free < threads * (1 - MARGIN):
-        return Finding(
+        return (
             f"other processes used {others:.1f} of {ended.cores} cores, which left "
             f"{max(0.0, free):.1f} for {threads} thread{'s' if threads > 1 else ''}"
         )
     held = ((ended.held_back or 0.0) - (began.held_back or 0.0)) / seconds
     if held > HELD_BACK:
-        return Finding(f"the container's CPU limit held it back for {held:.0%} of the time")
-    return QUIET
+        return f"the container's CPU limit held it back for {held:.0%} of the time"
+    return None
 
 
 def read_cpu_times(proc: Path = _PROC, cgroup: Path = _CGROUP) -> CpuTimes:
@@ -272,26 +329,38 @@ def undisturbed(
     tries: int = 3,
     pause_seconds: float = PAUSE_SECONDS,
     sleep: Sleep = time.sleep,
+    good: Callable[[T], bool] = lambda value: True,
 ) -> Watched[T]:
     """Measure while nothing else runs; a disturbed measurement is repeated after a pause.
 
-    The last try measures whatever was found before it, so that there is always a value.
+    The last try measures whatever was found before it, so that there is always a value. good:
+    whether an undisturbed value ends the tries; if none does, the last undisturbed one is returned.
     """
+    spare: Watched[T] | None = None
     for number in range(1, tries + 1):
+        last = number == tries
         before = _joined((watch.idle() for watch in watches), "before")
-        if before.disturbed is None or number == tries:
+        if before.disturbed is None or (last and spare is None):
             watched = _watched(measure, watches, before)
-            if watched.finding.disturbed is None or number == tries:
+            quiet = watched.finding.disturbed is None
+            if quiet and good(watched.value):
                 return replace(watched, tries=number)
+            spare = watched if quiet or (last and spare is None) else spare
+        if last:
+            break
         sleep(pause_seconds * number)
-    raise AssertionError("tries must be at least 1")
+    assert spare is not None, "tries must be at least 1"
+    return replace(spare, tries=tries)
 
 
 def _watched(measure: Callable[[], T], watches: Sequence[Watch], before: Finding) -> Watched[T]:
     for watch in watches:
         watch.start()
-    value = measure()
-    during = _joined([watch.stop() for watch in watches], "during")
+    try:
+        value = measure()
+    finally:
+        found = [watch.stop() for watch in watches]
+    during = _joined(found, "during")
     after = _joined((watch.idle() for watch in watches), "after")
     return Watched(value, before.merged(during).merged(after), 1)
 

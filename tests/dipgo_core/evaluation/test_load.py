@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -49,20 +51,76 @@ def window(*, others: float, own: float = 0.0, cores: int = 2, held: float = 0.0
 def test_cpu_is_disturbed_when_others_leave_too_few_cores(
     others: float, threads: int, cores: int, quiet: bool
 ) -> None:
-    finding = cpu_finding(*window(others=others, own=threads, cores=cores), threads)
+    finding = cpu_finding(window(others=others, own=threads, cores=cores), threads)
 
     assert (finding == QUIET) is quiet
 
 
 def test_cpu_finding_says_who_had_what() -> None:
-    finding = cpu_finding(*window(others=1.5, own=0.5), 1)
+    finding = cpu_finding(window(others=1.5, own=0.5), 1)
 
     assert finding.disturbed == "other processes used 1.5 of 2 cores, which left 0.5 for 1 thread"
 
 
+def seconds_of(*others: float, cores: int, threads: int) -> list[CpuTimes]:
+    """Readings once a second, of that many foreign cores busy in each, and of all own threads."""
+    busy = [0.0, *accumulate(each + threads for each in others)]
+    return [
+        CpuTimes(at=float(i), busy=busy[i], own=float(i * threads), cores=cores)
+        for i in range(len(busy))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "cores", "quiet"),
+    [
+        ([16.0] * 20 + [0.0] * 40, 8, 16, False),  # 5.3 cores on average leave 10.7 for 8 threads
+        ([2.0, 0.0] * 10, 1, 2, False),  # 1.0 on average leaves 1.0 for 1 thread
+        ([2.0] * 4 + [0.0] * 16, 1, 2, True),  # a fifth
+        ([2.0] * 5 + [0.0] * 15, 1, 2, False),
+        ([1.1] * 20, 1, 2, True),
+    ],
+)
+def test_load_that_comes_and_goes_is_not_averaged_away(
+    others: list[float], threads: int, cores: int, quiet: bool
+) -> None:
+    finding = cpu_finding(seconds_of(*others, cores=cores, threads=threads), threads)
+
+    assert (finding == QUIET) is quiet
+
+
+def test_finding_says_for_how_long_others_were_busy() -> None:
+    finding = cpu_finding(seconds_of(2, 0, 0, 2, 0, cores=2, threads=1), 1)
+
+    assert finding.disturbed == (
+        "for 40% of the time other processes used 2.0 of 2 cores, which left 0.0 for 1 thread"
+    )
+
+
+def test_watch_reads_while_the_measurement_runs() -> None:
+    """By the readings' own clock each is a second after the one before."""
+    made = iter(seconds_of(*[2.0] * 2, *[0.0] * 1000, cores=2, threads=1))
+    enough = threading.Event()
+    taken: list[CpuTimes] = []
+
+    def read() -> CpuTimes:
+        taken.append(next(made))
+        if len(taken) == 5:
+            enough.set()
+        return taken[-1]
+
+    watch = CpuWatch(1, read=read, window_seconds=0.001)
+    watch.start()
+    enough.wait()
+    finding = watch.stop()
+
+    assert len(taken) >= 6
+    assert finding == cpu_finding(taken, 1)
+
+
 def test_limit_of_a_container_disturbs_when_it_holds_back() -> None:
-    assert cpu_finding(*window(others=0, held=0.4), 1) == QUIET
-    assert "for 12% of the time" in str(cpu_finding(*window(others=0, held=1.2), 1).disturbed)
+    assert cpu_finding(window(others=0, held=0.4), 1) == QUIET
+    assert "for 12% of the time" in str(cpu_finding(window(others=0, held=1.2), 1).disturbed)
 
 
 def test_cpu_times_are_of_the_cores_this_process_may_use(tmp_path: Path) -> None:
@@ -159,6 +217,39 @@ class Script:
 
     def stop(self) -> Finding:
         return self.idle()
+
+
+def test_watches_are_stopped_when_a_measurement_fails() -> None:
+    def fail() -> None:
+        raise DeviceError("out of memory")
+
+    watch = CpuWatch(1, sleep=lambda seconds: None)
+    before = threading.active_count()
+    with pytest.raises(DeviceError, match="out of memory"):
+        undisturbed(fail, [watch], tries=1)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("findings", "values", "expected"),
+    [
+        ([None] * 6, "xa", ("a", 2, None)),  # a better one comes
+        ([None] * 9, "xyz", ("z", 3, None)),  # none does: the last
+        ([None] * 3 + ["noise"] * 2, "xa", ("x", 3, None)),  # noise after it: the undisturbed one
+        ([None] * 4 + ["noise", None, "noise"], "xa", ("x", 3, None)),
+    ],
+)
+def test_value_that_is_not_good_is_measured_again(
+    findings: list[str | None], values: str, expected: tuple[str, int, str | None]
+) -> None:
+    made = iter(values)
+    watched = undisturbed(
+        lambda: next(made),
+        [Script(*findings)],
+        sleep=lambda seconds: None,
+        good=lambda value: value == "a",
+    )
+    assert (watched.value, watched.tries, watched.finding.disturbed) == expected
 
 
 def measured(*findings: str | None, tries: int = 3) -> tuple[str | None, int, int, list[float]]:
