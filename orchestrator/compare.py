@@ -47,8 +47,9 @@ def _no_arrays(metric: str) -> Replicates | None:
 class Side:
     """One point, as it is compared.
 
-    model, weights: id, and digest of the weights. figures: by name, speeds included. conditions:
-    what its latency was measured under, None where it was not. evaluation: key of the task that
+    model, weights: id, and digest of the weights. figures: by name, speeds included. convention:
+    how its MACs are counted. conditions: what its latency was measured under, None where it was
+    not. evaluation: key of the task that
     made its images. replicates: of a metric of its images, None where the arrays are not at hand.
     """
 
@@ -58,6 +59,7 @@ class Side:
     weights: str
     protocol: Protocol
     figures: Mapping[str, Figure]
+    convention: str
     conditions: Mapping[str, Any] | None = None
     evaluation: str
     replicates: Replicated = _no_arrays
@@ -135,6 +137,7 @@ def side_of_point(
         weights=record.inputs["model"]["weights_sha256"],
         protocol=Protocol.from_json(record.inputs["protocol"]),
         figures=figures,
+        convention=record.inputs["macs_convention"],
         conditions=None if timed is None else latency_conditions(timed),
         evaluation=record.key,
         replicates=lambda metric: comparisons.replicates(metric, record.key),
@@ -147,7 +150,7 @@ def side_of_subnet(subnet: SubNet, name: str) -> Side:
     Raises:
         ConfigError: the file does not say how it was measured.
     """
-    origin, metrics = subnet.provenance, subnet.metrics
+    origin = subnet.provenance
     try:
         protocol = Protocol.from_json(origin["protocol_fields"])
         return Side(
@@ -156,11 +159,12 @@ def side_of_subnet(subnet: SubNet, name: str) -> Side:
             model=str(subnet.model["id"]),
             weights=str(origin["weights_sha256"]),
             protocol=protocol,
-            figures=_figures_of_file(metrics, protocol),
-            conditions=origin.get("latency"),
+            figures=_figures_of_file(_mapping(subnet.metrics, "metrics"), protocol),
+            convention=str(subnet.macs["convention"]),
+            conditions=_mapping_or_none(origin.get("latency"), "latency"),
             evaluation=str(origin["evaluate_key"]),
         )
-    except (KeyError, TypeError, EvaluationError) as error:
+    except (KeyError, TypeError, ValueError, EvaluationError) as error:
         raise ConfigError(
             f"{name} does not say how it was measured ({error}): export the SubNet again with "
             "`dipgo-sweep export`"
@@ -173,18 +177,26 @@ def check_comparable(a: Side, b: Side) -> None:
     Raises:
         ConfigError: names every field that differs, and what to do.
     """
-    lines: list[str] = []
-    move = ALIKE
+    differences = _differences(a, b)
+    if differences:
+        raise _incomparable(a, b, differences)
+
+
+def _differences(a: Side, b: Side) -> list[str]:
+    """Return a line for everything that keeps two sides from being compared."""
+    lines = list(a.protocol.differences(b.protocol))
     if a.weights != b.weights:
         mine, theirs = (f"{one.model} ({short(one.weights)})" for one in (a, b))
-        lines.append(f"model: {mine} against {theirs}")
-        move = "Compare each with its own dense run: `pareto` shows its gains."
-    lines += a.protocol.differences(b.protocol)
-    if not lines:
-        return
+        lines.insert(0, f"model: {mine} against {theirs}")
+    return lines
+
+
+def _incomparable(a: Side, b: Side, differences: Sequence[str]) -> ConfigError:
+    alike = a.weights == b.weights
+    move = ALIKE if alike else "Compare each with its own dense run: `pareto` shows its gains."
     hashes = " and ".join(short(one.protocol.hash) for one in (a, b))
-    listed = "".join(f"\n  {line}" for line in lines)
-    raise ConfigError(
+    listed = "".join(f"\n  {line}" for line in differences)
+    return ConfigError(
         f"A ({a.name}) and B ({b.name}) cannot be compared: figures of two models or two protocols "
         f"({hashes}) are on two scales. They differ in{listed}\n{move}"
     )
@@ -199,7 +211,8 @@ def compare_sides(a: Side, b: Side) -> Comparison:
     check_comparable(a, b)
     rows: list[Row] = []
     notes: list[str] = []
-    for figure in (*COUNTED, *_comparable_times(a, b, notes), *IMAGE_FIGURES):
+    speeds = (*_comparable_counts(a, b, notes), *_comparable_times(a, b, notes))
+    for figure in (*speeds, *IMAGE_FIGURES):
         if figure in a.figures and figure in b.figures:
             mine, theirs = a.figures[figure], b.figures[figure]
             told = _difference(figure, a, b)
@@ -207,6 +220,27 @@ def compare_sides(a: Side, b: Side) -> Comparison:
     if a.evaluation == b.evaluation:
         notes.append("A and B are the same SubNet, evaluated once")
     return Comparison(a=a, b=b, rows=tuple(rows), notes=tuple(notes))
+
+
+def compare_all(pairs: Iterable[tuple[Side, Side]]) -> tuple[tuple[Comparison, ...], list[str]]:
+    """Compare the pairs that may be compared; of each of the others say what differs.
+
+    Raises:
+        ConfigError: none of them may be.
+    """
+    found: list[Comparison] = []
+    left_out: list[str] = []
+    refused: ConfigError | None = None
+    for a, b in pairs:
+        differences = _differences(a, b)
+        if differences:
+            refused = refused or _incomparable(a, b, differences)
+            left_out.append(f"{a.name} is not compared: {'; '.join(differences)}")
+        else:
+            found.append(compare_sides(a, b))
+    if refused is not None and not found:
+        raise refused
+    return tuple(found), left_out
 
 
 def matching_points(
@@ -236,18 +270,47 @@ def _speeds(point: ResolvedPoint) -> dict[str, Figure]:
 
 
 def _figures_of_file(metrics: Mapping[str, Any], protocol: Protocol) -> dict[str, Figure]:
-    return {
-        name: Figure(
-            value=float(metrics[name]),
-            low=metrics.get(f"{name}_low"),
-            high=metrics.get(f"{name}_high"),
-            n=int(metrics.get("n", {}).get(name, 0)),
-            scorer=metrics.get("scorers", {}).get(name),
-            protocol=protocol.hash,
-        )
-        for name in (*COUNTED, *TIMES, *IMAGE_FIGURES)
-        if metrics.get(name) is not None
-    }
+    counts = _mapping(metrics.get("n", {}), "metrics.n")
+    scorers = _mapping(metrics.get("scorers", {}), "metrics.scorers")
+    figures: dict[str, Figure] = {}
+    for name in (*COUNTED, *TIMES, *IMAGE_FIGURES):
+        value, low, high = (_number(metrics, name + end) for end in ("", "_low", "_high"))
+        if value is not None:
+            n, scorer = int(_number(counts, name) or 0), scorers.get(name)
+            figures[name] = Figure(value, low, high, n, scorer, protocol.hash)
+    return figures
+
+
+def _number(values: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a file, None where it has none; speeds are above zero."""
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if value <= 0 and name.startswith((*COUNTED, *TIMES)):
+        raise ValueError(f"{name} must be above zero, got {value!r}")
+    return float(value)
+
+
+def _mapping(value: object, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{place} must be an object, got {value!r}")
+    return value
+
+
+def _mapping_or_none(value: object, place: str) -> Mapping[str, Any] | None:
+    return None if value is None else _mapping(value, place)
+
+
+def _comparable_counts(a: Side, b: Side, notes: list[str]) -> Sequence[str]:
+    """Return the names of counted figures if both count alike; else note that they do not."""
+    if a.convention == b.convention:
+        return COUNTED
+    notes.append(
+        f"MACs are not compared: macs_convention: {a.convention!r} against {b.convention!r}"
+    )
+    return ()
 
 
 def _comparable_times(a: Side, b: Side, notes: list[str]) -> Sequence[str]:

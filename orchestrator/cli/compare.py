@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.compare import (
     Difference,
     Row,
     Side,
-    check_comparable,
+    compare_all,
     compare_sides,
     matching_points,
     side_of_point,
@@ -33,9 +34,15 @@ USAGE = (
 )
 
 
-def compare_named(
-    names: Sequence[str], overrides: Sequence[str], model: str | None
-) -> tuple[Comparison, ...]:
+@dataclass(frozen=True)
+class Compared:
+    """What was compared, and a line for each pair of matching points that cannot be."""
+
+    pairs: tuple[Comparison, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def compare_named(names: Sequence[str], overrides: Sequence[str], model: str | None) -> Compared:
     """Return the comparisons that the arguments ask for: one, or one for each matching point.
 
     Raises:
@@ -51,45 +58,49 @@ def compare_named(
         if overrides:
             raise ConfigError("-o changes a sweep file; SubNet files are compared as they are")
         sides = [side_of_subnet(SubNet.load(name), name) for name in names]
-        return (compare_sides(sides[0], sides[1]),)
+        return Compared((compare_sides(sides[0], sides[1]),))
     if len(names) == 3 and kinds[0] == "sweep" and kinds[1:] == ["key", "key"]:
         results = open_results(Path(names[0]), overrides)
         chosen = [_side(results, point_by_key(results.points, key)) for key in names[1:]]
-        return (compare_sides(chosen[0], chosen[1]),)
+        return Compared((compare_sides(chosen[0], chosen[1]),))
     raise ConfigError(f"{USAGE}; got {', '.join(names)}")
 
 
-def compare_sweeps(ours: Results, theirs: Results, model: str | None) -> tuple[Comparison, ...]:
-    """Compare the matching points of two sweeps, model by model.
+def compare_sweeps(ours: Results, theirs: Results, model: str | None) -> Compared:
+    """Compare the matching points of two sweeps, model by model. A race may have stopped one of a
+    pair at fewer images, under another protocol: that pair is left out.
 
     Raises:
-        ConfigError: no model in common, or one that was measured under two protocols.
+        ConfigError: no model in common, or no two matching points that may be compared.
     """
-    found = []
+    pairs: list[tuple[Side, Side]] = []
     for name in _common_models(ours, theirs, model):
         mine, its = ([p for p in r.points if p.model == name] for r in (ours, theirs))
-        pairs = [(_side(ours, a), _side(theirs, b)) for a, b in matching_points(mine, its)]
-        if pairs:
-            check_comparable(*pairs[0])
-        # a race may have stopped one of a pair at fewer images: another protocol, left out
-        found += [compare_sides(a, b) for a, b in pairs if a.protocol == b.protocol]
-    if not found:
+        pairs += [(_side(ours, a), _side(theirs, b)) for a, b in matching_points(mine, its)]
+    if not pairs:
         raise ConfigError("the two sweeps have no finished point in common: run them first")
-    return tuple(found)
+    found, left_out = compare_all(pairs)
+    return Compared(found, tuple(left_out))
 
 
-def comparisons_json(found: Sequence[Comparison]) -> dict[str, Any]:
+def comparisons_json(found: Compared) -> dict[str, Any]:
     """Return the document of `compare --json`; every comparison has its protocol among those."""
-    protocols = {one.a.protocol.hash: one.a.protocol.to_json() for one in found}
-    pairs = [{"protocol": one.a.protocol.hash, **one.to_json()} for one in found]
-    return {"protocols": protocols, "comparisons": pairs}
+    protocols = {one.a.protocol.hash: one.a.protocol.to_json() for one in found.pairs}
+    pairs = [{"protocol": one.a.protocol.hash, **one.to_json()} for one in found.pairs]
+    return {"protocols": protocols, "comparisons": pairs, "left_out": list(found.left_out)}
 
 
-def print_comparisons(found: Sequence[Comparison]) -> None:
+def print_comparisons(found: Compared) -> None:
     """Print one table for two points, or one a model and figure for two sweeps."""
-    if len(found) == 1:
-        _print_pair(found[0])
-        return
+    if len(found.pairs) == 1:
+        _print_pair(found.pairs[0])
+    else:
+        _print_tables(found.pairs)
+    for line in found.left_out:
+        say(line)
+
+
+def _print_tables(found: Sequence[Comparison]) -> None:
     tables: dict[tuple[str, str, str], list[tuple[Comparison, Row]]] = {}
     for one in found:
         for row in one.rows:

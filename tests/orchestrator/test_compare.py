@@ -10,9 +10,21 @@ from safetensors.numpy import load
 
 from dipgo_core.errors import ConfigError
 from orchestrator.cli import main
-from orchestrator.cli.compare import compare_sweeps, comparisons_json, print_comparisons
+from orchestrator.cli.compare import (
+    Compared,
+    compare_sweeps,
+    comparisons_json,
+    print_comparisons,
+)
 from orchestrator.cli.sweeps import Results
-from orchestrator.compare import Comparison, Side, compare_sides, side_of_point, side_of_subnet
+from orchestrator.compare import (
+    Comparison,
+    Side,
+    compare_all,
+    compare_sides,
+    side_of_point,
+    side_of_subnet,
+)
 from orchestrator.export import export_subnet
 from orchestrator.points import ResolvedPoint
 from orchestrator.store import FolderStore
@@ -180,12 +192,83 @@ def test_sweeps_are_compared_by_matching_points_of_different_stores(
 ) -> None:
     other = results_of(a_sweep(), tmp_path)
     found = compare_sweeps(results, other, "tiny")
-    assert len(found) == sum(point.model == "tiny" for point in results.points)
-    assert {one.a.key for one in found} == {p.key for p in results.points if p.model == "tiny"}
+    assert len(found.pairs) == sum(point.model == "tiny" for point in results.points)
+    assert found.left_out == ()
+    assert {one.a.key for one in found.pairs} == {
+        p.key for p in results.points if p.model == "tiny"
+    }
     document = comparisons_json(found)
     assert json.dumps(document, allow_nan=False) and len(document["protocols"]) == 1
     print_comparisons(found)
     assert "CLIP score (tiny), protocol" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stopped", ["dense", "search"])  # the first pair, and another one
+def test_pairs_of_two_protocols_are_left_out_with_what_differs(
+    results: Results, stopped: str
+) -> None:
+    pairs = [(side(results, method), side(results, method)) for method in ("dense", "search")]
+    fewer = [
+        (a, replace(b, protocol=replace(b.protocol, images=32, kid_subset_size=16)))
+        if b.key == side(results, stopped).key
+        else (a, b)
+        for a, b in pairs
+    ]
+    found, left_out = compare_all(fewer)
+    assert [one.a.key for one in found] == [a.key for a, b in fewer if a.protocol == b.protocol]
+    (line,) = left_out
+    assert line.startswith(f"{side(results, stopped).name} is not compared: ")
+    assert "images: 64 against 32" in line and "kid_subset_size: 32 against 16" in line
+
+
+def test_pairs_that_are_left_out_are_shown(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = compare_sides(side(results, "uniform"), side(results, "search"))
+    found = Compared((pair,), ("x is not compared: images: 64 against 32",))
+    print_comparisons(found)
+    assert "x is not compared: images: 64 against 32" in capsys.readouterr().out
+    assert comparisons_json(found)["left_out"] == list(found.left_out)
+
+
+def test_macs_of_another_convention_are_left_out_with_the_reason(results: Results) -> None:
+    a, b = side(results, "uniform"), side(results, "search")
+    assert "macs_speedup" in {row.figure for row in compare_sides(a, b).rows}
+    found = compare_sides(a, replace(b, convention="paper"))
+    assert "macs_speedup" not in {row.figure for row in found.rows}
+    assert "MACs are not compared: macs_convention: 'all' against 'paper'" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("kid", "abc", "kid must be a number, got 'abc'"),
+        ("psnr", True, "psnr must be a number, got True"),
+        ("kid_low", "x", "kid_low must be a number, got 'x'"),
+        ("n", 5, "metrics.n must be an object, got 5"),
+        ("n", {"kid": []}, "kid must be a number"),
+        ("scorers", "clip", "metrics.scorers must be an object"),
+        ("macs_speedup", 0, "macs_speedup must be above zero, got 0"),
+        ("speedup_low", -1.0, "speedup_low must be above zero"),
+    ],
+)
+def test_file_with_damaged_figures_is_refused(
+    results: Results, field: str, value: object, rule: str
+) -> None:
+    subnet = export_subnet(pick(results, "search"), results.store.records(), results.sweep)
+    damaged = replace(subnet, metrics={**subnet.metrics, field: value})
+    with pytest.raises(ConfigError, match=f"x.json .*{rule}.*export the SubNet again"):
+        side_of_subnet(damaged, "x.json")
+
+
+@pytest.mark.parametrize(("field", "value"), [("latency", 3), ("protocol_fields", "x")])
+def test_file_with_damaged_provenance_is_refused(
+    results: Results, field: str, value: object
+) -> None:
+    subnet = export_subnet(pick(results, "search"), results.store.records(), results.sweep)
+    damaged = replace(subnet, provenance={**subnet.provenance, field: value})
+    with pytest.raises(ConfigError, match="export the SubNet again"):
+        side_of_subnet(damaged, "x.json")
 
 
 def test_sweeps_without_a_common_model_are_refused(results: Results, tmp_path: Path) -> None:
