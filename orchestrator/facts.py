@@ -30,7 +30,7 @@ from dipgo_core.evaluation.prompts import (
     with_labels,
 )
 from dipgo_core.evaluation.protocol import largest_kid_subset
-from dipgo_core.evaluation.reference import check_statistics, folder_id
+from dipgo_core.evaluation.reference import check_folder, check_statistics
 from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
 from dipgo_core.items import Item
@@ -41,7 +41,6 @@ from orchestrator.sweep_settings import (
     Calibration,
     EvaluateSettings,
     PromptSource,
-    Reference,
     SweepFile,
     SweepModel,
 )
@@ -251,9 +250,23 @@ def _reference_of(model: SweepModel) -> tuple[str, str]:
     metrics = model.evaluate.metrics
     if not set(DISTRIBUTION) & set(metrics):
         return "dense", ""
-    if model.evaluate.reference.kind != "statistics":
-        return _reference(model.evaluate.reference)
-    return _statistics(model.evaluate.reference, model, kid="kid" in metrics)
+    reference = model.evaluate.reference
+    if reference.kind == "dense":
+        return "dense", ""
+    value = reference.value
+    if reference.kind == "folder" or value != BUNDLED:
+        value = str(Path(value).expanduser().absolute())
+    subset = largest_kid_subset(model.evaluate.images) if "kid" in metrics else 0
+    if reference.kind == "folder":
+        return check_folder(Path(value), kid_subset_size=subset), value
+    identity = check_statistics(
+        reference_path(value),
+        scorer_of("features", model.evaluate.scorers.features),
+        extractor=reference.extractor,
+        resize=reference.resize,
+        kid_subset_size=subset,
+    )
+    return identity, value
 
 
 def scorer_names(model: SweepModel) -> dict[Role, str]:
@@ -400,28 +413,3 @@ def check_enough(count: int, split: EvaluateSettings | Calibration) -> None:
 def reference_path(value: str) -> Path:
     """Return where the images or statistics lie that a task's options name."""
     return reference_statistics_path() if value == BUNDLED else Path(value)
-
-
-def _reference(reference: Reference) -> tuple[str, str]:
-    """Return a protocol's name of what FID compares with, and where it lies."""
-    if reference.kind == "dense":
-        return "dense", ""
-    value = reference.value
-    if value != BUNDLED:
-        value = str(Path(value).expanduser().absolute())
-    return folder_id(reference_path(value)), value
-
-
-def _statistics(reference: Reference, model: SweepModel, *, kid: bool) -> tuple[str, str]:
-    """Return the same of a statistics file, once it is found to fit the model's extractor."""
-    value = reference.value
-    if value != BUNDLED:
-        value = str(Path(value).expanduser().absolute())
-    identity = check_statistics(
-        reference_path(value),
-        scorer_of("features", model.evaluate.scorers.features),
-        extractor=reference.extractor,
-        resize=reference.resize,
-        kid_subset_size=largest_kid_subset(model.evaluate.images) if kid else 0,
-    )
-    return identity, value

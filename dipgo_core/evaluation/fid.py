@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch_fidelity import (
     FeatureExtractorBase,
@@ -35,6 +34,7 @@ from torch_fidelity.metric_kid import (
 
 from dipgo_core.errors import DipgoError, EvaluationError, ModelFilesError
 from dipgo_core.evaluation.fid_intervals import fid_infinity, fid_jackknife, moments
+from dipgo_core.evaluation.image_file import read_image
 from dipgo_core.evaluation.inception import inception_state
 from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.intervals import Figure
@@ -277,9 +277,4 @@ def read_images(files: Iterable[Path]) -> Iterable[Tensor]:
         EvaluationError: a file that cannot be read.
     """
     for path in files:
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise EvaluationError(f"cannot read the reference image {path}: {error}") from error
-        yield torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        yield torch.from_numpy(read_image(path)).permute(2, 0, 1)[None]

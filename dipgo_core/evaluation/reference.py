@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.fid_intervals import Moments, moments
+from dipgo_core.evaluation.image_file import check_image
 from dipgo_core.evaluation.scorers import FEATURE_DIMS, Scorer, files_sha256
 from dipgo_core.model_files import file_sha256
 
@@ -70,6 +71,26 @@ def folder_id(folder: Path) -> str:
         EvaluationError: no images in it.
     """
     return f"folder:{files_sha256(folder, [path.name for path in _images(folder)])}"
+
+
+def check_folder(folder: Path, *, kid_subset_size: int = 0) -> str:
+    """Return the reference id of a folder of images, after checking that they are enough and each
+    can be read. kid_subset_size: as of `check_statistics`.
+
+    Raises:
+        EvaluationError: no images, too few, or some that cannot be read.
+    """
+    files = image_files(folder)
+    if kid_subset_size > len(files):
+        raise EvaluationError(
+            f"kid draws subsets of {kid_subset_size} images, {folder} holds {len(files)}: lower "
+            "evaluate.images, or put more images there"
+        )
+    if len(files) < 2:
+        raise EvaluationError(f"a reference needs at least 2 images, {folder} holds one")
+    for path in files:
+        check_image(path)
+    return folder_id(folder)
 
 
 def image_files(folder: Path) -> list[Path]:

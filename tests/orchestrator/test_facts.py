@@ -136,6 +136,22 @@ def test_statistics_that_do_not_fit_are_refused_before_anything_runs(
         gather_facts(moments_on(tmp_path, resize, metrics))
 
 
+@pytest.mark.parametrize(
+    ("metrics", "images", "rule"),
+    [("[kid]", 8, "kid draws subsets of 4 images, .* holds 3"), ("[fid]", 2, r"image .*0\.png")],
+)
+def test_folder_that_cannot_serve_is_refused_before_anything_runs(
+    tmp_path: Path, metrics: str, images: int, rule: str
+) -> None:
+    (tmp_path / "few").mkdir()
+    for index in range(3):
+        (tmp_path / "few" / f"{index}.png").write_bytes(b"no image")
+    reference = f"reference: {{folder: few}}, metrics: {metrics}, images: {images}"
+    sweep = sweep_on(tmp_path, f"evaluate: {{{reference}, images_per_prompt: 3}}")
+    with pytest.raises(PreflightError, match=rule):
+        gather_facts(sweep)
+
+
 def test_moments_that_do_not_tell_what_made_them_are_refused(tmp_path: Path) -> None:
     (tmp_path / "real.npz").touch()
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dipgo_core.errors import EvaluationError
 from dipgo_core.evaluation.reference import (
     Reference,
+    check_folder,
     check_statistics,
     folder_id,
     image_files,
@@ -205,3 +207,32 @@ def test_folder_without_images_is_refused(tmp_path: Path) -> None:
         folder_id(tmp_path)
     with pytest.raises(EvaluationError, match="no reference images"):
         image_files(tmp_path / "missing")
+
+
+def folder_of(tmp_path: Path, count: int) -> Path:
+    for index in range(count):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("count", "subset", "rule"),
+    [(3, 4, "kid draws subsets of 4 images, .* holds 3"), (1, 0, "needs at least 2 images")],
+)
+def test_folder_of_too_few_images_is_refused(
+    tmp_path: Path, count: int, subset: int, rule: str
+) -> None:
+    with pytest.raises(EvaluationError, match=rule):
+        check_folder(folder_of(tmp_path, count), kid_subset_size=subset)
+
+
+def test_folder_of_whole_images_has_the_id_it_is_loaded_with(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 4)
+    assert check_folder(folder, kid_subset_size=4) == folder_id(folder)
+
+
+def test_image_that_cannot_be_read_is_named_before_anything_runs(tmp_path: Path) -> None:
+    data = (folder_of(tmp_path, 3) / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(data[:-20])
+    with pytest.raises(EvaluationError, match=r"cannot read the reference image .*1\.png"):
+        check_folder(tmp_path)
