@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Literal
 
 from dipgo_core import hub
 from dipgo_core.errors import HubError
-from dipgo_core.evaluation.image_reward_files import VOCABULARY, VOCABULARY_ID, WEIGHTS
+from dipgo_core.evaluation.image_reward_files import hub_files
 from dipgo_core.evaluation.metrics import Role
-from dipgo_core.evaluation.scorers import hub_scorer
+from dipgo_core.evaluation.scorers import hub_revisions, hub_scorer
 from dipgo_core.families import Scorers
 from dipgo_core.model_files import (
     hub_network_files,
@@ -24,9 +24,6 @@ from orchestrator.facts import scorer_names
 from orchestrator.sweep_settings import PromptSource, SweepFile, SweepModel
 
 NeedKind = Literal["model", "scorer", "prompts", "vocabulary"]
-
-#: Kinds whose revision a sweep file can say.
-PINNABLE: Final[tuple[NeedKind, ...]] = ("model", "scorer", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +137,13 @@ def _needs_of(model: SweepModel) -> Iterator[tuple[str, HubNeed]]:
 
 def _scorer_needs(role: Role, name: str) -> Iterator[tuple[str, HubNeed]]:
     field = f"evaluate.scorers.{role}"
-    hub_id, revision = hub.split_id(name)
-    file = WEIGHTS if role == "image_reward" else None
-    yield field, HubNeed(kind="scorer", id=hub_id, revision=revision, role=role, file=file)
-    if role == "image_reward":
-        yield (
-            field,
-            HubNeed(kind="vocabulary", id=VOCABULARY_ID, revision=None, file=VOCABULARY),
-        )
+    if role != "image_reward":
+        hub_id, revision = hub.split_id(name)
+        yield field, HubNeed(kind="scorer", id=hub_id, revision=revision, role=role)
+        return
+    (hub_id, revision, weights), (words_id, words_revision, words) = hub_files(name)
+    yield field, HubNeed(kind="scorer", id=hub_id, revision=revision, role=role, file=weights)
+    yield field, HubNeed(kind="vocabulary", id=words_id, revision=words_revision, file=words)
 
 
 def resolve_needs(needs: Sequence[HubNeed]) -> tuple[dict[str, str], list[str]]:
@@ -193,13 +189,24 @@ def _pinned(model: SweepModel, commits: Commits) -> SweepModel:
 
 
 def _pinned_scorers(model: SweepModel, commits: Commits) -> Scorers:
-    pinned: dict[str, str] = {}
-    for role, name in scorer_names(model).items():
-        hub_id, revision = hub.split_id(name)
+    pinned = {
+        role: pinned_scorer(role, name, commits) for role, name in scorer_names(model).items()
+    }
+    return replace(model.evaluate.scorers, **{str(role): name for role, name in pinned.items()})
+
+
+def pinned_scorer(role: Role, name: str, commits: Commits) -> str:
+    """Return a scorer's name with the commit of each repository it is read from; as it is, if it is
+    from no hub, or not all of them are known."""
+    if not hub_scorer(name):
+        return name
+    found: list[str] = []
+    for hub_id, revision in hub_revisions(role, name):
         commit = commits.get(revision_key(hub_id, revision, "model"))
-        if commit and hub_scorer(name):
-            pinned[role] = f"{hub_id}@{commit}"
-    return replace(model.evaluate.scorers, **pinned)
+        if commit is None and not hub.is_commit(revision):
+            return name
+        found.append(commit or str(revision))
+    return f"{hub.split_id(name)[0]}@{'+'.join(found)}"
 
 
 def _pinned_prompts(source: PromptSource, commits: Commits) -> PromptSource:

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from dipgo_core.errors import ConfigError, SweepFileError
 from dipgo_core.evaluation.metrics import Role
-from dipgo_core.hub import MAIN, split_id
+from dipgo_core.hub import MAIN
 from orchestrator.facts import refusal, scorer_names
 from orchestrator.hub_needs import (
-    PINNABLE,
     Commits,
     HubNeed,
     hub_needs,
+    pinned_scorer,
     resolve_needs,
     revision_key,
     with_commits,
@@ -81,7 +81,7 @@ def pin_file(path: Path, *, write: bool = True) -> Pinned:
         ConfigError: the file is written in a way that cannot be edited; nothing is written.
     """
     sweep = load_sweep(path, _ALLOWED)
-    needs = [need for need in hub_needs(sweep) if need.kind in PINNABLE and not need.pinned]
+    needs = [need for need in hub_needs(sweep) if not need.pinned]
     commits, problems = resolve_needs(needs)
     if problems:
         raise refusal(sweep, problems, "pinned")
@@ -281,10 +281,9 @@ def _unpinned_scorers(model: SweepModel, commits: Commits) -> dict[Role, str]:
     """Return the scorers of a model that have no commit, with it."""
     found: dict[Role, str] = {}
     for role, name in scorer_names(model).items():
-        hub_id, revision = split_id(name)
-        commit = commits.get(revision_key(hub_id, revision, "model"))
-        if commit is not None:
-            found[role] = f"{hub_id}@{commit}"
+        pinned = pinned_scorer(role, name, commits)
+        if pinned != name:
+            found[role] = pinned
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dipgo_core import hub
 from dipgo_core.errors import DipgoError
-from dipgo_core.evaluation.inception_files import INCEPTION, checked_inception
+from dipgo_core.evaluation.inception_files import INCEPTION, inception_file
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.evaluation.scorers import MODEL_TYPES, model_type_of
 from dipgo_core.model_files import NETWORK_CONFIGS, check_weights, model_folder
@@ -22,7 +22,6 @@ from orchestrator.facts import (
     scorer_names,
 )
 from orchestrator.hub_needs import (
-    PINNABLE,
     Commits,
     HubNeed,
     cached_commits,
@@ -71,7 +70,7 @@ def prepare(sweep: SweepFile, *, last: Mapping[str, Any] | None = None) -> Ready
         raise refusal(sweep, problems)
     for remark in remarks_on_items(resolved, facts):
         logger.warning("%s", remark)
-    noted = {need.key: commits[need.key] for need in needs if need.kind in PINNABLE}
+    noted = {need.key: commits[need.key] for need in needs}
     return Ready(sweep=resolved, facts=facts, commits=noted)
 
 
@@ -175,14 +174,9 @@ def _published(name: str, find: Callable[[str], Path], users: tuple[str, ...]) -
     return PublishedFile(scorer=name, users=users, path=path, problem=None)
 
 
-def _inception(name: str) -> Path:
-    files = checked_inception(name)
-    return files.converted if files.converted.is_file() else files.original
-
-
 #: How the file of a scorer is found and checked, by the first word of its name.
 _PUBLISHED: Mapping[str, Callable[[str], Path]] = {
-    INCEPTION: _inception,
+    INCEPTION: inception_file,
     **dict.fromkeys(BACKBONES, checked_backbone),
 }
 

@@ -8,16 +8,29 @@ from typing import Final
 
 from dipgo_core import hub
 from dipgo_core.errors import HubError, ModelFilesError
+from dipgo_core.evaluation.tensor_names import check_tensors
 
 WEIGHTS: Final = "ImageReward.pt"
 VOCABULARY: Final = "vocab.txt"
 #: ImageReward is published without the vocabulary of its text encoder, which is this model's.
 VOCABULARY_ID: Final = "google-bert/bert-base-uncased"
+#: Tensors that tell how wide and deep its parts are, and so are looked for before it is built.
+_TENSORS: Final = (
+    "blip.visual_encoder.patch_embed.proj.weight",
+    "blip.visual_encoder.pos_embed",
+    "blip.visual_encoder.blocks.0.mlp.fc1.weight",
+    "blip.text_encoder.embeddings.word_embeddings.weight",
+    "blip.text_encoder.embeddings.position_embeddings.weight",
+    "blip.text_encoder.encoder.layer.0.crossattention.self.key.weight",
+    "blip.text_encoder.encoder.layer.0.intermediate.dense.weight",
+    "mlp.layers.0.weight",
+)
+_SPECIAL: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 @dataclass(frozen=True)
 class RewardFiles:
-    """Where ImageReward lies. name: with its commit, if it is from the hub."""
+    """Where ImageReward lies. name: with its commits, if it is from the hub."""
 
     name: str
     weights: Path
@@ -25,8 +38,12 @@ class RewardFiles:
 
 
 def hub_files(name: str) -> tuple[tuple[str, str | None, str], ...]:
-    """Return (id, revision, file) of what `name` (``owner/name@revision``) needs from the hub."""
+    """Return (id, revision, file) of what `name` needs from the hub: ``owner/name``,
+    ``owner/name@revision``, or ``owner/name@revision+commit``, the last of the vocabulary."""
     hub_id, revision = hub.split_id(name)
+    weights, plus, words = (revision or "").rpartition("+")
+    if plus and hub.is_commit(words):
+        return (hub_id, weights or None, WEIGHTS), (VOCABULARY_ID, words, VOCABULARY)
     return (hub_id, revision, WEIGHTS), (VOCABULARY_ID, None, VOCABULARY)
 
 
@@ -49,6 +66,33 @@ def reward_folder(name: str) -> Path | None:
     return folder
 
 
+def check_reward(weights: Path) -> None:
+    """Check that a file is an ImageReward, as far as the names of its tensors tell.
+
+    Raises:
+        ModelFilesError: it is torn, or another network.
+    """
+    check_tensors(weights, _TENSORS, "ImageReward")
+
+
+def words_of(vocabulary: Path) -> list[str]:
+    """Return the words of a vocabulary, in order of their numbers.
+
+    Raises:
+        ModelFilesError: it cannot be read, or is none of BERT's.
+    """
+    try:
+        words = vocabulary.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFilesError(f"{vocabulary} cannot be read: {error}") from error
+    if lacking := [word for word in _SPECIAL if word not in words]:
+        raise ModelFilesError(
+            f"{vocabulary} has {len(words)} words without {lacking[0]}: it must be the vocabulary "
+            f"of {VOCABULARY_ID}"
+        )
+    return words
+
+
 def reward_files(name: str) -> RewardFiles:
     """Return where the files lie, after fetching from the hub what is missing.
 
@@ -65,4 +109,4 @@ def reward_files(name: str) -> RewardFiles:
     for hub_id, revision, file in hub_files(name):
         commits.append(hub.resolve_commit(hub_id, revision))
         paths.append(hub.fetch(hub_id, commits[-1], [file]) / file)
-    return RewardFiles(f"{hub.split_id(name)[0]}@{commits[0]}", *paths)
+    return RewardFiles(f"{hub.split_id(name)[0]}@{'+'.join(commits)}", *paths)

@@ -16,8 +16,8 @@ from typing import Any
 from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
 from dipgo_core.evaluation.image_reward_files import (
     VOCABULARY,
-    VOCABULARY_ID,
     WEIGHTS,
+    hub_files,
     reward_folder,
 )
 from dipgo_core.evaluation.inception_files import INCEPTION, inception_files
@@ -152,16 +152,19 @@ def lpips_scorer(name: str) -> Scorer:
 
 
 def image_reward_scorer(name: str) -> Scorer:
-    """Return the ImageReward called `name`: a folder, or ``owner/name[@revision]`` on the hub.
+    """Return the ImageReward called `name`: a folder, or ``owner/name[@revision[+commit]]`` on the
+    hub, where the commit is that of the vocabulary.
 
     Raises:
-        ModelFilesError: a folder was named that lacks files.
+        ModelFilesError: a folder was named that lacks files, or holds others.
     """
     resize = "antialiased bicubic to 224 on the shorter side, then the middle square"
     folder = reward_folder(name)
     if folder is None:
-        hub_id, revision = split_id(name)
-        return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}+{VOCABULARY_ID}", resize)
+        sources = (f"{hub_id}@{revision or MAIN}" for hub_id, revision, _ in hub_files(name))
+        return Scorer(split_id(name)[0], f"hub:{'+'.join(sources)}", resize)
+    check_reward(folder / WEIGHTS)
+    words_of(folder / VOCABULARY)
     parts = (file_sha256(folder / file) for file in (WEIGHTS, VOCABULARY))
     return Scorer(folder.name, "+".join(parts), resize)
 
@@ -223,6 +226,14 @@ def _names(folder: Path) -> list[str]:
 def hub_scorer(name: str) -> bool:
     """Return whether a scorer's name means a repository on the hub."""
     return is_hub_id(split_id(name)[0]) and not Path(name).is_dir()
+
+
+def hub_revisions(role: Role, name: str) -> tuple[tuple[str, str | None], ...]:
+    """Return id and revision of each repository that a scorer on the hub is read from, its own
+    first."""
+    if role == "image_reward":
+        return tuple((hub_id, revision) for hub_id, revision, _ in hub_files(name))
+    return (split_id(name),)
 
 
 def network_folder(name: str) -> Path | None:

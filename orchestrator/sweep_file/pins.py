@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dipgo_core.evaluation.metrics import roles_of
-from dipgo_core.evaluation.scorers import hub_scorer
+from dipgo_core.evaluation.scorers import hub_revisions, hub_scorer
 from dipgo_core.hub import is_commit, split_id
 from orchestrator.sweep_issues import Issues
 from orchestrator.sweep_settings import EvaluateSettings, PromptSource
@@ -34,10 +34,11 @@ def check_scorer_pins(section: Node, evaluate: EvaluateSettings, issues: Issues)
         name = getattr(evaluate.scorers, role)
         if name is None or not hub_scorer(name):
             continue
-        hub_id, revision = split_id(name)
-        if not is_commit(revision):
+        (hub_id, _), *more = parts = hub_revisions(role, name)
+        if not all(is_commit(revision) for _, revision in parts):
             place = _child(scorers, role)
-            rule = f"{_rule(place, revision)} (as {role}: {hub_id}@<commit>)"
+            commits = "+".join(["<commit>", *(f"<commit of {other}>" for other, _ in more)])
+            rule = f"{_rule(place, split_id(name)[1])} (as {role}: {hub_id}@{commits})"
             issues.add(place.issue(rule, path=join(join(section.path, "scorers"), role)))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from dipgo_core.errors import ConfigError, PreflightError
+from dipgo_core.errors import ConfigError, PreflightError, SweepFileError
+from dipgo_core.evaluation.scorers import scorer_of
 from orchestrator.hub_needs import hub_needs
 from orchestrator.pinning import pin_file
 from orchestrator.sweep_file import load_sweep
@@ -199,3 +200,40 @@ def test_example_of_three_models_is_pinned_whole(
     assert len(pinned.needs) == 6
     assert sum(old not in after for old in before) == 5  # 3 revisions, 2 prompt sets
     assert len(after) == len(before) + 1  # the scorer, which was meant by default
+
+
+REWARD = """\
+schema_version: 1
+name: x
+models: [tiny-sd]
+targets: [0.5]
+evaluate: {metrics: [image_reward], scorers: {image_reward: owner/reward}}
+allow_unpinned: true
+"""
+
+
+def test_vocabulary_of_image_reward_is_pinned_with_it(file: Path, fake_hub: FakeHub) -> None:
+    reward = fake_hub.put("owner/reward", {"ImageReward.pt": b""})
+    words = fake_hub.put("google-bert/bert-base-uncased", {"vocab.txt": b""})
+    file.write_text(REWARD)
+    assert [need.id for need, _ in pin_file(file).needs] == [
+        "owner/reward",
+        "google-bert/bert-base-uncased",
+    ]
+    assert file.read_text() == REWARD.replace("owner/reward", f"owner/reward@{reward}+{words}")
+    (model,) = load_sweep(file, ["allow_unpinned=false"]).models
+    digest = scorer_of("image_reward", str(model.evaluate.scorers.image_reward)).digest
+    assert digest == f"hub:owner/reward@{reward}+google-bert/bert-base-uncased@{words}"
+
+
+def test_vocabulary_without_a_commit_is_let_in_only_if_the_file_says_so(
+    file: Path, fake_hub: FakeHub
+) -> None:
+    words = fake_hub.put("google-bert/bert-base-uncased", {"vocab.txt": b""})
+    half = f"owner/reward@{'a' * 40}"
+    file.write_text(REWARD.replace("owner/reward", half))
+    rule = r"owner/reward@<commit>\+<commit of google-bert/bert-base-uncased>"
+    with pytest.raises(SweepFileError, match=rule):
+        load_sweep(file, ["allow_unpinned=false"])
+    pin_file(file)
+    assert f"{half}+{words}" in file.read_text()

@@ -83,17 +83,30 @@ def test_hub_id_is_known_without_network() -> None:
     scorer = image_reward_scorer("owner/reward@abc")
 
     assert scorer.id == "owner/reward"
-    assert scorer.digest == "hub:owner/reward@abc+google-bert/bert-base-uncased"
+    assert scorer.digest == "hub:owner/reward@abc+google-bert/bert-base-uncased@main"
+
+
+@pytest.mark.parametrize("revision", ["", "abc", "a+b"])
+def test_commit_of_the_vocabulary_is_in_the_digest(revision: str) -> None:
+    words = "b" * 40
+
+    scorer = image_reward_scorer(f"owner/reward@{revision}+{words}")
+
+    assert scorer.id == "owner/reward"
+    assert scorer.digest == (
+        f"hub:owner/reward@{revision or 'main'}+google-bert/bert-base-uncased@{words}"
+    )
 
 
 def test_from_the_hub_weights_and_vocabulary_are_fetched(fake_hub, folder: Path) -> None:
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS, "vocab.txt")}
     commit = fake_hub.put("owner/reward", {WEIGHTS: files[WEIGHTS]})
-    fake_hub.put("google-bert/bert-base-uncased", {"vocab.txt": files["vocab.txt"]})
+    words = fake_hub.put("google-bert/bert-base-uncased", {"vocab.txt": files["vocab.txt"]})
+    pinned = f"owner/reward@{commit}+{words}"
 
-    reward = load_image_reward("owner/reward")
-
-    assert reward.scorer == image_reward_scorer(f"owner/reward@{commit}")
+    assert load_image_reward("owner/reward").scorer == image_reward_scorer(pinned)
+    fake_hub.put("google-bert/bert-base-uncased", {"vocab.txt": b"moved"})
+    assert load_image_reward(pinned).scorer == image_reward_scorer(pinned)
 
 
 def test_missing_files_are_named_with_their_size_and_place(tmp_path: Path) -> None:
