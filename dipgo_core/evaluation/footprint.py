@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from dipgo_core.evaluation.stopwatch import Run
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
+
+#: Sets a kind of run up, and gives the run, which may be repeated.
+Prepared = Callable[[], AbstractContextManager[Run]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +71,38 @@ def _return_free_memory() -> None:
         trim(0)
 
 
-def energy_j(run: Run, gpu: Gpu, *, min_seconds: float = 2.0) -> float:
-    """Return the energy one run takes on the whole GPU, in joules.
+def energies_j(
+    runs: Mapping[str, Prepared], gpu: Gpu, *, min_seconds: float = 1.0
+) -> dict[str, float]:
+    """Return the energy one run of each kind takes on the whole GPU, in joules.
 
-    The driver's counter ticks some ten times a second: only a sum over seconds means anything, so
-    the run is repeated without a pause for `min_seconds`.
+    The driver's counter ticks some ten times a second: only a sum over seconds means anything, so a
+    run is repeated without a pause for `min_seconds`. The kinds come in turn and then in reverse,
+    so that a GPU that gets warmer draws as much more for one as for another.
 
     Raises:
         DeviceError: the GPU does not count its energy.
     """
+    joules, counts = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
+    for name in (*runs, *reversed([*runs])):
+        with runs[name]() as run:
+            drawn, count = _drawn(run, gpu, min_seconds)
+        joules[name] += drawn
+        counts[name] += count
+    return {name: joules[name] / counts[name] for name in runs}
+
+
+def _drawn(run: Run, gpu: Gpu, min_seconds: float) -> tuple[float, int]:
+    """Return the joules of repeated runs, and how many there were."""
+    _wait()
     before, began, count = gpu.energy_mj(), time.monotonic(), 0
     while count == 0 or time.monotonic() - began < min_seconds:
         run()
         count += 1
+    _wait()
+    return (gpu.energy_mj() - before) / 1000, count
+
+
+def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (gpu.energy_mj() - before) / 1000 / count

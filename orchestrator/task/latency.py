@@ -14,9 +14,9 @@ from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import DeviceError, TaskError
 from dipgo_core.evaluation.device import clock_mhz, device_name
 from dipgo_core.evaluation.execution import attention_in_use, compile_mode, library_versions
-from dipgo_core.evaluation.footprint import energy_j, peak_memory
+from dipgo_core.evaluation.footprint import Prepared, energies_j, peak_memory
 from dipgo_core.evaluation.generate import call_arguments
-from dipgo_core.evaluation.latency import Latency, measure_latency
+from dipgo_core.evaluation.latency import WINDOW, Latency, measure_latency
 from dipgo_core.evaluation.load import (
     CpuWatch,
     GpuWatch,
@@ -86,33 +86,58 @@ class PipelineRun:
         return apply_subnet(self.work.model.pipe, self.subnet)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One measurement: times, clocks before and after them, memory and energy."""
+
+    latency: Latency
+    clocks: Mapping[str, float | None]
+    footprint: Mapping[str, Any]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the warm-up came to rest, or was not given the pairs to be judged by."""
+        warmup = self.latency.warmup
+        return warmup.stable is not False or warmup.pairs < 2 * WINDOW
+
+
 def measure(work: Work, parent: int) -> dict[str, Any]:
     """Measure in this process, which does nothing else; return a latency record's outputs.
 
-    parent: process id of the worker that asked, whose processes are no foreign ones.
+    What had not settled is measured again, like what was disturbed. parent: process id of the
+    worker that asked, whose processes are no foreign ones.
     """
-    inputs = work.task.inputs
-    torch.set_num_threads(int(inputs["threads"]))
+    torch.set_num_threads(int(work.task.inputs["threads"]))
     dense, pruned = _runs(work)
     gpu = _gpu() if work.device != "cpu" else "no GPU is used"
+    _wake(work)
     watched = undisturbed(
-        lambda: _timed(work, dense, pruned, gpu),
+        lambda: _measured(work, dense, pruned, gpu),
         _watches(work, gpu, parent),
         tries=int(work.task.options["tries"]),
+        good=lambda found: found.settled,
     )
-    latency, clocks = watched.value
+    found = watched.value
     return {
-        **latency.to_json(),
+        **found.latency.to_json(),
         "usable": watched.finding.disturbed is None,
         "disturbed": watched.finding.disturbed,
         "unchecked": list(watched.finding.unchecked),
         "tries": watched.tries,
-        "clock_mhz": clocks,
+        "clock_mhz": found.clocks,
         "attention": attention_in_use(work.model.denoiser),
         "compile": compile_mode(work.model.denoiser),
-        "versions": {**latency.versions, **library_versions()},
-        **_footprint(work, dense, pruned, gpu),
+        "versions": {**found.latency.versions, **library_versions()},
+        **found.footprint,
     }
+
+
+def _wake(work: Work) -> None:
+    """Load the model, and on a GPU run a kernel: a process is listed there once it has done so."""
+    model = work.model
+    if work.device != "cpu":
+        torch.zeros(1, device=model.device).add_(1)
+        torch.cuda.synchronize()
 
 
 def _runs(work: Work) -> tuple[PipelineRun, PipelineRun]:
@@ -147,12 +172,10 @@ def _clock(work: Work, gpu: MaybeGpu) -> float | None:
     return clock_mhz(work.device, gpu if isinstance(gpu, Gpu) else None)
 
 
-def _timed(
-    work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: MaybeGpu
-) -> tuple[Latency, Mapping[str, float | None]]:
-    """Measure once; also return the device's clock before and after."""
+def _measured(work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: MaybeGpu) -> Measured:
+    """Measure once; the clock is read around the runs that count, not before the warm-up."""
     inputs = work.task.inputs
-    before = _clock(work, gpu)
+    clocks: dict[str, float | None] = {}
     latency = measure_latency(
         dense,
         pruned,
@@ -164,8 +187,10 @@ def _timed(
         device=work.device,
         dtype=work.model.settings.dtype,
         timer=_timer(work),
+        warmed=lambda: clocks.update(before=_clock(work, gpu)),
     )
-    return latency, {"before": before, "after": _clock(work, gpu)}
+    clocks["after"] = _clock(work, gpu)
+    return Measured(latency=latency, clocks=clocks, footprint=_footprint(work, dense, pruned, gpu))
 
 
 def _timer(work: Work) -> Timer:
@@ -184,18 +209,19 @@ def _footprint(
     work: Work, dense: PipelineRun, pruned: PipelineRun, gpu: MaybeGpu
 ) -> dict[str, Any]:
     """Return peak memory of both kinds of run, and their energy an image where it is told."""
-    memory, energy = dict[str, Any](), dict[str, Any]()
-    for name, run in (("dense", dense), ("pruned", pruned)):
-        with run.prepared() as call:
+    runs = {"dense": dense.prepared, "pruned": pruned.prepared}
+    memory = dict[str, Any]()
+    for name, prepared in runs.items():
+        with prepared() as call:
             memory[name] = asdict(peak_memory(call, work.device))
-            energy |= _energy(name, call, gpu, int(work.task.inputs["batch_size"]))
-    return {"memory": memory, "energy": energy}
+    return {"memory": memory, "energy": _energy(runs, gpu, int(work.task.inputs["batch_size"]))}
 
 
-def _energy(name: str, call: Run, gpu: MaybeGpu, images: int) -> dict[str, Any]:
+def _energy(runs: Mapping[str, Prepared], gpu: MaybeGpu, images: int) -> dict[str, Any]:
     if isinstance(gpu, str):
         return {"unread": gpu}
     try:
-        return {f"{name}_j": energy_j(call, gpu) / images}
+        drawn = energies_j(runs, gpu)
     except DeviceError as error:
         return {"unread": str(error)}
+    return {f"{name}_j": joules / images for name, joules in drawn.items()}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dipgo_core.evaluation import footprint
-from dipgo_core.evaluation.footprint import PeakMemory, energy_j, peak_memory
+from dipgo_core.evaluation.footprint import PeakMemory, energies_j, peak_memory
+from dipgo_core.evaluation.stopwatch import Run
 
 _MIB = 2**20
 
@@ -31,23 +36,47 @@ def test_peak_that_cannot_be_reset_is_unknown(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Meter:
-    """A GPU that has drawn 3 J whenever a run has ended."""
+    """A GPU that draws more with every run: 3 J for a dense one at first, 1 J for a pruned one."""
 
-    def __init__(self) -> None:
+    def __init__(self, warming: float = 0.0) -> None:
+        self.begun: list[str] = []
         self.runs = 0
+        self._drawn_mj = 1e6
+        self._warming = warming
 
-    def run(self) -> None:
-        self.runs += 1
+    @contextmanager
+    def prepared(self, name: str, joules: float) -> Iterator[Run]:
+        def run() -> None:
+            self._drawn_mj += 1000 * joules * (1 + self._warming * self.runs)
+            self.runs += 1
+
+        self.begun.append(name)
+        yield run
 
     def energy_mj(self) -> float:
-        return 1e6 + 3000 * self.runs
+        return self._drawn_mj
+
+    def of_both(self, *, min_seconds: float) -> dict[str, float]:
+        joules = {"dense": 3.0, "pruned": 1.0}
+        runs = {name: partial(self.prepared, name, each) for name, each in joules.items()}
+        gpu: Any = self
+        return energies_j(runs, gpu, min_seconds=min_seconds)
 
 
 def test_energy_is_the_mean_of_repeated_runs() -> None:
     meter = Meter()
 
-    assert energy_j(meter.run, meter, min_seconds=0.01) == pytest.approx(3)  # type: ignore[arg-type]
-    assert meter.runs > 1
+    assert meter.of_both(min_seconds=0.01) == pytest.approx({"dense": 3, "pruned": 1})
+    assert meter.runs > 4
+
+
+def test_energy_of_a_gpu_that_gets_warmer_keeps_its_ratio() -> None:
+    meter = Meter(warming=0.1)
+
+    found = meter.of_both(min_seconds=0)  # one run at a time
+
+    assert meter.begun == ["dense", "pruned", "pruned", "dense"]
+    assert found["dense"] / found["pruned"] == pytest.approx(3)
 
 
 @pytest.mark.gpu
