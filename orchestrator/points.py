@@ -30,9 +30,10 @@ class ResolvedPoint:
     of the images, by metric, each with its interval, n, scorer and protocol. device: where latency
     was measured. pruned_ratio, macs_speedup: counted MACs against the model's dense run. speedup,
     latency_ms: measured, end to end; loop_*: the denoising loop alone. `*_low`, `*_high`: ends of
-    the 95 % interval. throughput: images per second by batch size. peak_memory_mb, energy_j (an
-    image): of the pruned run. latency_usable: False if the measurement was disturbed; then there is
-    no speed, and latency_note says what disturbed it. subnet: digest of `keep`.
+    the 95 % interval. dense_latency_ms: of the dense runs in between. throughput: images per second
+    by batch size. peak_memory_mb, energy_j (an image): of the pruned run. latency_usable: False if
+    the measurement was disturbed; then there is no speed, and latency_note says what disturbed it.
+    subnet: digest of `keep`.
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
     chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
     of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
@@ -61,6 +62,7 @@ class ResolvedPoint:
     latency_ms: float | None = None
     latency_ms_low: float | None = None
     latency_ms_high: float | None = None
+    dense_latency_ms: float | None = None
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -309,20 +311,24 @@ def _with_dense(points: Sequence[ResolvedPoint]) -> list[ResolvedPoint]:
 
 
 def _dense_speed(dense: ResolvedPoint, points: Sequence[ResolvedPoint]) -> ResolvedPoint:
-    """Time the dense run by the dense halves of its siblings' interleaved measurements."""
-    siblings = [
-        p for p in points if (p.model, p.protocol) == (dense.model, dense.protocol) and p.latency_ms
-    ]
-    if not siblings:
+    """Time the dense run by the dense halves of its siblings' interleaved measurements.
+
+    What disturbed a measurement of its own stays in the note.
+    """
+    peers = [p for p in points if (p.model, p.protocol) == (dense.model, dense.protocol)]
+    times = {p.latency_key: p.dense_latency_ms for p in peers if p.dense_latency_ms is not None}
+    if not times:
         return dense
-    times = [p.latency_ms * p.speedup for p in siblings if p.latency_ms and p.speedup]
+    notes = ["timed by the dense halves of its siblings' measurements"]
+    if dense.latency_note is not None:
+        notes.append(f"its own measurement: {dense.latency_note}")
     return replace(
         dense,
         speedup=1.0,
-        latency_ms=statistics.median(times),
-        device=siblings[0].device,
+        latency_ms=statistics.median(times.values()),
+        device=next(p.device for p in peers if p.dense_latency_ms is not None),
         latency_usable=True,
-        latency_note="timed by the dense halves of its siblings' measurements",
+        latency_note="; ".join(notes),
     )
 
 

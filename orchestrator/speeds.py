@@ -58,6 +58,7 @@ def _figures(outputs: Mapping[str, Any]) -> dict[str, Any]:
     held = peak.get("allocated") or peak.get("resident")
     return {
         **fields,
+        "dense_latency_ms": outputs.get("dense_latency_ms", {}).get("value"),
         "peak_memory_mb": None if held is None else held / 2**20,
         "energy_j": outputs.get("energy", {}).get("pruned_j"),
     }
@@ -73,9 +74,18 @@ def _throughput(records: Iterable[Record], name: str) -> dict[str, dict[str, flo
 
 
 def _note(records: Iterable[Record]) -> str | None:
-    """Return what a reader of the figures must know: what disturbed them, what was not checked."""
+    """Return what a reader of the figures must know: what disturbed them, how they were taken."""
     notes = []
     for record in records:
-        said = [record.outputs.get("disturbed"), *record.outputs.get("unchecked", ())]
+        outputs = record.outputs
+        said = [outputs.get("disturbed"), _unsettled(outputs), *outputs.get("unchecked", ())]
         notes += [f"batch {record.inputs['batch_size']}: {each}" for each in said if each]
     return "; ".join(notes) or None
+
+
+def _unsettled(outputs: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the warm-up: times that still changed when it ended."""
+    warmup = outputs.get("warmup", {})
+    if warmup.get("stable") is not False:
+        return None
+    return f"times had not settled after {warmup['pairs']} pairs of warm-up"

@@ -80,6 +80,28 @@ def test_few_steps_are_counted_against_the_dense_run(points: tuple[ResolvedPoint
         assert point.pruned_ratio == pytest.approx(0.7)
 
 
+def test_dense_run_that_was_disturbed_is_timed_by_its_siblings_and_says_why(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    records = dict(finished.store.records())
+    key = next(point.latency_key for point in points if point.method == "dense")
+    assert key is not None
+    siblings = [r for r in records.values() if r.kind == "latency" and r.key != key]
+    for i, record in enumerate(siblings):
+        timed = {**record.outputs["dense_latency_ms"], "value": 40.0 + i**2}
+        outputs = {**record.outputs, "dense_latency_ms": timed}
+        records[record.key] = replace(record, outputs=outputs)
+    spoilt = {**records[key].outputs, "usable": False, "disturbed": "a busy GPU"}
+    records[key] = replace(records[key], outputs=spoilt)
+
+    found = resolve_points(finished.plan.points, records, finished.store)
+    dense = next(point for point in found if point.method == "dense")
+
+    assert (dense.speedup, dense.latency_usable) == (1.0, True)
+    assert dense.latency_ms == np.median([40 + i**2 for i in range(len(siblings))])
+    assert str(dense.latency_note).endswith("its own measurement: batch 1: a busy GPU")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_baseline_is_the_best_on_calibration_prompts(
     points: tuple[ResolvedPoint, ...], target: float

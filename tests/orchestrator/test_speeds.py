@@ -81,3 +81,12 @@ def test_memory_and_energy_are_those_of_the_pruned_run() -> None:
     fields = speed_of(record(memory=memory, energy={"dense_j": 90.0, "pruned_j": 40.0}))
 
     assert (fields["peak_memory_mb"], fields["energy_j"]) == (4, 40)
+
+
+def test_note_says_that_times_had_not_settled() -> None:
+    fields = speed_of(record(warmup={"pairs": 20, "stable": False}))
+
+    assert fields["speedup"] == 2
+    assert fields["latency_note"] == "batch 1: times had not settled after 20 pairs of warm-up"
+    for stable in (True, None):
+        assert speed_of(record(warmup={"pairs": 7, "stable": stable}))["latency_note"] is None
