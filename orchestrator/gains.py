@@ -89,6 +89,7 @@ class Comparisons:
         self._records = records
         self._replicates: dict[Where, Replicates | None] = {}
         self._references: dict[tuple[str, int, Role], Reference | None] = {}
+        self._unread: dict[Role | None, str] = {}
 
     def gain(self, metric: str, key: str, baselines: Mapping[str, str]) -> Gain | None:
         """Return the gain of an evaluation over the mean of others in a metric that all have.
@@ -146,6 +147,11 @@ class Comparisons:
             if kept is None:
                 self._keep(where)
         return self._replicates[where]
+
+    def why_unknown(self, metric: str) -> str:
+        """Say why replicates of a metric that was measured are None."""
+        unread = self._unread.get(METRICS[metric].role)
+        return unread or "the scores or features of its images are gone, or of too few images"
 
     def _kept(self, where: Where) -> Replicates | None:
         """Return replicates that an earlier command has kept in the store."""
@@ -216,8 +222,19 @@ class Comparisons:
         where = (made or protocol.reference, protocol.images, role)
         if where not in self._references:
             self._references.clear()
-            self._references[where] = _load_reference(self._store, record, protocol, role, made)
+            self._references[where] = self._readable(record, protocol, role, made)
         return self._references[where]
+
+    def _readable(
+        self, record: Record, protocol: Protocol, role: Role, made: str
+    ) -> Reference | None:
+        """Read what an evaluation was compared with; None, and why, where it is not at hand."""
+        try:
+            return _load_reference(self._store, record, protocol, role, made)
+        except (DipgoError, OSError, KeyError) as error:
+            logger.debug("differences in distance to %s get no interval: %s", role, error)
+            self._unread[role] = f"{type(error).__name__}: {error}"
+            return None
 
     def _common_images(self, *keys: str) -> int:
         return min(self._images(key) for key in keys)
@@ -316,14 +333,14 @@ def stored_reference(store: Store, key: str, protocol: Protocol, role: Role) -> 
 
 def _load_reference(
     store: Store, record: Record, protocol: Protocol, role: Role, made: str
-) -> Reference | None:
-    """Read what an evaluation was compared with; None where it is not at hand."""
-    try:
-        if made:
-            return stored_reference(store, made, protocol, role)
-        path = reference_path(store.get_task(record.key).options["reference"])
-        found = load_statistics(path, protocol.scorers[role])
-    except (DipgoError, OSError, KeyError) as error:
-        logger.debug("differences in FID and KID get no interval: %s", error)
-        return None
-    return found if found.id == protocol.reference else None
+) -> Reference:
+    if made:
+        return stored_reference(store, made, protocol, role)
+    path = reference_path(store.get_task(record.key).options["reference"])
+    found = load_statistics(path, protocol.scorers[role])
+    if found.id != protocol.reference:
+        raise StoreError(
+            f"the statistics {path} are {found.id}, but {record.key[:12]} was compared with "
+            f"{protocol.reference}: put those back, or run the sweep again"
+        )
+    return found

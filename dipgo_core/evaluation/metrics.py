@@ -44,6 +44,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "dino": Metric(kind="paired", role="dino", higher_is_better=False),
 }
 
+#: Fewer prompts have too few pairs of images to tell how much KID and its like vary.
+MIN_PROMPTS: Final = 8
+
 PER_IMAGE: Final = tuple(name for name, metric in METRICS.items() if metric.per_image)
 PAIRED: Final = tuple(name for name, metric in METRICS.items() if metric.kind == "paired")
 DISTRIBUTION: Final = tuple(name for name, m in METRICS.items() if m.kind == "distribution")

@@ -26,13 +26,12 @@ from dipgo_core.evaluation.intervals import (
     draw_groups,
     interval_of,
 )
+from dipgo_core.evaluation.metrics import MIN_PROMPTS
 
 Array = npt.NDArray[Any]
 #: Similarity of every row of one array with every row of another.  # (n, d), (m, d) -> (n, m)
 Kernel = Callable[[Array, Array], Array]
 
-#: Fewer prompts have too few pairs to tell how much the distance varies.
-MIN_PROMPTS = 8
 _ROWS = 256  # of the kernel matrix held at once
 
 

@@ -7,6 +7,7 @@ from typing import Final, get_args
 
 from dipgo_core.evaluation.inception_files import INCEPTION
 from dipgo_core.evaluation.metrics import METRICS as IMAGE_METRICS
+from dipgo_core.evaluation.metrics import MIN_PROMPTS
 from dipgo_core.evaluation.scorers import TINY_FEATURES
 from dipgo_core.families import Scorers
 from orchestrator.sweep_file.context import Context, located
@@ -38,6 +39,8 @@ METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
 DEFAULT_METRICS: Final[tuple[Metric, ...]] = ("fid", "kid", "clip", "psnr", "ssim", "latency")
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
 MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4, "cmmd": 2}
+#: Images a race must see at least, by metric; what is not listed needs two.
+MIN_RACED: Final[Mapping[Metric, int]] = {"kid": MIN_PROMPTS, "cmmd": MIN_PROMPTS}
 
 #: Rungs of a race: each decision but the first one gets less of what may be decided wrongly.
 MAX_RUNGS: Final = 5
@@ -111,14 +114,16 @@ def read_evaluate(node: Node, issues: Issues, context: Context) -> EvaluateSetti
         scorers = read_scorers(section.section("scorers"), issues, context)
         default = tuple(m for m in DEFAULT_METRICS if m != "clip" or scorers.clip is not None)
         metrics = section.get("metrics", many(choice(METRICS)), default)
-        _check_metrics(section, metrics, rungs, scorers, context)
+        raced = _raced(section, metrics, rungs)
+        looked_at = (raced or _raceable(metrics)) if len(rungs) > 1 else ()
+        _check_metrics(section, metrics, rungs, looked_at, scorers, context)
         reference = _reference(section.child("reference"), issues, context, scorers)
         _check_cmmd(section, metrics, reference)
         return EvaluateSettings(
             prompts=prompts,
             images=rungs[-1],
             rungs=rungs if len(rungs) > 1 else (),
-            race=_raced(section, metrics, rungs),
+            race=raced,
             scorers=scorers,
             reference=reference,
             metrics=metrics,
@@ -162,13 +167,15 @@ def _check_metrics(
     section: Fields,
     metrics: tuple[Metric, ...],
     rungs: tuple[int, ...],
+    raced: tuple[Metric, ...],
     scorers: Scorers,
     context: Context,
 ) -> None:
     place = section.child("rungs") or section.place("images")
-    for metric, least in MIN_IMAGES.items():
+    for metric in metrics:
         images = rungs[-1] if metric == "fid" else rungs[0]
-        if metric in metrics and images < least:
+        least = MIN_RACED.get(metric, 2) if metric in raced else MIN_IMAGES.get(metric, 1)
+        if images < least:
             section.issues.add(place.issue(f"must be at least {least} for {metric}, got {images}"))
     if len(rungs) > 1 and "fid" in metrics and "kid" not in metrics:
         rule = "a race judges fid by kid: add kid to evaluate.metrics, or give one number of images"
@@ -187,15 +194,19 @@ def _raced(
     """Read `race`: the metrics whose fronts a race must keep."""
     every: tuple[Metric, ...] = ()
     raced = section.get("race", many(choice(METRICS)), every)
-    wrong = [name for name in raced if name not in metrics or name in ("fid", "latency")]
+    wrong = [name for name in raced if name not in _raceable(metrics)]
     place = section.place("race")
     if wrong:
-        valid = ", ".join(name for name in metrics if name not in ("fid", "latency"))
+        valid = ", ".join(_raceable(metrics))
         rule = f"a race can look at {valid} of evaluate.metrics, not at {', '.join(wrong)}"
         section.issues.add(place.issue(rule))
     elif raced and len(rungs) < 2:
         section.issues.add(place.issue("is for races: give evaluate.images as a list", at_key=True))
     return raced
+
+
+def _raceable(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+    return tuple(name for name in metrics if name not in ("fid", "latency"))
 
 
 def _reference(node: Node | None, issues: Issues, context: Context, scorers: Scorers) -> Reference:

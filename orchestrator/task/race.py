@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StoreError, TaskError
+from dipgo_core.evaluation.intervals import Replicates
 from orchestrator.gains import Comparisons
 from orchestrator.racing import Candidate, Measured, decide
 from orchestrator.records import Record
@@ -12,19 +14,19 @@ from orchestrator.task.work import Outcome, Work
 
 
 def run_race(work: Work) -> Outcome:
-    """Decide which candidates go on; no image is made."""
+    """Decide which candidates go on; no image is made.
+
+    Raises:
+        TaskError: a metric that was measured cannot be resampled, so nothing can be decided by it.
+    """
     inputs = work.task.inputs
     candidates = [
         Candidate(**{**each, "bars": tuple(each["bars"])}) for each in inputs["candidates"]
     ]
-    comparisons = Comparisons(work.store, _records(work, candidates))
+    records = _records(work, candidates)
+    comparisons = Comparisons(work.store, records)
     measured: Measured = {
-        metric: {
-            each.key: found
-            for each in candidates
-            if (found := comparisons.replicates(metric, each.key, by_prompt=False)) is not None
-        }
-        for metric in inputs["metrics"]
+        metric: _replicates(work, comparisons, records, metric) for metric in inputs["metrics"]
     }
     decision = decide(candidates, measured, alpha=float(inputs["alpha"]), top=int(inputs["top"]))
     dropped: dict[str, Any] = {
@@ -39,6 +41,24 @@ def run_race(work: Work) -> Outcome:
             "images": inputs["images"],
         }
     )
+
+
+def _replicates(
+    work: Work, comparisons: Comparisons, records: Mapping[str, Record], metric: str
+) -> dict[str, Replicates]:
+    """Return the replicates of all candidates that have the metric (the dense run may not)."""
+    known: dict[str, Replicates] = {}
+    for key, record in records.items():
+        found = comparisons.replicates(metric, key, by_prompt=False)
+        if found is not None:
+            known[key] = found
+        elif metric in record.outputs["metrics"]:
+            raise TaskError(
+                f"{work.task.label}: {metric} of the evaluation {key[:12]} cannot be resampled "
+                f"({comparisons.why_unknown(metric)}), so nobody can be dropped by it. Mend that "
+                f"and run the sweep again, or give evaluate.race without {metric}"
+            )
+    return known
 
 
 def _records(work: Work, candidates: list[Candidate]) -> dict[str, Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dipgo_core.errors import TaskError
 from orchestrator import driver
 from orchestrator.driver import RunResult, run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
@@ -20,7 +22,8 @@ from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import SweepFile
-from orchestrator.task.work import loaded
+from orchestrator.task.race import run_race
+from orchestrator.task.work import Work, loaded
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.test_task import sweep_of
 from tests.orchestrator.tiny_sweep import (
@@ -233,6 +236,30 @@ def test_gains_of_unequal_n_are_over_the_first_images(
 def psnr(raced: Finished, point: ResolvedPoint) -> Any:
     record = raced.store.records()[point.evaluate_key or ""]
     return arrays(raced.store, record, "per_image.safetensors")["psnr"]
+
+
+def race_of(raced: Finished) -> Task:
+    return next(each.task for each in raced.plan.tasks if each.kind == "race" and each.task)
+
+
+def without(raced: Finished, kind: str, place: Path) -> Work:
+    """The race again, in a copy of the store that lost what tasks of a kind have left."""
+    shutil.copytree(raced.store.folder, place, ignore=shutil.ignore_patterns("derived"))
+    for record in raced.store.records().values():
+        if record.kind == kind:
+            shutil.rmtree(place / "artifacts" / record.key)
+    return Work(race_of(raced), FolderStore(place), lambda report: None)
+
+
+def test_race_fails_where_its_reference_cannot_be_read(raced: Finished, tmp_path: Path) -> None:
+    work = without(raced, "statistics", tmp_path / "store")
+    with pytest.raises(TaskError, match=r"race at 64 images: kid of .* cannot be resampled \(\w+"):
+        run_race(work)
+
+
+def test_race_of_too_few_images_fails(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="kid of .* too few images"):
+        finish(made_up(rungs=(4, 256)), FolderStore(tmp_path))
 
 
 # --- real images --------------------------------------------------------------------------------
