@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dipgo_core.evaluation.metrics import PAIRED
-from orchestrator.metrics import QUALITIES, larger_is_better
-from orchestrator.points import ResolvedPoint
-from orchestrator.standing import Differences, Dominance, Speed, standings
+from orchestrator.metrics import QUALITIES, label_of, larger_is_better
+from orchestrator.points import ResolvedPoint, State
+from orchestrator.standing import Differences, Dominance, Speed, speed_gap, standings
 
 #: What a speed objective takes from the sweep file's `objective.speed`.
 SPEED_OF: Mapping[str, Speed] = {"latency": "speedup", "macs": "macs_speedup"}
@@ -32,7 +32,8 @@ class Front:
     reference_point: (1.0, worst quality of all points compared), unless one was given.
     standing: of every compared point, whether it is on the front given the intervals.
     scorer: id of the network behind the quality metric. disturbed: points that have no measured
-    speed because their measurement was disturbed, and by what.
+    speed because their measurement was disturbed, and by what. unraced: points that a race dropped
+    without looking at this quality; what they may still beat is at most possibly on the front.
     """
 
     model: str
@@ -46,6 +47,19 @@ class Front:
     standing: Mapping[str, Dominance]
     scorer: str | None = None
     disturbed: Mapping[str, str] = field(default_factory=dict)
+    unraced: tuple[str, ...] = ()
+
+    @property
+    def racing_note(self) -> str:
+        """Say what a race leaves open here; empty where it leaves nothing open."""
+        if not self.unraced:
+            return ""
+        count = f"{len(self.unraced)} point" + ("s" if len(self.unraced) > 1 else "")
+        label = label_of(self.objectives[1], self.scorer)
+        return (
+            f"{count} left a race that did not look at {label}; whoever is no faster than one of "
+            "them is only possibly on this front."
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +80,9 @@ def pareto_fronts(
     differences: paired differences; without them only the intervals of both sides count.
     """
     fronts = []
-    for (model, protocol, device), group in _groups(points, speed).items():
+    points = tuple(points)
+    lost = _groups(points, speed, "dropped")
+    for (model, protocol, device), group in _groups(points, speed, "done").items():
         axis: Speed = speed if _has_speed(group, speed) else "macs_speedup"
         for quality in qualities:
             compared = [p for p in group if _is_compared(p, axis, quality)]
@@ -75,6 +91,11 @@ def pareto_fronts(
             reference = (references or {}).get(quality)
             where = (model, protocol, device if axis == "speedup" else None)
             front = _front(compared, where, (axis, quality), reference, differences)
+            unraced = [
+                p for p in lost.get((model, protocol, device), ())
+                if p.dropped and quality not in p.dropped.by
+            ]  # fmt: skip
+            front = _with_unraced(front, compared, unraced)
             fronts.append(replace(front, disturbed=_disturbed(group, speed)))
     return tuple(fronts)
 
@@ -203,13 +224,35 @@ def name_at_target(point: ResolvedPoint) -> str:
 Group = tuple[str, str, str | None]
 
 
-def _groups(points: Iterable[ResolvedPoint], speed: Speed) -> dict[Group, list[ResolvedPoint]]:
-    """Group what is done by model, protocol and, for measured speed, device."""
+def _groups(
+    points: Iterable[ResolvedPoint], speed: Speed, state: State
+) -> dict[Group, list[ResolvedPoint]]:
+    """Group the points of a state by model, protocol and, for measured speed, device."""
     groups: dict[Group, list[ResolvedPoint]] = {}
-    for point in (point for point in points if point.state == "done"):
+    for point in (point for point in points if point.state == state):
         device = point.device if speed == "speedup" else None
         groups.setdefault((point.model, point.protocol, device), []).append(point)
     return groups
+
+
+def _with_unraced(
+    front: Front, compared: Sequence[ResolvedPoint], unraced: Sequence[ResolvedPoint]
+) -> Front:
+    """Leave open who is on a front of a quality that a race did not look at.
+
+    Of a dropped point's quality at the top rung nothing is known, so it may beat whatever is not
+    surely faster.
+    """
+    speed = front.objectives[0]
+    rivals = [rival for rival in unraced if rival.value(speed) is not None]
+    open_keys = {
+        point.key for point in compared for r in rivals if speed_gap(r, point, speed).high >= 0
+    }
+    standing = {
+        key: "possibly" if found == "surely" and key in open_keys else found
+        for key, found in front.standing.items()
+    }
+    return replace(front, standing=standing, unraced=tuple(rival.key for rival in rivals))
 
 
 def _has_speed(group: Sequence[ResolvedPoint], speed: Speed) -> bool:

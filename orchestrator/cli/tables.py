@@ -139,6 +139,8 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
         "key",
     )  # fmt: skip
     print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
+    if front.racing_note:
+        say(front.racing_note)
     if front.disturbed:
         names = ", ".join(name_at_target(by_key[key]) for key in front.disturbed)
         reason = next(iter(front.disturbed.values()))

@@ -127,7 +127,9 @@ def _front_table(points: Sequence[ResolvedPoint], front: Front) -> list[str]:
         "gain over the best baseline", "",
     )  # fmt: skip
     volume = f"Hypervolume {front.hypervolume:.3g} from "
-    return [*_table(head, body), "", volume + "({:.3g}, {:.3g}).".format(*front.reference_point)]
+    volume += "({:.3g}, {:.3g}).".format(*front.reference_point)
+    note = [front.racing_note] if front.racing_note else []
+    return [*_table(head, body), "", " ".join([volume, *note])]
 
 
 def _point_table(table: PointTable) -> list[str]:

@@ -17,6 +17,7 @@ from orchestrator.pareto import (
     pareto_fronts,
     pareto_json,
 )
+from orchestrator.plan import Dropped
 from orchestrator.points import ResolvedPoint
 from orchestrator.standing import dominance
 
@@ -179,6 +180,20 @@ def test_hypervolume_series_grows_to_the_front() -> None:
     assert [hours for hours, _ in series] == [0.1, 0.2, 0.4]
     assert series[-1][1] == pytest.approx(front.hypervolume)
     assert series == sorted(series, key=lambda row: row[1])
+
+
+def lost(key: str, speedup: float, clip: float) -> ResolvedPoint:
+    left = Dropped(images=16, by={"psnr": "a"})
+    return point(key, speedup, clip=clip, psnr=1.0, state="dropped", dropped=left)
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(2.5, "possibly"), (1.5, "surely")])
+def test_front_that_was_not_raced_is_open_to_who_was_dropped(speedup: float, expected: str) -> None:
+    found = pareto_fronts([point("a", 2.0, clip=30.0, psnr=30.0), lost("b", speedup, 33.0)])
+    clip, psnr = (front for front in found if front.objectives[1] in ("clip", "psnr"))
+    assert (clip.points, clip.standing) == (("a",), {"a": expected})
+    assert clip.unraced == ("b",) and "1 point left a race that did not" in clip.racing_note
+    assert psnr.standing == {"a": "surely"} and not psnr.racing_note
 
 
 def test_pareto_json_keeps_the_contract() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from orchestrator.cli.tables import print_fronts
 from orchestrator.figures import gate_states, gates_figure, image_row, to_png
 from orchestrator.pareto import Front, pareto_fronts
 from orchestrator.points import ResolvedPoint, resolve_points
@@ -302,6 +303,16 @@ def test_figures_of_two_rungs_share_no_table_and_no_front(raced: Written) -> Non
     assert [{p.n_images for p in table.points} for table in tables] == [{64}, {32}]
     compared = {key for front in raced.fronts for key in front.standing}
     assert not compared & {point.key for point in tables[1].points}
+
+
+def test_fronts_that_were_not_raced_say_so(raced: Written, capsys: pytest.CaptureFixture) -> None:
+    unsure = {front.objectives[1] for front in raced.fronts if front.racing_note}
+    assert unsure == {"fid"}
+    (note,) = (front.racing_note for front in raced.fronts if front.racing_note)
+    print_fronts(raced.points, raced.fronts)
+    for text in (raced.html, (raced.folder / "report.md").read_text("utf-8")):
+        assert text.count(note) == 1
+    assert capsys.readouterr().out.replace("\n", " ").count(note) == 1
 
 
 def test_every_figure_in_the_csv_has_its_protocol(raced: Written) -> None:
