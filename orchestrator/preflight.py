@@ -10,9 +10,10 @@ from typing import Any
 
 from dipgo_core import hub
 from dipgo_core.errors import DipgoError
+from dipgo_core.evaluation.image_reward_files import WEIGHTS, check_reward
 from dipgo_core.evaluation.inception_files import INCEPTION, inception_file
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
-from dipgo_core.evaluation.scorers import MODEL_TYPES, model_type_of
+from dipgo_core.evaluation.scorers import MODEL_TYPES, check_inputs, model_type_of
 from dipgo_core.model_files import NETWORK_CONFIGS, check_weights, model_folder
 from orchestrator.facts import (
     ModelFacts,
@@ -135,7 +136,10 @@ def _check_need(need: HubNeed, commit: str) -> None:
         hub.check_access(need.id, need.repository)
     if need.role is not None and need.role in MODEL_TYPES:
         hub.fetch(need.id, commit, [name for name in files if name in NETWORK_CONFIGS])
-        model_type_of(need.role, folder)
+        kind = model_type_of(need.role, folder)
+        check_inputs(need.role, kind, files, f"{need.id} at {commit[:12]}")
+    if need.role == "image_reward" and WEIGHTS in present:
+        check_reward(folder / WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,12 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dipgo_core.errors import EvaluationError, ModelFilesError
-from dipgo_core.evaluation.image_reward_files import RewardFiles, reward_files
+from dipgo_core.evaluation.image_reward_files import (
+    VOCABULARY_ID,
+    RewardFiles,
+    reward_files,
+    words_of,
+)
 from dipgo_core.evaluation.published import read_tensors
 from dipgo_core.evaluation.scorers import Scorer, image_reward_scorer
 from dipgo_core.evaluation.vision_model import check_finite, check_images
@@ -192,16 +197,11 @@ def _text_config(read: Mapping[str, Tensor]) -> BlipTextConfig:
 
 def _tokenizer(files: RewardFiles, size: int) -> Any:
     """BERT's tokenizer; the two tokens that BLIP adds to it are never written in a prompt."""
-    try:
-        words = files.vocabulary.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelFilesError(f"{files.vocabulary} cannot be read: {error}") from error
-    lacking = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words)
-    if lacking or len(words) + 2 != size:
+    words = words_of(files.vocabulary)
+    if len(words) + 2 != size:
         raise ModelFilesError(
             f"{files.vocabulary} has {len(words)} words, the weights were trained with "
-            f"{size - 2} that include {', '.join(sorted(lacking)) or 'others'}: it must be the "
-            "vocabulary of bert-base-uncased"
+            f"{size - 2}: it must be the vocabulary of {VOCABULARY_ID}"
         )
     return BertTokenizer(vocab={word: number for number, word in enumerate(words)})
 

@@ -72,7 +72,7 @@ def check_reward(weights: Path) -> None:
     Raises:
         ModelFilesError: it is torn, or another network.
     """
-    check_tensors(weights, _TENSORS, "ImageReward")
+    check_tensors([weights], _TENSORS, "ImageReward")
 
 
 def words_of(vocabulary: Path) -> list[str]:

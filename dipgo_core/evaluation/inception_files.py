@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.evaluation.lpips_files import torch_hub_folder
+from dipgo_core.evaluation.tensor_names import check_tensors
 from dipgo_core.model_files import file_sha256
 
 INCEPTION: Final = "inception-v3-compat"
@@ -30,6 +31,45 @@ INCEPTION_URL: Final = (
 
 #: Where a converted file tells the SHA-256 of the archive it was made from.
 SOURCE_SHA256: Final = "source_sha256"
+
+
+_PAIR: Final = ("branch1x1", "branch_pool")
+_DOUBLE: Final = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
+_A: Final = (*_PAIR, "branch5x5_1", "branch5x5_2", *_DOUBLE)
+_B: Final = ("branch3x3", *_DOUBLE)
+_C: Final = (
+    *_PAIR,
+    *(f"branch7x7_{i}" for i in range(1, 4)),
+    *(f"branch7x7dbl_{i}" for i in range(1, 6)),
+)
+_D: Final = ("branch3x3_1", "branch3x3_2", *(f"branch7x7x3_{i}" for i in range(1, 5)))
+_E: Final = (
+    *_PAIR,
+    *("branch3x3_1", "branch3x3_2a", "branch3x3_2b"),
+    *("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3a", "branch3x3dbl_3b"),
+)
+#: The blocks of the network and their branches, as torch-fidelity names them.
+_BLOCKS: Final = {
+    **{f"Mixed_5{i}": _A for i in "bcd"},
+    "Mixed_6a": _B,
+    **{f"Mixed_6{i}": _C for i in "bcde"},
+    "Mixed_7a": _D,
+    **{f"Mixed_7{i}": _E for i in "bc"},
+}
+_STEM: Final = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+_CONVOLUTIONS: Final = (
+    *(f"Conv2d_{layer}" for layer in _STEM),
+    *(f"{block}.{branch}" for block, branches in _BLOCKS.items() for branch in branches),
+)
+_NORMALISED: Final = (
+    "conv.weight",
+    *(f"bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
+)
+#: The tensors of the network; counters of batches, which nothing reads, aside.
+INCEPTION_TENSORS: Final = frozenset(
+    {f"{layer}.{part}" for layer in _CONVOLUTIONS for part in _NORMALISED}
+    | {"fc.weight", "fc.bias"}
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +122,18 @@ def checked_inception(name: str = INCEPTION) -> InceptionFiles:
     else:
         _check_published(files.original)
     return files
+
+
+def inception_file(name: str = INCEPTION) -> Path:
+    """Return the file that will be read for a name, after checking that it names every tensor.
+
+    Raises:
+        ModelFilesError: as of `checked_inception`; or it holds another network.
+    """
+    files = checked_inception(name)
+    path = files.converted if files.converted.is_file() else files.original
+    check_tensors([path], INCEPTION_TENSORS, INCEPTION)
+    return path
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dipgo_core.errors import EvaluationError, ModelFilesError, UnknownModelError, nearest
+from dipgo_core.evaluation.tensor_names import check_tensors
 from dipgo_core.model_files import file_sha256
 
 
@@ -20,13 +21,20 @@ from dipgo_core.model_files import file_sha256
 class Backbone:
     """One classifier. file: as published, the digits before its suffix begin its SHA-256.
 
-    bytes: about how large it is. min_side: of the smallest images it can see, in pixels.
+    bytes: about how large it is. min_side: of the smallest images it can see, in pixels. layers:
+    numbers of its convolutions.
     """
 
     net: Literal["alex", "vgg"]
     file: str
     bytes: int
     min_side: int
+    layers: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that LPIPS reads of the file."""
+        return tuple(f"features.{i}.{part}" for i in self.layers for part in ("weight", "bias"))
 
     @property
     def sha256_prefix(self) -> str:
@@ -37,9 +45,10 @@ class Backbone:
         return f"https://download.pytorch.org/models/{self.file}"
 
 
+_VGG: Final = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 BACKBONES: Final[Mapping[str, Backbone]] = {
-    "lpips-alex": Backbone("alex", "alexnet-owt-7be5be79.pth", 244_400_000, 31),
-    "lpips-vgg": Backbone("vgg", "vgg16-397923af.pth", 553_400_000, 16),
+    "lpips-alex": Backbone("alex", "alexnet-owt-7be5be79.pth", 244_400_000, 31, (0, 3, 6, 8, 10)),
+    "lpips-vgg": Backbone("vgg", "vgg16-397923af.pth", 553_400_000, 16, _VGG),
 }
 
 
@@ -79,13 +88,16 @@ def backbone_file(name: str) -> Path:
 
 
 def checked_backbone(name: str) -> Path:
-    """Return the classifier's file, after checking that an unnamed one is the published one.
+    """Return the classifier's file, after checking that an unnamed one is the published one, and
+    that a named one has its tensors.
 
     Raises:
         ModelFilesError: there is no such file, or it is another one.
     """
     path, backbone = backbone_file(name), backbone_of(name)
-    if ":" not in name:
+    if ":" in name:
+        check_tensors([path], backbone.tensors, f"the classifier of {name} ({backbone.file})")
+    else:
         found = file_sha256(path)
         if not found.startswith(backbone.sha256_prefix):
             raise ModelFilesError(

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
+from dipgo_core.evaluation.clip_files import clip_tensors, lacking_files
 from dipgo_core.evaluation.image_reward_files import (
     VOCABULARY,
     WEIGHTS,
+    check_reward,
     hub_files,
     reward_folder,
+    words_of,
 )
 from dipgo_core.evaluation.inception_files import INCEPTION, inception_files
 from dipgo_core.evaluation.lpips_files import (
@@ -28,6 +31,7 @@ from dipgo_core.evaluation.lpips_files import (
 )
 from dipgo_core.evaluation.metrics import Role
 from dipgo_core.evaluation.open_clip_config import read_open_clip
+from dipgo_core.evaluation.tensor_names import check_tensors
 from dipgo_core.hub import MAIN, is_hub_id, split_id
 from dipgo_core.model_files import (
     NETWORK_CONFIGS,
@@ -174,13 +178,35 @@ def _network_scorer(role: Role, name: str, resize: str) -> Scorer:
     if folder is None:
         hub_id, revision = split_id(name)
         return Scorer(hub_id, f"hub:{hub_id}@{revision or MAIN}", resize)
-    model_type_of(role, folder)
+    kind = model_type_of(role, folder)
     files = network_files(_names(folder), folder)
     if files.missing:
         raise ModelFilesError(f"{folder} {lacking_message(files)}")
     check_weights(folder / file for file in files.loaded)
+    check_inputs(role, kind, files.loaded, str(folder))
+    if kind == "clip":
+        wanted = clip_tensors(folder, reads_prompts=role == "clip")
+        weights = [folder / name for name in files.loaded if name.endswith(".safetensors")]
+        check_tensors(weights, wanted, "a CLIP as its config.json describes it")
     bundled = name in ZOO_MODELS
     return Scorer(name if bundled else folder.name, files_sha256(folder, files.loaded), resize)
+
+
+def check_inputs(role: Role, kind: str, names: Collection[str], place: str) -> None:
+    """Check that a network's files tell how it sees images, and reads prompts where it does.
+
+    kind: as of `model_type_of`. place: where the files are, as a message names it.
+
+    Raises:
+        ModelFilesError: files are missing; names them.
+    """
+    if kind == OPEN_CLIP:  # its tokenizer is among what `network_files` misses
+        return
+    if lacking := lacking_files(names, reads_prompts=role == "clip"):
+        raise ModelFilesError(
+            f"{place} lacks {' and '.join(lacking)}, which the {role} scorer prepares its input "
+            "with: copy there what `save_pretrained` of its processor writes"
+        )
 
 
 #: What `model_type_of` calls a CLIP that open_clip saved.
