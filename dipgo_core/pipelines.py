@@ -160,7 +160,8 @@ def _network(folder: Path, network_class: Any, dtype: torch.dtype) -> nn.Module:
     network, info = network_class.from_pretrained(
         str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True
     )
-    if missing := sorted(info["missing_keys"]):
+    unfilled = (name for name, tensor in network.state_dict().items() if tensor.is_meta)
+    if missing := sorted({*info["missing_keys"], *unfilled}):  # of shards diffusers tells none
         raise ModelFilesError(
             f"the weights in {folder} lack {len(missing)} tensors of {network_class.__name__}: "
             f"{listed(missing)}. Copy the model again."

@@ -21,6 +21,7 @@ from tiny import (
     tiny_sd,
     tiny_text_config,
     tiny_tokenizer,
+    tiny_transformer,
     tiny_unet,
     tiny_vae,
 )
@@ -353,6 +354,16 @@ def test_load_model_leaves_no_weight_at_random(tmp_path: Path, file: str, tensor
     part = re.escape(file.partition("/")[0])
     with pytest.raises(ModelFilesError, match=rf"{part} lack {len(lost)} tensors.*{tensor}"):
         load_model(ModelSettings(id=str(tmp_path)))
+
+
+def test_load_model_leaves_no_weight_of_a_shard_empty(folder: Path) -> None:
+    tiny_transformer().save_pretrained(folder / "transformer", max_shard_size="20KB")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    shard = sorted((folder / "transformer").glob("*-00001-of-*.safetensors"))[0]
+    name, *kept = sorted(load_file(shard).items())
+    save_file(dict(kept), shard, metadata={"format": "pt"})
+    with pytest.raises(ModelFilesError, match=f"transformer lack 1 tensors .*{name[0]}"):
+        load_model(ModelSettings(id=str(folder)))
 
 
 def test_load_model_reads_no_pickled_weights(folder: Path) -> None:
