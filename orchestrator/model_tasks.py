@@ -244,6 +244,14 @@ class ModelTasks:
             label=label if test else f"{label}, calibration",
         )
 
+    @cached_property
+    def raced(self) -> tuple[str, ...]:
+        """Metrics whose fronts a race must keep: those asked for, else the sweep's own quality."""
+        measured = raced_metrics(self.protocol.metrics)
+        quality = self.sweep.objective.quality
+        own = "kid" if quality == "fid" else quality
+        return self.model.evaluate.race or ((own,) if own in measured else measured)
+
     def race(self, rung: int, candidates: Sequence[Candidate]) -> Task:
         """Who of these goes on to the next rung."""
         protocol = self.protocols[rung]
@@ -254,7 +262,7 @@ class ModelTasks:
             {
                 "images": protocol.images,
                 "top": self.protocol.images,
-                "metrics": list(self.model.evaluate.race or raced_metrics(protocol.metrics)),
+                "metrics": list(self.raced),
                 "alpha": alpha_of_rung(len(self.protocols)),
                 "candidates": [asdict(candidate) for candidate in ordered],
             },

@@ -90,7 +90,7 @@ class EvaluateSettings:
     """How every point of a model is measured. Scorers: bundled names, hub ids or local paths.
 
     rungs: image counts of a race, rising, the last of them `images`; empty where nothing is raced.
-    race: metrics whose fronts a race must keep; empty: all of them.
+    race: metrics whose fronts a race must keep; empty: that of the sweep's objective.
     """
 
     prompts: PromptSource

@@ -151,7 +151,7 @@ def packed(arrays: Mapping[str, Any]) -> bytes:
     """
     rows = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     header, end = {}, 0
-    for name, values in sorted(rows.items(), key=lambda item: -item[1].itemsize):
+    for name, values in sorted(rows.items(), key=lambda row: (-row[1].itemsize, row[0])):
         start, end = end, end + values.nbytes
         header[name] = {
             "dtype": _DTYPES[values.dtype.name],

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.plan import Plan, Point, build_plan
 from orchestrator.records import Record, Task
-from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_settings import Objective, SweepFile
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_facts, tiny_outputs, tiny_sweep
 
 Records = dict[str, Record]
@@ -191,6 +191,21 @@ def test_race_is_held_again_when_what_failed_succeeds() -> None:
     plan, after, _ = run_all(sweep, records)
     assert plan.complete
     assert len([record for record in after.values() if record.kind == "race"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("quality", "raced"), [("clip", ["clip"]), ("fid", ["kid"]), ("ssim", ["psnr", "kid", "clip"])]
+)
+def test_race_keeps_the_front_of_the_objective_unless_told(quality: Any, raced: list[str]) -> None:
+    sweep = a_sweep()  # ssim is not among its metrics
+    model = sweep.models[0]
+    evaluate = replace(model.evaluate, race=(), metrics=("psnr", "fid", "kid", "clip"))
+    sweep = replace(sweep, models=(replace(model, evaluate=evaluate),))
+
+    _, _, ran = run_all(replace(sweep, objective=Objective(speed="macs", quality=quality)))
+
+    races = [task.inputs["metrics"] for task in ran if task.kind == "race"]
+    assert races and all(sorted(metrics) == sorted(raced) for metrics in races)
 
 
 def test_speed_of_a_race_is_that_of_the_fronts() -> None:

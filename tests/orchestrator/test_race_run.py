@@ -282,6 +282,7 @@ def real_sweep(folder: Path, rungs: tuple[int, ...]) -> SweepFile:
         images=rungs[-1],
         rungs=rungs if len(rungs) > 1 else (),
         metrics=("fid", "kid", "psnr", "ssim"),
+        race=("kid", "psnr", "ssim") if len(rungs) > 1 else (),
         batch_size=4,
         reference=replace(model.evaluate.reference, kind="dense"),
     )

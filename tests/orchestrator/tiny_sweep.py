@@ -82,6 +82,7 @@ def tiny_sweep(
                     rungs=tuple(rungs),
                     scorers=Scorers(features="tiny-features", clip="tiny-clip"),
                     metrics=tuple(metrics),
+                    race=tuple(m for m in metrics if m not in ("fid", "latency")) if rungs else (),
                 ),
             )
             for name in models
