@@ -98,7 +98,7 @@ def sweep_of(folder: Path, reference: Reference | None = None) -> SweepFile:
             ),
         ),
         resources=Resources(images_per_shard=3),
-        latency=LatencySettings(warmup=0, min_runs=2, min_seconds=0, tries=1),
+        latency=LatencySettings(warmup=0, min_runs=6, min_seconds=0, tries=1),
         tracking=Tracking(experiment="real"),
     )
 
