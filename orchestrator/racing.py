@@ -100,7 +100,7 @@ class Decision:
 
 
 def raced_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
-    """Return the metrics that a race looks at: all but FID."""
+    """Return the metrics that a race can look at: all but FID."""
     return tuple(metric for metric in metrics if metric != "fid")
 
 

@@ -65,7 +65,7 @@ def cmmd_replicates(
 ) -> Replicates | None:
     """Return CMMD, up to a constant of the reference, of all images and of each resample.
 
-    Arguments as of `mmd_intervals.mmd_replicates`; None for fewer than 2 prompts.
+    Arguments as of `mmd_intervals.mmd_replicates`; None for fewer than 8 prompts.
     """
     found = mmd_replicates(
         embeddings,
