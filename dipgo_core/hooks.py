@@ -30,8 +30,11 @@ Interceptor = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 class Policy(Protocol):
     """Decides at every forward. `compute()` runs the real module, returns its tensors flattened."""
 
-    def denoiser(self, sample: Tensor, compute: Callable[[], Tensors]) -> Tensors:
-        """Return the denoiser's output tensors; without `compute()`, the call is skipped."""
+    def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
+        """Return the denoiser's output tensors; without `compute()`, the call is skipped.
+
+        timestep: the forward's argument of that name, a number or a tensor; None without one.
+        """
 
     def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         """Return the output tensors of ``graph.blocks[index]``.
@@ -172,6 +175,13 @@ def bind_arguments(
 
 def _denoiser_interceptor(denoiser: nn.Module, policy: Policy) -> Interceptor:
     structures: dict[Any, Structure] = {}  # by return_dict
+    names = list(inspect.signature(denoiser.forward).parameters)
+
+    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = names.index(name) if name in names else len(args)
+        return args[place] if place < len(args) else None
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = kwargs.get("return_dict")
@@ -180,8 +190,8 @@ def _denoiser_interceptor(denoiser: nn.Module, policy: Policy) -> Interceptor:
             tensors, structures[form] = Structure.flatten(original(*args, **kwargs))
             return tensors
 
-        sample = args[0] if args else next(iter(bind_arguments(original, args, kwargs).values()))
-        tensors = policy.denoiser(sample, compute)
+        sample, timestep = (argument(name, args, kwargs) for name in (names[0], "timestep"))
+        tensors = policy.denoiser(sample, timestep, compute)
         if form not in structures:
             raise SubNetError(
                 f"{type(denoiser).__name__} was skipped before it was ever computed with "

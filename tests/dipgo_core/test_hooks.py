@@ -60,7 +60,7 @@ class Recorder:
     prediction: Tensors = ()
     outputs: Tensors = ()
 
-    def denoiser(self, sample: Tensor, compute: Callable[[], Tensors]) -> Tensors:
+    def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
         if not self.replay:
             self.prediction = compute()
         return self.prediction
