@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -32,7 +32,7 @@ class Block:
     """One gate: module name inside the denoiser, kind of reuse, own MACs of one batch-1 forward.
 
     streams: for residual blocks, the forward parameters that match the outputs one to one
-    ("" where an output is None).
+    ("" where an output is None). elements: numbers in its outputs of one batch-1 forward.
     """
 
     name: str
@@ -40,9 +40,37 @@ class Block:
     macs: int
     macs_paper: int
     streams: tuple[str, ...] = ()
+    elements: int = 0
 
     def cost(self, convention: Convention) -> int:
         return self.macs if convention == "all" else self.macs_paper
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one call does with each block: plain tuples, so that a compiler sees constants.
+
+    computes: run now. stores: run now, and a later call reads the output. reads: not run, the
+    cached output is taken. frees: taken for the last time. A block that neither computes nor reads
+    is dead: nobody looks at its output.
+    """
+
+    computes: tuple[bool, ...]
+    stores: tuple[bool, ...]
+    reads: tuple[bool, ...]
+    frees: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rows of a gate table by liveness.
+
+    rows[c] is call c after the calls before it; whole[c] is call c where nothing usable is cached:
+    the first executed call of a run, and one whose sample has another shape.
+    """
+
+    rows: tuple[Row, ...]
+    whole: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -72,21 +100,62 @@ class BlockGraph:
 
         A row whose output would need neither a live block nor an input is a skip: all False.
         """
-        live = np.zeros(self.num_blocks, dtype=np.bool_)
         if not row[0]:
-            return live
-        needed, stack, reaches_input = set[int](), list(self.producers[0]), False
+            return np.zeros(self.num_blocks, dtype=np.bool_)
+        needed = self._needed(row)
+        live = np.logical_and(needed[:-1], row)
+        live[0] = bool(live.any()) or bool(needed[INPUT])
+        return live
+
+    def reads(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which cached outputs one call takes: of blocks not run that it needs.  # (N,)
+
+        A skipped call takes the prediction (column 0) alone.
+        """
+        live = self.live(row)
+        if live[0]:
+            return np.logical_and(self._needed(row)[:-1], ~live)
+        return np.equal(np.arange(self.num_blocks), 0)
+
+    def _needed(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return what the output is computed from; the last entry is the inputs.  # (N + 1,)"""
+        needed = np.zeros(self.num_blocks + 1, dtype=np.bool_)
+        stack = list(self.producers[0])
         while stack:
             n = stack.pop()
-            if n == INPUT:
-                reaches_input = True
-            elif n not in needed:
-                needed.add(n)
-                live[n] = row[n]
-                if row[n] or self.blocks[n].reuse is Reuse.RESIDUAL:
-                    stack.extend(self.producers[n])
-        live[0] = bool(live.any()) or reaches_input
-        return live
+            if needed[n]:
+                continue
+            needed[n] = True
+            if n != INPUT and (row[n] or self.blocks[n].reuse is Reuse.RESIDUAL):
+                stack.extend(self.producers[n])
+        return needed
+
+    def schedule(self, gates: GateTable) -> Schedule:
+        """Return what each call computes, keeps for later, takes from the cache, and lets go."""
+        self.check(gates)
+        everything = np.ones(self.num_blocks, dtype=np.bool_)
+        nothing = ~everything
+        later = nothing  # which outputs a later call reads before they are computed again
+        rows, whole = list[Row](), list[Row]()
+        for keep in gates.keep[::-1]:
+            live, reads = self.live(keep), self.reads(keep)
+            rows.append(_row(live, live & later, reads, reads & ~later))
+            whole.append(_row(everything, later, nothing, nothing))
+            later = reads | (later & ~live)
+        return Schedule(tuple(rows[::-1]), tuple(whole[::-1]))
+
+    def peak_cache(self, gates: GateTable, sizes: Sequence[int]) -> int:
+        """Return the most bytes that are cached at once in a run of all calls.
+
+        sizes: bytes that each block's output takes, [0] those of the prediction.
+        """
+        held = peak = 0
+        schedule = self.schedule(gates)
+        for row in (schedule.whole[0], *schedule.rows[1:]):
+            for n in (*range(1, self.num_blocks), 0):  # the prediction comes last
+                held += sizes[n] * (row.stores[n] - row.frees[n])
+                peak = max(peak, held)
+        return peak
 
     def close(self, gates: GateTable) -> GateTable:
         """Return the canonical table: dead blocks reuse, calls that compute nothing skip."""
@@ -164,3 +233,7 @@ class BlockGraph:
             ),
             producers=tuple(tuple(p) for p in data["producers"]),
         )
+
+
+def _row(*columns: npt.NDArray[np.bool_]) -> Row:
+    return Row(*(tuple(column.tolist()) for column in columns))

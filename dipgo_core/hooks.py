@@ -43,26 +43,52 @@ class Policy(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Structure:
+#: Gives the policy of the moment, or None while nothing is to be decided.
+Current = Callable[[], Policy | None]
+
+
+class Structure(Protocol):
     """How an output is built around its tensors."""
+
+    def rebuild(self, tensors: Tensors) -> Any:
+        """Return an output of this structure.
+
+        Raises:
+            TraceError: another number of tensors.
+        """
+
+
+@dataclass(frozen=True)
+class PlainStructure:
+    """A tensor, or a tuple of tensors (None among them) or of such tuples: no pytree is walked.
+
+    widths: how many tensors each entry has, None where it is one itself; None for a lone tensor.
+    """
+
+    widths: tuple[int | None, ...] | None
+
+    def rebuild(self, tensors: Tensors) -> Any:
+        if self.widths is None:
+            _check_count(tensors, 1)
+            return tensors[0]
+        _check_count(tensors, sum(1 if width is None else width for width in self.widths))
+        output, start = list[Any](), 0
+        for width in self.widths:
+            end = start + (1 if width is None else width)
+            output.append(tensors[start] if width is None else tensors[start:end])
+            start = end
+        return tuple(output)
+
+
+@dataclass(frozen=True)
+class TreeStructure:
+    """Any other output: dicts, lists, model outputs."""
 
     spec: pytree.TreeSpec
     constants: tuple[Any, ...]  # leaves that are no tensors, None where a tensor belongs
 
-    @classmethod
-    def flatten(cls, output: Any) -> tuple[Tensors, Structure]:
-        leaves, spec = pytree.tree_flatten(output)
-        tensors = tuple(leaf if isinstance(leaf, Tensor) else None for leaf in leaves)
-        constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return tensors, cls(spec, constants)
-
     def rebuild(self, tensors: Tensors) -> Any:
-        if len(tensors) != len(self.constants):
-            raise TraceError(
-                f"a policy returned {len(tensors)} tensors where the module returns "
-                f"{len(self.constants)}"
-            )
+        _check_count(tensors, len(self.constants))
         leaves = [
             constant if tensor is None else tensor
             for tensor, constant in zip(tensors, self.constants, strict=True)
@@ -70,12 +96,51 @@ class Structure:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
+_TENSOR = PlainStructure(None)
+
+
+def flatten(output: Any) -> tuple[Tensors, Structure]:
+    """Return the tensors of an output (None where a leaf is no tensor), and its structure."""
+    if isinstance(output, Tensor):
+        return (output,), _TENSOR
+    if type(output) is tuple:
+        plain = _flatten_tuple(output)
+        if plain is not None:
+            return plain
+    leaves, spec = pytree.tree_flatten(output)
+    tensors = tuple(leaf if isinstance(leaf, Tensor) else None for leaf in leaves)
+    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tensors, TreeStructure(spec, constants)
+
+
+def _flatten_tuple(output: tuple[Any, ...]) -> tuple[Tensors, Structure] | None:
+    tensors, widths = list[Tensor | None](), list[int | None]()
+    for entry in output:
+        if entry is None or isinstance(entry, Tensor):
+            tensors.append(entry)
+            widths.append(None)
+        elif type(entry) is tuple and all(isinstance(part, Tensor) for part in entry):
+            tensors.extend(entry)
+            widths.append(len(entry))
+        else:
+            return None
+    return tuple(tensors), PlainStructure(tuple(widths))
+
+
+def _check_count(tensors: Tensors, expected: int) -> None:
+    if len(tensors) != expected:
+        raise TraceError(
+            f"a policy returned {len(tensors)} tensors where the module returns {expected}"
+        )
+
+
 class MethodHook:
     """One wrapped method of one instance; `remove()` puts back exactly what was there."""
 
     def __init__(self, owner: Any, name: str, intercept: Interceptor) -> None:
-        self._owner = owner
+        self.owner = owner
         self._name = name
+        self._intercept = intercept
         self._previous = vars(owner).get(name)
         self._active = True
         original = getattr(owner, name)
@@ -86,42 +151,94 @@ class MethodHook:
                 return original(*args, **kwargs)
             return intercept(original, args, kwargs)
 
+        self._original = original
         self._method = method
+        vars(method)["_dipgo_hook"] = self
         vars(owner)[name] = method
 
+    def is_reached(self) -> bool:
+        """Return whether the owner's method still leads here, through wrappers put around ours."""
+        method = vars(self.owner).get(self._name)
+        while method is not None and method is not self._method:
+            method = getattr(method, "__wrapped__", None)
+        return method is not None
+
+    def renewed(self) -> MethodHook:
+        """Return this hook, or a new one in its place if something else displaced it."""
+        if self.is_reached():
+            return self
+        self.remove()
+        return MethodHook(self.owner, self._name, self._intercept)
+
     def remove(self) -> None:
-        """Restore the method; a wrapper put around ours later stays and finds ours inert."""
+        """Restore the method; a wrapper put around ours later stays and finds ours inert.
+
+        Where such a wrapper keeps ours as an attribute of the owner (accelerate's
+        ``_old_forward``), it gets back what it would have found there.
+        """
         self._active = False
-        if vars(self._owner).get(self._name) is not self._method:
-            return
-        if self._previous is None:
-            del vars(self._owner)[self._name]
-        else:
-            vars(self._owner)[self._name] = self._previous
+        members = vars(self.owner)
+        before = self._before()
+        for name in [name for name, value in members.items() if value is self._method]:
+            if name != self._name:
+                members[name] = self._original if before is None else before
+            elif before is None:
+                del members[name]
+            else:
+                members[name] = before
+
+    def _before(self) -> Any:
+        """Return what was there before: not one of our own that was removed meanwhile."""
+        method = self._previous
+        hook = getattr(method, "_dipgo_hook", None)
+        while isinstance(hook, MethodHook) and hook._method is method and not hook._active:
+            method = hook._previous
+            hook = getattr(method, "_dipgo_hook", None)
+        return method
 
 
 class HookHandle:
-    """The way back from `install`."""
+    """The way back from `install` and `attach`."""
 
-    def __init__(self, denoiser: nn.Module, hooks: list[MethodHook]) -> None:
+    def __init__(
+        self, denoiser: nn.Module, hooks: dict[str, tuple[MethodHook, Interceptor]]
+    ) -> None:
         self._denoiser = denoiser
-        self._hooks = hooks
+        self._hooks = hooks  # by name of the module, "" the denoiser
+        vars(denoiser).setdefault("_dipgo_hooks", []).append(self)
 
     @property
     def num_blocks(self) -> int:
         return len(self._hooks) - 1
 
+    def renew(self) -> None:
+        """Hook again what was displaced, or replaced by another module, since.
+
+        Raises:
+            TraceError: a block is gone.
+        """
+        for name, (hook, intercept) in self._hooks.items():
+            module = named_module(self._denoiser, name)
+            if hook.owner is module:
+                self._hooks[name] = (hook.renewed(), intercept)
+            else:
+                hook.remove()
+                self._hooks[name] = (MethodHook(module, "forward", intercept), intercept)
+
     def remove(self) -> None:
         """Restore every forward; a second call does nothing."""
-        for hook in self._hooks:
+        for hook, _ in self._hooks.values():
             hook.remove()
-        if self._denoiser.__dict__.get("_dipgo_hooks") is self:
-            del self._denoiser.__dict__["_dipgo_hooks"]
+        handles = vars(self._denoiser).get("_dipgo_hooks", [])
+        if self in handles:
+            handles.remove(self)
+            if not handles:
+                del vars(self._denoiser)["_dipgo_hooks"]
 
 
 def is_hooked(denoiser: nn.Module) -> bool:
-    """Return whether `install` has hooks on this denoiser."""
-    return "_dipgo_hooks" in denoiser.__dict__
+    """Return whether hooks of ours are on this denoiser."""
+    return "_dipgo_hooks" in vars(denoiser)
 
 
 def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandle:
@@ -136,14 +253,26 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
             f"{type(denoiser).__name__} has gates installed already; call remove() on the first "
             "handle"
         )
-    modules = [named_module(denoiser, block.name) for block in graph.blocks[1:]]
-    hooks = [MethodHook(denoiser, "forward", _denoiser_interceptor(denoiser, policy))]
-    for index, module in enumerate(modules, start=1):
-        hooks.append(
-            MethodHook(module, "forward", _block_interceptor(module, index, graph, policy))
-        )
+    return attach(denoiser, graph, lambda: policy)
+
+
+def attach(denoiser: nn.Module, graph: BlockGraph, current: Current) -> HookHandle:
+    """Let the policy that `current` gives decide each forward; where it gives none, nothing does.
+
+    Hooks of several owners may lie on one denoiser, as long as one at a time has a policy.
+
+    Raises:
+        TraceError: a block of the graph is not a module of this denoiser.
+    """
+    intercepts = {"": _denoiser_interceptor(denoiser, current)}
+    for index, block in enumerate(graph.blocks[1:], start=1):
+        module = named_module(denoiser, block.name)
+        intercepts[block.name] = _block_interceptor(module, index, graph, current)
+    hooks = {
+        name: (MethodHook(named_module(denoiser, name), "forward", intercept), intercept)
+        for name, intercept in intercepts.items()
+    }
     handle = HookHandle(denoiser, hooks)
-    denoiser.__dict__["_dipgo_hooks"] = handle
     logger.debug("hooked %d blocks of %s", handle.num_blocks, type(denoiser).__name__)
     return handle
 
@@ -173,29 +302,47 @@ def bind_arguments(
     return arguments
 
 
-def _denoiser_interceptor(denoiser: nn.Module, policy: Policy) -> Interceptor:
-    structures: dict[Any, Structure] = {}  # by return_dict
-    names = list(inspect.signature(denoiser.forward).parameters)
+def _argument_reader(forward: Forward, name: str) -> Callable[[tuple[Any, ...], Any], Any]:
+    """Return a function of args and kwargs that gives one argument, None where there is none."""
+    names = list(inspect.signature(forward).parameters)
+    place = names.index(name) if name in names else len(names)
 
-    def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        place = names.index(name) if name in names else len(args)
-        return args[place] if place < len(args) else None
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    return read
+
+
+def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
+    structures: dict[Any, Structure] = {}  # by return_dict
+    name = type(denoiser).__name__
+    sample_of = _argument_reader(
+        denoiser.forward, next(iter(inspect.signature(denoiser.forward).parameters))
+    )
+    timestep_of = _argument_reader(denoiser.forward, "timestep")
+    form_of = _argument_reader(denoiser.forward, "return_dict")
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        form = kwargs.get("return_dict")
+        policy = current()
+        if policy is None:
+            return original(*args, **kwargs)
+        form = form_of(args, kwargs)
+        output: Any = None
+        computed: Tensors | None = None
 
         def compute() -> Tensors:
-            tensors, structures[form] = Structure.flatten(original(*args, **kwargs))
-            return tensors
+            nonlocal output, computed
+            output = original(*args, **kwargs)
+            computed, structures[form] = flatten(output)
+            return computed
 
-        sample, timestep = (argument(name, args, kwargs) for name in (names[0], "timestep"))
-        tensors = policy.denoiser(sample, timestep, compute)
+        tensors = policy.denoiser(sample_of(args, kwargs), timestep_of(args, kwargs), compute)
+        if tensors is computed:
+            return output
         if form not in structures:
             raise SubNetError(
-                f"{type(denoiser).__name__} was skipped before it was ever computed with "
-                f"return_dict={form}; compute the first call whole"
+                f"{name} was skipped before it was ever computed with return_dict={form}; compute "
+                "the first call whole"
             )
         return structures[form].rebuild(tensors)
 
@@ -203,25 +350,30 @@ def _denoiser_interceptor(denoiser: nn.Module, policy: Policy) -> Interceptor:
 
 
 def _block_interceptor(
-    module: nn.Module, index: int, graph: BlockGraph, policy: Policy
+    module: nn.Module, index: int, graph: BlockGraph, current: Current
 ) -> Interceptor:
     block = graph.blocks[index]
     structure: Structure | None = None
-    position = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
+    readers = [_argument_reader(module.forward, name) for name in block.streams]
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal structure
+        policy = current()
+        if policy is None:
+            return original(*args, **kwargs)
+        output: Any = None
+        computed: Tensors | None = None
 
         def compute() -> Tensors:
-            nonlocal structure
-            tensors, structure = Structure.flatten(original(*args, **kwargs))
-            return tensors
+            nonlocal structure, output, computed
+            output = original(*args, **kwargs)
+            computed, structure = flatten(output)
+            return computed
 
-        streams = tuple(
-            None if name == "" else kwargs[name] if name in kwargs else args[position[name]]
-            for name in block.streams
-        )
+        streams = tuple([read(args, kwargs) for read in readers])
         tensors = policy.block(index, streams, compute)
+        if tensors is computed:
+            return output
         if structure is None:
             raise SubNetError(f"block {block.name} was reused before it was ever computed")
         return structure.rebuild(tensors)

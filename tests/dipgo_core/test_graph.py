@@ -104,6 +104,69 @@ def test_searched_leaves_out_a_skip_gate_that_a_block_implies() -> None:
     assert chain(Reuse.RESIDUAL).searched == (0, 1, 2)
 
 
+def random_gates(graph: BlockGraph, seed: int, calls: int = 6) -> GateTable:
+    keep = np.random.default_rng(seed).random((calls, graph.num_blocks)) < 0.6
+    keep[0] = True
+    return GateTable(keep)
+
+
+def cached_names(value: object) -> set[int]:
+    """Which blocks' cached outputs an expression of `values_of` mentions."""
+    if not isinstance(value, tuple):
+        return set()
+    own = {value[1]} if value[:1] in (("cached",), ("changed",)) else set()
+    return own.union(*map(cached_names, value))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reads_are_the_cached_outputs_in_the_output(seed: int) -> None:
+    graph = random_graph(seed)
+    for bits in itertools.product((False, True), repeat=graph.num_blocks - 1):
+        row = np.array((True, *bits))
+        expected = cached_names(values_of(graph, tuple(row.tolist()), frozenset(range(9))))
+        reads = set(np.flatnonzero(graph.reads(row)).tolist())
+        assert reads == (expected if graph.live(row)[0] else {0})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_schedule_holds_only_what_a_later_call_takes(seed: int) -> None:
+    """Oracle: at every moment, look ahead for a read that comes before the next computation."""
+    graph = random_graph(seed)
+    gates = random_gates(graph, seed)
+    schedule, sizes = graph.schedule(gates), [3, 5, 7, 11, 13, 17, 19][: graph.num_blocks]
+    events = [(c, n) for c in range(gates.num_calls) for n in (*range(1, graph.num_blocks), 0)]
+    live = [np.ones(graph.num_blocks, bool), *(graph.live(row) for row in gates.keep[1:])]
+    reads = [graph.reads(row) if c else ~live[0] for c, row in enumerate(gates.keep)]
+
+    def wanted(n: int, after: int) -> bool:
+        ahead = [call for call, block in events[after + 1 :] if block == n]
+        used = [call for call in ahead if live[call][n] or reads[call][n]]
+        return bool(used) and bool(reads[used[0]][n])
+
+    computed, held, peak = set[int](), set[int](), 0
+    rows = (schedule.whole[0], *schedule.rows[1:])
+    for place, (call, n) in enumerate(events):
+        computed |= {n} if live[call][n] else set()
+        held = held | {n} if rows[call].stores[n] else held
+        held = held - {n} if rows[call].frees[n] else held
+        assert held == {b for b in computed if wanted(b, place_of(events, b, place))}
+        peak = max(peak, sum(sizes[b] for b in held))
+    assert graph.peak_cache(gates, sizes) == peak
+
+
+def place_of(events: list[tuple[int, int]], block: int, place: int) -> int:
+    """The last event of a block up to a place."""
+    return max(p for p in range(place + 1) if events[p][1] == block)
+
+
+def test_a_run_may_start_whole_at_any_call() -> None:
+    gates = GateTable.from_strings(["111", "101", "000", "110"])
+    schedule = chain(Reuse.RESIDUAL).schedule(gates)
+    assert schedule.whole[1].stores == (True, False, True)
+    assert schedule.whole[3].stores == (False, False, False)
+    assert all(all(row.computes) for row in schedule.whole)
+
+
 def test_check_refuses_a_table_of_another_width() -> None:
     with pytest.raises(SubNetError, match="2 gates a call, Chain has 3"):
         chain(Reuse.OUTPUT).macs(GateTable.all_keep(2, 2))
