@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any, cast
+from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
 import diffusers
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from dipgo_core.config import Granularity
 from dipgo_core.errors import TraceError
-from dipgo_core.families import FAMILIES, Family, KnownModel
+from dipgo_core.families import FAMILIES, Config, Family, KnownModel, Meta
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.hooks import Forward, Interceptor, MethodHook, bind_arguments, named_module
 from dipgo_core.macs import MacsCounter
 
-GRANULARITIES = ("block",)
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 _UNET_PATTERNS = FAMILIES["sd"].blocks
 
 
@@ -54,12 +55,18 @@ def _tag(value: Any, number: int) -> Any:
 
 @dataclass
 class _Trace:
-    """What one traced forward leaves behind; lists are indexed by block, 0 is the denoiser."""
+    """What one traced forward leaves behind; mappings are by block, 0 is the denoiser.
+
+    declared: by block, the arguments its outputs continue, () where it is reused by output; None
+    where nothing is declared, and shapes must tell.
+    """
 
     names: tuple[str, ...]
+    declared: Mapping[int, tuple[str, ...]] | None
     counter: MacsCounter
     consumed: dict[int, list[Node]] = field(default_factory=dict)
     streams: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    elements: dict[int, int] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
 
 
@@ -68,73 +75,101 @@ def find_blocks(
     *,
     inputs: Mapping[str, Any],
     names: Sequence[str] | None = None,
+    streams: Mapping[str, tuple[str, ...]] | None = None,
     granularity: str = "block",
 ) -> BlockGraph:
     """Trace a meta-device copy of `denoiser` into its block graph; the weights are not read.
 
     inputs: keyword arguments of one batch-1 forward (meta or real). names: modules to gate;
     by default the blocks of a U-Net, else the entries of the denoiser's own module lists.
+    streams: by pattern of names, the arguments that the outputs continue (None: shapes tell).
 
     Raises:
         TraceError: no blocks, a block that runs not at all or twice, or that nothing reads.
     """
-    if granularity not in GRANULARITIES:
-        raise TraceError(f"granularity must be one of {', '.join(GRANULARITIES)}: {granularity!r}")
+    known_granularity(granularity)
     twin = meta_copy(denoiser)
     names = tuple(names) if names is not None else block_names(twin)
-    trace = _run_traced(twin, names, inputs)
+    declared = None if streams is None else _declared(names, streams)
+    trace = _run_traced(twin, _Trace(names, declared, MacsCounter()), inputs)
     return _assemble(type(denoiser).__name__, granularity, trace)
 
 
-def known_graph(known: KnownModel) -> BlockGraph:
+def _declared(
+    names: Sequence[str], streams: Mapping[str, tuple[str, ...]]
+) -> dict[int, tuple[str, ...]]:
+    """Return the declared streams of each block, by its number in the order of names."""
+    return {
+        number: next((s for pattern, s in streams.items() if _fits(name, pattern)), ())
+        for number, name in enumerate(names, start=1)
+    }
+
+
+def known_graph(known: KnownModel, granularity: str = "block") -> BlockGraph:
     """Return the block graph of a known model from its config facts alone."""
     family = FAMILIES[known.family]
     with torch.device("meta"):
         denoiser = getattr(diffusers, family.denoiser)(**known.config)
-    return trace_denoiser(denoiser, family, tokens=known.tokens)
+    return trace_denoiser(denoiser, family, tokens=known.tokens, granularity=granularity)
 
 
 def trace_denoiser(
-    denoiser: nn.Module, family: Family, *, tokens: int, granularity: str = "block"
+    denoiser: nn.Module,
+    family: Family,
+    *,
+    tokens: int,
+    side: int | None = None,
+    granularity: str = "block",
 ) -> BlockGraph:
-    """Trace a family's denoiser at its own resolution, once in its life.
+    """Trace a family's denoiser, once in its life for every size of its inputs.
+
+    side: of the latents; None: as the model is made for.
 
     Raises:
-        TraceError: the denoiser's modules match none of the family's block names.
+        TraceError: the denoiser's modules match none of the family's names.
     """
     graphs = _traced.setdefault(denoiser, {})
-    key = (tokens, granularity)
+    config = cast(Config, denoiser.config)
+    side = family.latent_side(config) if side is None else side
+    key = (tokens, side, granularity)
     if key not in graphs:
-        names = _matching(denoiser, family.blocks)
-        inputs = example_inputs(cast(Any, denoiser).config, family, tokens=tokens)
-        graphs[key] = find_blocks(denoiser, inputs=inputs, names=names, granularity=granularity)
+        graphs[key] = find_blocks(
+            denoiser,
+            inputs=meta_inputs(family.inputs(config, side, tokens)),
+            names=_matching(denoiser, family.patterns(known_granularity(granularity))),
+            streams=family.streams,
+            granularity=granularity,
+        )
     return graphs[key]
 
 
-_traced: WeakKeyDictionary[nn.Module, dict[tuple[int, str], BlockGraph]] = WeakKeyDictionary()
+def known_granularity(name: str) -> Granularity:
+    """Return `name` as a granularity.
+
+    Raises:
+        TraceError: there is none of this name.
+    """
+    for granularity in GRANULARITIES:
+        if granularity == name:
+            return granularity
+    raise TraceError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {name!r}")
 
 
-def example_inputs(config: Any, family: Family, *, tokens: int) -> dict[str, Any]:
-    """Return forward arguments of one batch-1 call, on the meta device."""
-    sample = _meta(1, config.in_channels, config.sample_size, config.sample_size)
-    if family.conditioning == "label":
-        labels = torch.zeros(1, dtype=torch.long, device="meta")
-        return {"hidden_states": sample, "timestep": _meta(1), "class_labels": labels}
-    states = _meta(1, tokens, config.cross_attention_dim)
-    inputs: dict[str, Any] = {
-        "sample": sample,
-        "timestep": _meta(1),
-        "encoder_hidden_states": states,
+_traced: WeakKeyDictionary[nn.Module, dict[tuple[int, int, str], BlockGraph]] = WeakKeyDictionary()
+
+
+def meta_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a family's arguments of a forward with tensors on the meta device."""
+    return {
+        name: meta_inputs(value) if isinstance(value, Mapping) else _meta(value)
+        for name, value in inputs.items()
     }
-    if config.addition_embed_type == "text_time":
-        ids = 6
-        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": _meta(1, pooled), "time_ids": _meta(1, ids)}
-    return inputs
 
 
-def _meta(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
+def _meta(value: Any) -> Any:
+    if not isinstance(value, Meta):
+        return value
+    return torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
 
 
 #: What hooks (ours, accelerate's, diffusers') leave on modules; a copy would call the original.
@@ -181,10 +216,7 @@ def block_names(denoiser: nn.Module) -> tuple[str, ...]:
 def _matching(denoiser: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """Modules whose name matches a pattern part by part, in the order of definition."""
     names = tuple(
-        name
-        for pattern in patterns
-        for name, _ in denoiser.named_modules()
-        if fnmatch(name, pattern) and name.count(".") == pattern.count(".")
+        name for pattern in patterns for name, _ in denoiser.named_modules() if _fits(name, pattern)
     )
     if not names:
         raise TraceError(
@@ -194,14 +226,17 @@ def _matching(denoiser: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _run_traced(twin: nn.Module, names: tuple[str, ...], inputs: Mapping[str, Any]) -> _Trace:
-    trace = _Trace(names, MacsCounter())
+def _fits(name: str, pattern: str) -> bool:
+    return name.count(".") == pattern.count(".") and fnmatch(name, pattern)
+
+
+def _run_traced(twin: nn.Module, trace: _Trace, inputs: Mapping[str, Any]) -> _Trace:
     for module in twin.modules():
         if isinstance(module, nn.Embedding):  # integer inputs reach the output through these
             module.weight.requires_grad_(True)
     hooks = [
         MethodHook(named_module(twin, name), "forward", _tagging(trace, number))
-        for number, name in enumerate(names, start=1)
+        for number, name in enumerate(trace.names, start=1)
     ]
     try:
         with torch.enable_grad(), torch.device("meta"), trace.counter:
@@ -210,6 +245,7 @@ def _run_traced(twin: nn.Module, names: tuple[str, ...], inputs: Mapping[str, An
         for hook in hooks:
             hook.remove()
     trace.consumed[0] = _nodes(output)
+    trace.elements[0] = _elements(output)
     return trace
 
 
@@ -235,14 +271,38 @@ def _tagging(trace: _Trace, number: int) -> Interceptor:
             )
         trace.consumed[number] = _nodes((args, kwargs))
         trace.order.append(number)
-        arguments = bind_arguments(original, args, kwargs)
-        shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor)}
         with trace.counter.owned_by(number):
             output = original(*args, **kwargs)
-        trace.streams[number] = _match_streams(shapes, output)
+        arguments = bind_arguments(original, args, kwargs)
+        trace.streams[number] = _streams_of(trace, number, arguments, output)
+        trace.elements[number] = _elements(output)
         return _tag(output, number)
 
     return intercept
+
+
+def _streams_of(
+    trace: _Trace, number: int, arguments: Mapping[str, Any], output: Any
+) -> tuple[str, ...]:
+    shapes = {k: v.shape for k, v in arguments.items() if isinstance(v, Tensor)}
+    if trace.declared is None:
+        return _match_streams(shapes, output)
+    declared = trace.declared[number]
+    leaves = pytree.tree_leaves(output)
+    fits = len(leaves) == len(declared) and all(
+        shapes.get(name) == leaf.shape
+        for name, leaf in zip(declared, leaves, strict=True)
+        if isinstance(leaf, Tensor)
+    )
+    if declared and not fits:
+        raise TraceError(
+            f"block {trace.names[number - 1]} does not continue its arguments "
+            f"{', '.join(declared)}: its outputs differ in number or shape; correct the family"
+        )
+    return tuple(
+        name if isinstance(leaf, Tensor) else ""
+        for name, leaf in zip(declared, leaves, strict=False)
+    )
 
 
 def _match_streams(shapes: Mapping[str, torch.Size], output: Any) -> tuple[str, ...]:
@@ -258,6 +318,12 @@ def _match_streams(shapes: Mapping[str, torch.Size], output: Any) -> tuple[str, 
             return ()
         streams.append(single[0])
     return tuple(streams)
+
+
+def _elements(output: Any) -> int:
+    """Count numbers, those of a tensor that is returned twice (down blocks do) once."""
+    leaves = {id(leaf): leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)}
+    return sum(leaf.numel() for leaf in leaves.values())
 
 
 def _nodes(value: Any) -> list[Node]:
@@ -295,10 +361,11 @@ def _assemble(denoiser: str, granularity: str, trace: _Trace) -> BlockGraph:
     def producers(number: int) -> tuple[int, ...]:
         return tuple(sorted(position[p] for p in _producers(trace.consumed[number])))
 
+    unet = any(_fits(name, pattern) for name in trace.names for pattern in _UNET_PATTERNS)
+    by_shape = trace.declared is None and unet  # a U-Net's blocks cut their inputs all the same
     blocks = [_block("", 0, Reuse.SKIP, trace)]
-    unet = any(fnmatch(name, pattern) for name in trace.names for pattern in _UNET_PATTERNS)
     for number in trace.order:
-        residual = bool(trace.streams[number]) and not unet
+        residual = bool(trace.streams[number]) and not by_shape
         reuse = Reuse.RESIDUAL if residual else Reuse.OUTPUT
         blocks.append(_block(trace.names[number - 1], number, reuse, trace))
     edges = tuple(producers(number) for number in (0, *trace.order))
@@ -314,6 +381,7 @@ def _block(name: str, number: int, reuse: Reuse, trace: _Trace) -> Block:
         trace.counter.all[number],
         trace.counter.paper[number],
         trace.streams[number] if reuse is Reuse.RESIDUAL else (),
+        trace.elements[number],
     )
 
 

@@ -16,17 +16,28 @@ DType = Literal["float32", "float16", "bfloat16"]
 Convention = Literal["all", "paper"]
 Postprocess = Literal["budget", "paper", "released"]
 Encoder = Literal["attention", "linear", "none"]
+Granularity = Literal["block", "layer"]
+Spacing = Literal["leading", "trailing", "linspace"]
 
 CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which weights, in which precision. `id` is a hub id, a local folder or a bundled name."""
+    """Which weights, in which precision, at which image size.
+
+    `id` is a hub id, a local folder or a bundled name. resolution: side of the images in pixels;
+    None: the model's own.
+    """
 
     id: str
     revision: str | None = None
     dtype: DType = "float32"
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise ConfigError(f"resolution must be at least 1 pixel, got {self.resolution}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,17 +47,36 @@ class ModelSettings:
 class SamplerSettings:
     """Noise scheduler, number of steps and guidance of one sampling run.
 
-    `spacing` None keeps the model's own timestep spacing.
+    `spacing` None keeps the model's own timestep spacing. timesteps, sigmas: a schedule of one's
+    own, one entry a step, falling; at most one of the two, and without `spacing`.
     """
 
     scheduler: str
     steps: int
     guidance_scale: float
-    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    spacing: Spacing | None = None
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps must be at least 1, got {self.steps}")
+        given = [name for name in ("spacing", "timesteps", "sigmas") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"sampler.{given[0]} and sampler.{given[1]} exclude each other")
+        for name in ("timesteps", "sigmas"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.steps:
+                raise ConfigError(
+                    f"sampler.{name} needs one entry a step: steps is {self.steps}, got "
+                    f"{len(values)}"
+                )
+
+    @property
+    def custom(self) -> dict[str, list[float]]:
+        """The schedule of one's own, as the argument of a stock call; empty without one."""
+        given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {name: list(values) for name, values in given.items() if values is not None}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +120,7 @@ class SearchSettings:
     strategy: str = "dipgo"
     loss: LossSettings = field(default_factory=LossSettings)
     steps: int = 500
-    granularity: Literal["block"] = "block"
+    granularity: Granularity = "block"
     seed: int = 0
     batch_size: int = 1
     accumulation: int = 1

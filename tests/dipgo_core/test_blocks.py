@@ -227,8 +227,8 @@ def test_find_blocks_refuses_a_denoiser_without_blocks() -> None:
 
 
 def test_find_blocks_refuses_an_unknown_granularity() -> None:
-    with pytest.raises(TraceError, match="one of block"):
-        find_blocks(Toy(), inputs=toy_inputs(), granularity="layer")
+    with pytest.raises(TraceError, match="one of block, layer, got 'head'"):
+        find_blocks(Toy(), inputs=toy_inputs(), granularity="head")
 
 
 def test_find_blocks_takes_named_modules_only() -> None:

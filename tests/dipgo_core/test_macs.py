@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_transformer, tiny_unet
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipgo_core.blocks import find_blocks, known_graph
+from dipgo_core.blocks import GRANULARITIES, find_blocks, known_graph
 from dipgo_core.config import Convention
 from dipgo_core.families import FAMILIES, KNOWN_MODELS, KnownModel, find_known
 from dipgo_core.macs import MacsCounter
@@ -52,11 +52,14 @@ def test_paper_convention_leaves_attention_products_out() -> None:
 
 @pytest.mark.parametrize("known", KNOWN_MODELS, ids=lambda known: known.id)
 def test_facts_of_known_models_are_what_tracing_counts(known: KnownModel) -> None:
-    graph = known_graph(known)
-    assert graph.call_macs("all") == known.macs == known.macs_of("all")
-    assert graph.call_macs("paper") == known.macs_paper == known.macs_of("paper")
-    assert graph.num_blocks == known.num_blocks
-    assert {block.reuse for block in graph.blocks[1:]} == {FAMILIES[known.family].reuse}
+    graphs = {granularity: known_graph(known, granularity) for granularity in GRANULARITIES}
+    for granularity, graph in graphs.items():
+        assert graph.call_macs("all") == known.macs == known.macs_of("all")
+        assert graph.call_macs("paper") == known.macs_paper == known.macs_of("paper")
+        assert graph.num_blocks == known.gates_of(granularity)
+        elements = sum(block.elements for block in graph.blocks)
+        assert 2 * elements == known.cache_bytes_of(granularity)
+    assert {b.reuse for b in graphs["block"].blocks[1:]} == {FAMILIES[known.family].reuse}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,8 @@ def test_facts_of_known_models_are_what_tracing_counts(known: KnownModel) -> Non
         ("stabilityai/stable-diffusion-xl-base-1.0", "all", 3380.6),
         ("facebook/DiT-XL-2-256", "paper", 114.4),
         ("facebook/DiT-XL-2-256", "all", 118.7),
+        ("PixArt-alpha/PixArt-XL-2-1024-MS", "paper", 2140.7),
+        ("PixArt-alpha/PixArt-XL-2-1024-MS", "all", 3254.8),
     ],
 )
 def test_known_models_cost_what_was_measured_before(
