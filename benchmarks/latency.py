@@ -24,17 +24,18 @@ from typing import Any, Final, cast
 import numpy as np
 import torch
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.evaluation.device import cpu_name
 from dipgo_core.evaluation.execution import library_versions
-from dipgo_core.evaluation.generate import call_arguments
 from dipgo_core.evaluation.latency import Latency, measure_latency
 from dipgo_core.evaluation.load import CpuWatch, Watched, undisturbed
 from dipgo_core.evaluation.stopwatch import Timed, WallStopwatch, timed_call
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel, block_graph, load_model, set_sampler, subnet_of
+from dipgo_core.pipelines import LoadedModel, block_graph, load_model
 from dipgo_core.runtime import apply_subnet
+from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
 
 FOLDER: Final = Path(__file__).resolve().parent / "latency"

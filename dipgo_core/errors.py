@@ -11,6 +11,7 @@ DipgoError
 ├── TraceError               the block graph of a denoiser could not be found
 ├── SubNetError              a SubNet file that is broken, or that was made for something else
 │   └── SubNetMismatchError  pipeline and SubNet differ; lists the fields
+├── SamplingError            a pipeline call that cannot be made, or never reaches its decoder
 ├── TargetError              a pruned ratio that no SubNet reaches; lists the reachable ones
 ├── SearchError              a search that cannot go on (non-finite loss, collapsed gates)
 ├── EvaluationError          images, scorers or statistics that cannot be used
@@ -71,6 +72,10 @@ class SubNetError(DipgoError):
 
 class SubNetMismatchError(SubNetError):
     """Pipeline and SubNet differ; the message names both sides."""
+
+
+class SamplingError(DipgoError):
+    """A pipeline call cannot be made, or does not end where it should."""
 
 
 class TargetError(DipgoError):

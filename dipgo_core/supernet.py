@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from dipgo_core.config import SamplerSettings
 from dipgo_core.graph import BlockGraph, Reuse
 from dipgo_core.hooks import HookHandle, Tensors, install
-from dipgo_core.pipelines import Conditioning, LoadedModel, predict, rollout
+from dipgo_core.pipelines import LoadedModel
+from dipgo_core.repeat import Repeat, RepeatAt, repeat_of
+from dipgo_core.sampling import Batch, noise_scheduler, rollout
 
 Keep = npt.NDArray[np.bool_]
 
@@ -65,40 +67,73 @@ def mix(current: Tensors, cached: Tensors, gate: Tensor) -> Tensors:
 class SoftGates:
     """The policy of training: one gate a block, mixtures instead of choices.
 
-    `begin` sets the state of one call. Every value a mixture does not select is computed without
-    gradient: it only enters the gate's own derivative.
+    `start` gives the gates of a run, `start_call` goes to a call. Every value that a mixture does
+    not select is computed without gradient: it only enters the gate's own derivative.
     """
 
-    def __init__(self, graph: BlockGraph) -> None:
+    def __init__(self, graph: BlockGraph, *, checkpointing: bool) -> None:
         self.graph = graph
-        self.decides_skip = 0 in graph.searched
-        self.cache: dict[int, Tensors] = {}
         self.forwards = 0
-        self._gates = torch.ones(graph.num_blocks)
-        self._keep = self._live = np.ones(graph.num_blocks, dtype=np.bool_)
+        self._skip_gate = skip_gate(graph)
+        self._checkpointing = checkpointing
 
-    def begin(self, gates: Tensor, keep: Keep, cache: dict[int, Tensors]) -> None:
-        """Start a call. gates: (N,); keep: their hard values; cache: empty for the first call."""
-        self._gates, self._keep, self.cache = gates, keep, dict(cache)
+    def start(self, gates: Tensor, repeat: Repeat) -> None:
+        """Begin a run. gates: (T, N); repeat: what a skipped call gives again."""
+        self._gates, self._repeat = gates, repeat
+        self._keeps = (gates.detach() >= 0.5).cpu().numpy()
+        self._flat: list[Any] = []  # the cache between calls, and how it is built
+        self._spec = pytree.tree_flatten({})[1]
+        self.start_call(0)
+
+    def start_call(self, call: int) -> None:
+        """Go to row `call` of the gates."""
+        self._call = call
+
+    def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
+        """Evaluate the call under its gates; only its caches outlive it, not its activations."""
+        keep, spec_before, repeat = self._keeps[self._call], self._spec, self._repeat
+        structure: pytree.TreeSpec | None = None
+
+        def step(row: Tensor, *flat: Any) -> tuple[Any, ...]:
+            nonlocal structure  # a repetition in the backward pass finds the same
+            self.forwards += 1
+            self._begin(row, keep, pytree.tree_unflatten(flat, spec_before))
+            output = self._mixed(repeat.at(sample, timestep), compute)
+            leaves, structure = pytree.tree_flatten((output, self.cache))
+            return tuple(leaves)
+
+        row = self._gates[self._call]
+        if self._checkpointing:
+            leaves = checkpoint(
+                step, row, *self._flat, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            leaves = step(row, *self._flat)
+        assert structure is not None
+        output, cache = pytree.tree_unflatten(leaves, structure)
+        self._flat, self._spec = pytree.tree_flatten(cache)
+        return cast(Tensors, output)
+
+    def _begin(self, row: Tensor, keep: Keep, cache: dict[int, Tensors]) -> None:
+        self._row, self._keep, self.cache = row, keep, dict(cache)
         self._live = self.graph.live(keep)
 
-    def denoiser(self, sample: Tensor, compute: Callable[[], Tensors]) -> Tensors:
-        self.forwards += 1
-        cached = self.cache.get(0)
-        if cached is None or not self.decides_skip:
+    def _mixed(self, repeat: RepeatAt, compute: Callable[[], Tensors]) -> Tensors:
+        """Return the mixture of this call's prediction and the repeated one; cache it."""
+        gate, repeated = self._skip_gate, self.cache.get(0)
+        if repeated is None:
             output = compute()
         else:
-            current = compute() if self._keep[0] else self._if_not_skipped(compute)
-            output = mix(current, cached, self._gates[0])
-        if self.decides_skip:
-            self.cache[0] = output
+            current = compute() if self._keep[gate] else self._if_not_skipped(compute)
+            output = mix(current, repeat.predictions(repeated), self._row[gate])
+        self.cache[0] = repeat.repeatable(output)
         return output
 
     def _if_not_skipped(self, compute: Callable[[], Tensors]) -> Tensors:
-        """Return what the call's own block gates would give; as in a skip, no cache changes."""
+        """Return what the call's other gates would give; as in a skip, no cache changes."""
         keep, live, cache = self._keep, self._live, dict(self.cache)
         self._keep = keep.copy()
-        self._keep[0] = True
+        self._keep[self._skip_gate] = True
         self._live = self.graph.live(self._keep)
         try:
             with torch.no_grad():
@@ -107,18 +142,20 @@ class SoftGates:
             self._keep, self._live, self.cache = keep, live, cache
 
     def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
+        if index == self._skip_gate:  # its gate decides the whole call
+            return compute()
         if self.graph.blocks[index].reuse is Reuse.RESIDUAL:
             return self._residual(index, streams, compute)
         cached = self.cache.get(index)
         if cached is None:
             self.cache[index] = compute()
         elif not self._is_forced(index):
-            self.cache[index] = mix(self._current(index, compute), cached, self._gates[index])
+            self.cache[index] = mix(self._current(index, compute), cached, self._row[index])
         return self.cache[index]
 
     def _residual(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         """Cache out - in; a kept block's output is exactly what the module returned."""
-        cached, gate = self.cache.get(index), self._gates[index]
+        cached, gate = self.cache.get(index), self._row[index]
         if cached is None:
             output = compute()
             self.cache[index] = _subtract(output, streams)
@@ -172,8 +209,7 @@ class SuperNet:
         self, model: LoadedModel, graph: BlockGraph, *, checkpointing: bool = True
     ) -> None:
         self._model = model
-        self._policy = SoftGates(graph)
-        self._checkpointing = checkpointing
+        self._policy = SoftGates(graph, checkpointing=checkpointing)
         self._handle: HookHandle | None = None
 
     def __enter__(self) -> SuperNet:
@@ -189,35 +225,27 @@ class SuperNet:
         """Denoiser forwards so far, a batch counted as one, repeated ones included."""
         return self._policy.forwards
 
-    def rollout(
-        self, conditioning: Conditioning, latents: Tensor, sampler: SamplerSettings, gates: Tensor
-    ) -> Tensor:
-        """Return the final latents, differentiable in `gates`.  # (B, C, h, w)
+    def rollout(self, batch: Batch, sampler: SamplerSettings, gates: Tensor) -> Tensor:
+        """Return what the pipeline would decode, differentiable in `gates`.  # (B, C, h, w)
 
         gates: (T, N), every value 0 or 1 (``pruner.straight_through``), the first row 1. With
         checkpointing over calls, what grows with T is the caches between calls, not activations.
         """
-        keep = (gates.detach() >= 0.5).cpu().numpy()
-        flat_cache: list[Any] = []
-        spec = pytree.tree_flatten({})[1]
+        self._policy.start(gates, repeat_of(noise_scheduler(self._model, sampler)))
+        return rollout(self._model, batch, sampler, on_call=self._policy.start_call)
 
-        def predictor(call: int, model_input: Tensor, timestep: Tensor) -> Tensor:
-            nonlocal flat_cache, spec
-            spec_before = spec
 
-            def step(model_input: Tensor, row: Tensor, *flat: Any) -> tuple[Any, ...]:
-                nonlocal spec  # a repetition in the backward pass finds the same structure
-                self._policy.begin(row, keep[call], pytree.tree_unflatten(flat, spec_before))
-                prediction = predict(self._model, conditioning, model_input, timestep)
-                values, spec = pytree.tree_flatten(self._policy.cache)
-                return prediction, *values
+def skip_gate(graph: BlockGraph) -> int:
+    """Return the gate whose reuse skips the call: the denoiser's own, or the block it follows from.
 
-            prediction, *flat_cache = self._run(step, model_input, gates[call], *flat_cache)
-            return cast(Tensor, prediction)
+    A U-Net's output is its last block's: to reuse that is to repeat the prediction.
+    """
+    if 0 in graph.searched:
+        return 0
+    return next(n for n in graph.producers[0] if not graph.live(_all_but(n, graph))[0])
 
-        return rollout(self._model, conditioning, latents, sampler, predictor=predictor)
 
-    def _run(self, step: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
-        if not self._checkpointing:
-            return step(*arguments)
-        return checkpoint(step, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _all_but(n: int, graph: BlockGraph) -> Keep:
+    row = np.ones(graph.num_blocks, dtype=np.bool_)
+    row[n] = False
+    return row

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import EvaluationError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import MethodHook
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel, set_sampler, subnet_of
+from dipgo_core.pipelines import LoadedModel
 from dipgo_core.runtime import apply_subnet
+from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
 
 
@@ -25,8 +27,8 @@ from dipgo_core.subnet import SubNet
 class GeneratedBatch:
     """Images of consecutive items. images: (B, 3, H, W) uint8 on the model's device.
 
-    latents: what they were decoded from, (B, C, h, w). forwards: denoiser forwards spent; a batch
-    counts as one, a skipped call as none.
+    latents: what the autoencoder was given, (B, C, h, w). forwards: denoiser forwards spent; a
+    batch counts as one, a skipped call as none.
     """
 
     start: int
@@ -67,31 +69,6 @@ def generate(
             pixels, latents, forwards = _watched_call(model, arguments)
         images = to_uint8(pixels, first_index=start)
         yield GeneratedBatch(start, images, latents, _computed(forwards, subnet))
-
-
-def call_arguments(
-    model: LoadedModel, items: Sequence[Item], seeds: Sequence[int], sampler: SamplerSettings
-) -> dict[str, Any]:
-    """Return the arguments of the stock pipeline call that makes a batch of images.
-
-    Raises:
-        EvaluationError: a label-conditioned model got an item without label.
-    """
-    arguments: dict[str, Any] = {
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "num_inference_steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale,
-        "output_type": "pt",
-    }
-    if model.family.conditioning == "prompt":
-        return {"prompt": [item.prompt for item in items], **arguments}
-    for item in items:
-        if item.label is None:
-            raise EvaluationError(
-                f"{model.settings.id} is conditioned on class labels, but {item.prompt!r} has "
-                "none: give texts that are labels of the model, or rows with a label"
-            )
-    return {"class_labels": [item.label for item in items], **arguments}
 
 
 def to_uint8(pixels: Tensor, *, first_index: int = 0) -> Tensor:
@@ -140,20 +117,19 @@ def _watched_call(model: LoadedModel, arguments: dict[str, Any]) -> tuple[Tensor
         nonlocal count
         count += 1
 
-    def stepped(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def decoded(decode: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal latents
-        result = step(*args, **kwargs)
-        latents = result[0]
-        return result
+        latents = args[0] if args else kwargs["z"]
+        return decode(*args, **kwargs)
 
     forwards = model.denoiser.register_forward_pre_hook(entered)
-    steps = MethodHook(model.pipe.scheduler, "step", stepped)
+    decoder = MethodHook(model.pipe.vae, "decode", decoded)
     try:
         images = model.pipe(**arguments).images
     finally:
-        steps.remove()
+        decoder.remove()
         forwards.remove()
-    return images, latents[: len(images)], count  # DiT steps the unconditional half, too
+    return images, latents, count
 
 
 def _computed(forwards: int, subnet: SubNet | None) -> int:

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from dipgo_core.errors import SearchError
+from dipgo_core.graph import INPUT
+from dipgo_core.hooks import Tensors, install
 from dipgo_core.outcome import SearchOutcome
-from dipgo_core.pipelines import encode, initial_latents, noise_scheduler, predict, rollout
-from dipgo_core.search.calibration import check_problem, dense_latents, draw_items
+from dipgo_core.repeat import Repeat, repeat_of
+from dipgo_core.sampling import noise_scheduler, rollout
+from dipgo_core.search.calibration import (
+    batch_of,
+    check_problem,
+    dense_latents,
+    draw_items,
+)
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 
 #: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
@@ -42,7 +52,55 @@ def search_step_masks(problem: SearchProblem) -> Iterator[SearchProgress]:
     search = _MaskSearch(problem)
     if search.done == search.num_steps:  # interrupted between its last step and its record
         yield search.progress()
-    yield from search.exhaustive() if search.num_calls <= EXHAUSTIVE_CALLS else search.greedy()
+    with search.calls.installed(problem):
+        yield from search.exhaustive() if search.num_calls <= EXHAUSTIVE_CALLS else search.greedy()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call gave, and what a call that is skipped after it gives again."""
+
+    prediction: Tensors
+    repeatable: Tensors
+
+
+class _MaskedCalls:
+    """Policy that computes the calls of a mask, and repeats what is known already."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    @contextmanager
+    def installed(self, problem: SearchProblem) -> Iterator[None]:
+        graph, denoiser = problem.graph, problem.model.denoiser
+        whole = replace(graph, blocks=graph.blocks[:1], producers=((INPUT,),))
+        handle = install(denoiser, whole, self)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def start(self, mask: Mask, known: list[_Known], repeat: Repeat) -> None:
+        """Begin a run; `known` grows by what its calls give."""
+        self._mask, self._known, self._repeat = mask, known, repeat
+
+    def start_call(self, call: int) -> None:
+        self._call = call
+
+    def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
+        if self._call == len(self._known):
+            at = self._repeat.at(sample, timestep)
+            if self._mask[self._call]:
+                self.computed += 1
+                now = compute()
+                self._known.append(_Known(now, at.repeatable(now)))
+            else:
+                before = self._known[-1].repeatable
+                self._known.append(_Known(at.predictions(before), before))
+        return self._known[self._call].prediction
+
+    def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
+        return compute()
 
 
 class _MaskSearch:
@@ -55,12 +113,10 @@ class _MaskSearch:
         chosen = draw_items(problem.settings, 0, len(problem.items))[0]
         full, self.forwards = dense_latents(problem)
         self.full = full[chosen].to(problem.model.device)
-        self.conditioning = encode(
-            problem.model, [problem.items[i] for i in chosen], problem.sampler.guidance_scale
-        )
-        self.noise = initial_latents(problem.model, [problem.seeds[i] for i in chosen])
+        self.batch = batch_of(problem, chosen)
+        self.calls = _MaskedCalls()
         self.best: dict[int, tuple[float, Mask]] = {}
-        self.seen: tuple[Mask, list[Tensor]] = ((), [])
+        self.seen: tuple[Mask, list[_Known]] = ((), [])
         self.done, self.seconds, self.figures = 0, 0.0, NOTHING_YET
         if problem.resume is not None:
             self._load(problem.resume)
@@ -149,23 +205,13 @@ class _MaskSearch:
         """
         tried, known = self.seen
         same = (now == before for now, before in zip(mask, tried, strict=False))
-        predictions = known[: sum(takewhile(bool, same))]
-        problem = self.problem
-
-        def predictor(call: int, model_input: Tensor, timestep: Tensor) -> Tensor:
-            if call >= len(predictions):
-                if mask[call]:
-                    self.forwards += 1
-                    now = predict(problem.model, self.conditioning, model_input, timestep)
-                else:
-                    now = predictions[call - 1]
-                predictions.append(now)
-            return predictions[call]
-
-        final = rollout(
-            problem.model, self.conditioning, self.noise, problem.sampler, predictor=predictor
-        )
-        self.seen = (mask, predictions)
+        shared = known[: sum(takewhile(bool, same))]
+        problem, calls = self.problem, self.calls
+        before = calls.computed
+        calls.start(mask, shared, repeat_of(noise_scheduler(problem.model, problem.sampler)))
+        final = rollout(problem.model, self.batch, problem.sampler, on_call=calls.start_call)
+        self.forwards += calls.computed - before
+        self.seen = (mask, shared)
         error = (final.double() - self.full.double()).square().mean().item()
         if not math.isfinite(error):
             raise SearchError(

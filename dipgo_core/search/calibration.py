@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dipgo_core.config import SearchSettings
 from dipgo_core.errors import SearchError
-from dipgo_core.pipelines import encode, initial_latents, noise_scheduler, rollout
+from dipgo_core.sampling import Batch, noise_scheduler, rollout
 from dipgo_core.search.progress import SearchProblem
 
 
@@ -30,18 +32,20 @@ def draw_items(settings: SearchSettings, search_step: int, num_items: int) -> li
     return [list(map(int, part)) for part in np.split(drawn, settings.accumulation)]
 
 
+def batch_of(problem: SearchProblem, chosen: Iterable[int]) -> Batch:
+    """Return the calibration items of these indices, with their seeds."""
+    indices = list(chosen)
+    return Batch(tuple(problem.items[i] for i in indices), tuple(problem.seeds[i] for i in indices))
+
+
 def dense_latents(problem: SearchProblem) -> tuple[Tensor, int]:
-    """Return the dense model's final latents (n, C, h, w) and the forwards spent on them."""
+    """Return what the dense model's runs decode (n, C, h, w), and the forwards spent on it."""
     if problem.dense_latents is not None:
         return problem.dense_latents, 0
     size, done = problem.settings.batch_size, []
     with torch.no_grad():
         for start in range(0, len(problem.items), size):
-            some = slice(start, start + size)
-            conditioning = encode(
-                problem.model, problem.items[some], problem.sampler.guidance_scale
-            )
-            noise = initial_latents(problem.model, problem.seeds[some])
-            done.append(rollout(problem.model, conditioning, noise, problem.sampler))
+            chosen = range(start, min(start + size, len(problem.items)))
+            done.append(rollout(problem.model, batch_of(problem, chosen), problem.sampler))
     num_calls = len(noise_scheduler(problem.model, problem.sampler).timesteps)
     return torch.cat(done), num_calls * len(done)

@@ -24,9 +24,14 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.losses import Loss, total_loss
 from dipgo_core.outcome import SearchOutcome
-from dipgo_core.pipelines import decode, encode, initial_latents, noise_scheduler
 from dipgo_core.pruner import PrunerNet, straight_through
-from dipgo_core.search.calibration import check_problem, dense_latents, draw_items
+from dipgo_core.sampling import decode, noise_scheduler
+from dipgo_core.search.calibration import (
+    batch_of,
+    check_problem,
+    dense_latents,
+    draw_items,
+)
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 from dipgo_core.supernet import SuperNet
 
@@ -127,13 +132,12 @@ class _Search:
         """Add the gradient of one batch; return its total, consistency and sparsity."""
         problem = self.problem
         model, sampler, settings = problem.model, problem.sampler, problem.settings
-        items = [problem.items[i] for i in batch]
-        conditioning = encode(model, items, sampler.guidance_scale)
-        noise = initial_latents(model, [problem.seeds[i] for i in batch])
         with torch.no_grad():
             full = decode(model, self.full[batch].to(model.device))
         gates = straight_through(self.net())  # (T, S)
-        final = self.supernet.rollout(conditioning, noise, sampler, all_gates(gates, problem.graph))
+        final = self.supernet.rollout(
+            batch_of(problem, batch), sampler, all_gates(gates, problem.graph)
+        )
         loss: Loss = total_loss(
             decode(model, final),
             full,

@@ -34,8 +34,9 @@ def generate_images(
         DipgoError: the model cannot be loaded, or the prompt is no class of a class-conditional
             model.
     """
-    from dipgo_core.pipelines import load_model, set_sampler
+    from dipgo_core.pipelines import load_model
     from dipgo_core.runtime import apply_subnet
+    from dipgo_core.sampling import set_sampler
     from orchestrator.cli.quiet import silence_loading
 
     silence_loading()

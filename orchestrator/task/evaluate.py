@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import SamplerSettings
 from dipgo_core.evaluation.evaluate import (
     Scorers,
@@ -17,7 +18,6 @@ from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role
 from dipgo_core.evaluation.reference import Reference, load_statistics
 from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
 from dipgo_core.families import num_calls
-from dipgo_core.pipelines import subnet_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
 from orchestrator.gains import stored_reference

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import DeviceError, TaskError
 from dipgo_core.evaluation.device import clock_mhz, device_name
 from dipgo_core.evaluation.execution import attention_in_use, compile_mode, library_versions
 from dipgo_core.evaluation.footprint import Prepared, energies_j, peak_memory
-from dipgo_core.evaluation.generate import call_arguments
 from dipgo_core.evaluation.latency import WINDOW, Latency, measure_latency
 from dipgo_core.evaluation.load import (
     CpuWatch,
@@ -29,8 +29,8 @@ from dipgo_core.evaluation.nvml import Gpu, open_gpu
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.evaluation.stopwatch import Run, Timer, stopwatch_for, timed_call
-from dipgo_core.pipelines import set_sampler, subnet_of
 from dipgo_core.runtime import apply_subnet
+from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
 from orchestrator.task.latency_process import measured_apart
 from orchestrator.task.scorers import loaded_scorer

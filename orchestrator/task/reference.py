@@ -14,7 +14,9 @@ from dipgo_core.evaluation.evaluate import generate_images
 from dipgo_core.evaluation.generate import GeneratedBatch
 from dipgo_core.evaluation.shards import shards_of
 from dipgo_core.gates import GateTable
-from dipgo_core.pipelines import block_graph, set_sampler, subnet_of
+from dipgo_core.binding import subnet_of
+from dipgo_core.pipelines import block_graph
+from dipgo_core.sampling import set_sampler
 from orchestrator.task.work import Arrays, Outcome, Work, packed, put_shard, stored_shard
 
 #: Bytes of images in one artifact, at most (an image larger than that has one for itself).

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from tiny import DDIM, tiny_dit, tiny_model, tiny_sd
+from tiny import DDIM, gated_latents, tiny_dit, tiny_model, tiny_scheduler, tiny_sd
 from torch import Tensor
 
 from dipgo_core.config import SamplerSettings
@@ -13,26 +15,24 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph, Reuse
 from dipgo_core.hooks import Tensors, install, is_hooked
 from dipgo_core.items import Item
-from dipgo_core.pipelines import (
-    Conditioning,
-    LoadedModel,
-    block_graph,
-    encode,
-    initial_latents,
-    rollout,
-)
-from dipgo_core.runtime import gated_calls
+from dipgo_core.pipelines import LoadedModel, block_graph
+from dipgo_core.repeat import repeat_of
+from dipgo_core.sampling import Batch, noise_scheduler, rollout
 from dipgo_core.supernet import Mixture, SuperNet
 
 ITEMS = (Item("a red cat", 3), Item("the blue moon", 5))
-Setting = tuple[LoadedModel, BlockGraph, Conditioning, Tensor]
+Setting = tuple[LoadedModel, BlockGraph, Batch]
 
 
-@pytest.fixture(scope="module", params=[tiny_sd, tiny_dit], ids=["sd", "dit"])
+def tiny_v() -> Any:
+    """A U-Net that predicts velocity."""
+    return tiny_sd(tiny_scheduler(prediction_type="v_prediction"))
+
+
+@pytest.fixture(scope="module", params=[tiny_sd, tiny_v, tiny_dit], ids=["sd", "v", "dit"])
 def setting(request: pytest.FixtureRequest) -> Setting:
     model = tiny_model(request.param())
-    conditioning = encode(model, ITEMS, DDIM.guidance_scale)
-    return model, block_graph(model), conditioning, initial_latents(model, (1, 2))
+    return model, block_graph(model), Batch(ITEMS, (1, 2))
 
 
 def random_table(graph: BlockGraph, seed: int, num_calls: int = DDIM.steps) -> GateTable:
@@ -44,9 +44,9 @@ def random_table(graph: BlockGraph, seed: int, num_calls: int = DDIM.steps) -> G
 
 def soft(setting: Setting, gates: Tensor, *, checkpointing: bool = False) -> Tensor:
     """Final latents and, in gates.grad, the gradient of their square sum."""
-    model, graph, conditioning, noise = setting
+    model, graph, batch = setting
     with SuperNet(model, graph, checkpointing=checkpointing) as supernet:
-        final = supernet.rollout(conditioning, noise, DDIM, gates)
+        final = supernet.rollout(batch, DDIM, gates)
         if gates.requires_grad:
             final.square().sum().backward()
     return final.detach()
@@ -58,19 +58,16 @@ def table_gates(table: GateTable) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_hard_gates_equal_the_runtime(setting, seed):
-    model, graph, conditioning, noise = setting
+    model, graph, batch = setting
     table = random_table(graph, seed)
-    with torch.no_grad(), gated_calls(model.denoiser, graph, table) as calls:
-        expected = rollout(
-            model, conditioning, noise, DDIM, on_call=lambda call, _: calls.start_call(call)
-        )
+    expected = gated_latents(model, graph, table, batch, DDIM)
     assert torch.allclose(soft(setting, table_gates(table)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_kept_equals_the_plain_rollout_bit_for_bit(setting):
-    model, graph, conditioning, noise = setting
+    model, graph, batch = setting
     with torch.no_grad():
-        expected = rollout(model, conditioning, noise, DDIM)
+        expected = rollout(model, batch, DDIM)
     gates = table_gates(GateTable.all_keep(DDIM.steps, graph.num_blocks))
     assert torch.equal(soft(setting, gates), expected)
 
@@ -78,14 +75,14 @@ def test_all_kept_equals_the_plain_rollout_bit_for_bit(setting):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++2m", "pndm"])
 def test_checkpointing_changes_neither_latents_nor_gradients(setting, scheduler):
-    model, graph, conditioning, noise = setting
+    model, graph, batch = setting
     sampler = SamplerSettings(scheduler=scheduler, steps=4, guidance_scale=3.0)
     table = random_table(graph, 9, num_calls=5 if scheduler == "pndm" else 4)
     results = []
     for checkpointing in (False, True):
         gates = table_gates(table)
         with SuperNet(model, graph, checkpointing=checkpointing) as supernet:
-            final = supernet.rollout(conditioning, noise, sampler, gates)
+            final = supernet.rollout(batch, sampler, gates)
             final.square().sum().backward()
         results.append((final.detach(), gates.grad))
     assert torch.equal(results[0][0], results[1][0])
@@ -93,7 +90,7 @@ def test_checkpointing_changes_neither_latents_nor_gradients(setting, scheduler)
 
 
 def test_dead_gates_get_no_gradient_and_decisive_ones_do(setting):
-    _, graph, _, _ = setting
+    _, graph, _ = setting
     table = random_table(graph, 2)
     gates = table_gates(table)
     soft(setting, gates)
@@ -108,18 +105,18 @@ def test_dead_gates_get_no_gradient_and_decisive_ones_do(setting):
 
 
 def test_gates_have_no_gradient_where_everything_is_kept_and_the_loss_is_minimal(setting):
-    model, graph, conditioning, noise = setting
+    model, graph, batch = setting
     gates = table_gates(GateTable.all_keep(DDIM.steps, graph.num_blocks))
     with torch.no_grad():
-        dense = rollout(model, conditioning, noise, DDIM)
+        dense = rollout(model, batch, DDIM)
     with SuperNet(model, graph) as supernet:
-        final = supernet.rollout(conditioning, noise, DDIM, gates)
+        final = supernet.rollout(batch, DDIM, gates)
         (final - dense).square().sum().backward()
     assert not gates.grad.any()
 
 
 def test_hooks_are_gone_after_the_block_and_after_an_error(setting):
-    model, graph, _, _ = setting
+    model, graph, _ = setting
     with pytest.raises(RuntimeError, match="inside"), SuperNet(model, graph):
         assert is_hooked(model.denoiser)
         raise RuntimeError("inside")
@@ -129,24 +126,37 @@ def test_hooks_are_gone_after_the_block_and_after_an_error(setting):
 class FractionalGates:
     """The oracle: g * current + (1 - g) * cached, written out; dead blocks of `keep` reuse.
 
-    What a skipped call mixes with is the call as its own block gates have it, leaving no trace.
+    What a skipped call mixes with is the call as its own block gates have it, leaving no trace. A
+    U-Net's last block decides the call: predictions mix as noise, by `repeat` (test_repeat.py).
     """
 
-    def __init__(self, graph: BlockGraph, gates: Tensor, keep: np.ndarray) -> None:
+    def __init__(
+        self, model: LoadedModel, graph: BlockGraph, gates: Tensor, keep: np.ndarray
+    ) -> None:
         self.graph, self.gates, self.keep = graph, gates, keep
+        self.repeat = repeat_of(noise_scheduler(model, DDIM))
+        self.decides = 0 if 0 in graph.searched else graph.num_blocks - 1
         self.cache: dict[int, Tensor] = {}
 
-    def denoiser(self, sample: Tensor, compute) -> Tensors:
-        before = dict(self.cache)
+    def denoiser(self, sample: Tensor, timestep: Any, compute) -> Tensors:
+        before, at = dict(self.cache), self.repeat.at(sample, timestep)
+        skipped = not self.keep[self.call, self.decides]
+        self.keep[self.call, self.decides] = True
         (current,) = compute()
-        if 0 not in self.graph.searched:
-            return (current,)
-        if not self.keep[self.call, 0]:
+        if skipped:
+            self.keep[self.call, self.decides] = False
             self.cache = before
-        return (self._mixed(0, current),)
+        if 0 in self.cache:
+            g = self.gates[self.call, self.decides]
+            (cached,) = at.predictions((self.cache[0],))
+            current = g * current + (1 - g) * cached
+        (self.cache[0],) = at.repeatable((current,))
+        return (current,)
 
     def block(self, index: int, streams: Tensors, compute) -> Tensors:
         outputs = compute()
+        if index == self.decides:
+            return outputs
         base = streams[0] if self.graph.blocks[index].reuse is Reuse.RESIDUAL else 0.0
         mixed = base + self._mixed(index, outputs[0] - base)
         if len(outputs) == 1:
@@ -168,22 +178,19 @@ class FractionalGates:
         self.call = call
 
 
-@pytest.mark.parametrize("build", [tiny_sd, tiny_dit], ids=["sd", "dit"])
+@pytest.mark.parametrize("build", [tiny_sd, tiny_v, tiny_dit], ids=["sd", "v", "dit"])
 def test_gradient_equals_finite_differences_of_the_mixture(build):
     pipe = build().to(torch.float64)
     model = tiny_model(pipe)
-    graph, noise = block_graph(model), initial_latents(model, (1, 2))
-    conditioning = encode(model, ITEMS, DDIM.guidance_scale)
+    graph, batch = block_graph(model), Batch(ITEMS, (1, 2))
     table = random_table(graph, 4)
     gates = torch.tensor(table.keep, dtype=torch.float64).requires_grad_()
-    soft((model, graph, conditioning, noise), gates, checkpointing=True)
+    soft((model, graph, batch), gates, checkpointing=True)
 
     def loss(shifted: Tensor) -> float:
-        policy = FractionalGates(graph, shifted, table.keep)
+        policy = FractionalGates(model, graph, shifted, table.keep.copy())
         handle = install(model.denoiser, graph, policy)
-        final = rollout(
-            model, conditioning, noise, DDIM, on_call=lambda call, _: policy.start_call(call)
-        )
+        final = rollout(model, batch, DDIM, on_call=policy.start_call)
         handle.remove()
         return final.square().sum().item()
 

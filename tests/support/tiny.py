@@ -6,10 +6,15 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import BlockGraph
 from dipgo_core.pipelines import LoadedModel, loaded_model
+from dipgo_core.runtime import gated_calls
+from dipgo_core.sampling import Batch, rollout
 
 WORDS = ("a", "red", "blue", "cat", "dog", "on", "the", "moon")
 DDIM = SamplerSettings(scheduler="ddim", steps=6, guidance_scale=4.0)
@@ -134,6 +139,14 @@ def tiny_dit(scheduler: Any = None, **transformer: Any) -> diffusers.DiTPipeline
 def tiny_model(pipe: Any, name: str = "tiny") -> LoadedModel:
     """The pipeline as the rest of dipgo_core sees it."""
     return loaded_model(pipe, ModelSettings(id=name), weights_sha256="0" * 64)
+
+
+def gated_latents(
+    model: LoadedModel, graph: BlockGraph, table: GateTable, batch: Batch, sampler: SamplerSettings
+) -> Tensor:
+    """What a run decodes whose gates are hard."""
+    with torch.no_grad(), gated_calls(model, graph, table) as calls:
+        return rollout(model, batch, sampler, on_call=calls.start_call)
 
 
 def _excite(module: torch.nn.Module) -> None:

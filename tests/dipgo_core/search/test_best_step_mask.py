@@ -8,15 +8,15 @@ from itertools import combinations
 import pytest
 import torch
 from safetensors.torch import load, save
-from tiny import tiny_dit, tiny_model, tiny_sd
+from tiny import gated_latents, tiny_dit, tiny_model, tiny_sd
 
 from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.errors import SearchError
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
-from dipgo_core.pipelines import block_graph, encode, initial_latents, rollout
+from dipgo_core.pipelines import block_graph
 from dipgo_core.postprocess import select
-from dipgo_core.runtime import gated_calls
+from dipgo_core.sampling import Batch, rollout
 from dipgo_core.search import SearchProblem, best_step_mask, search_step_masks
 
 ITEMS = (Item("a red cat", 1), Item("the blue moon", 2))
@@ -37,22 +37,14 @@ def problem_of(pipe: object, scheduler: str = "ddim", steps: int = 5) -> SearchP
 def brute_force(problem: SearchProblem) -> dict[tuple[int, ...], float]:
     """The oracle: every mask as a SubNet, whole pipeline runs through the hard hooks."""
     model, graph, sampler = problem.model, problem.graph, problem.sampler
-    conditioning = encode(model, problem.items, sampler.guidance_scale)
-    noise = initial_latents(model, problem.seeds)
+    batch = Batch(problem.items, problem.seeds)
     errors = {}
     with torch.no_grad():
-        dense = rollout(model, conditioning, noise, sampler)
+        dense = rollout(model, batch, sampler)
         for size in range(sampler.steps):
             for later in combinations(range(1, sampler.steps), size):
                 table = GateTable.from_calls((0, *later), sampler.steps, graph.num_blocks)
-                with gated_calls(model.denoiser, graph, table) as calls:
-                    final = rollout(
-                        model,
-                        conditioning,
-                        noise,
-                        sampler,
-                        on_call=lambda i, _: calls.start_call(i),
-                    )
+                final = gated_latents(model, graph, table, batch, sampler)
                 errors[(0, *later)] = (final - dense).double().square().mean().item()
     return errors
 

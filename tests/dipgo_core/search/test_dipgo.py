@@ -13,8 +13,9 @@ from tiny import tiny_dit, tiny_model, tiny_sd
 from dipgo_core.config import LossSettings, SamplerSettings, SearchSettings
 from dipgo_core.errors import SearchError
 from dipgo_core.items import Item
-from dipgo_core.pipelines import block_graph, encode, initial_latents, rollout
+from dipgo_core.pipelines import block_graph
 from dipgo_core.postprocess import select
+from dipgo_core.sampling import Batch, rollout
 from dipgo_core.search import STRATEGIES, SearchProblem, SearchProgress
 from dipgo_core.search.dipgo import final_scores, learning_rate, needed_gates, search_gates
 
@@ -77,9 +78,7 @@ def test_search_resumed_after_its_last_step_repeats_its_last_record(problem):
 
 def test_search_takes_dense_latents_that_are_there(problem):
     with torch.no_grad():
-        conditioning = encode(problem.model, ITEMS, SAMPLER.guidance_scale)
-        noise = initial_latents(problem.model, problem.seeds)
-        dense = rollout(problem.model, conditioning, noise, SAMPLER)
+        dense = rollout(problem.model, Batch(ITEMS, problem.seeds), SAMPLER)
     given, computed = finish(replace(problem, dense_latents=dense))[-1], finish(problem)[-1]
     assert np.allclose(given.outcome.scores, computed.outcome.scores, atol=1e-4)
     assert computed.forwards - given.forwards == 2 * 4  # two batches of the dense model
