@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 from dipgo_core.config import SamplerSettings
+from dipgo_core.errors import SubNetMismatchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.pipelines import LoadedModel
@@ -64,3 +66,87 @@ def subnet_of(
         macs={**macs["all"], "convention": "all", "paper": macs["paper"]},
         provenance=provenance,
     )
+
+
+# what a pipeline must be ------------------------------------------------------------------------
+
+
+def check_model(pipe: Any, denoiser: Any, subnet: SubNet) -> None:
+    """Raise SubNetMismatchError unless the pipeline's denoiser is the one the SubNet is for."""
+    expected = subnet.model["denoiser"]
+    if type(denoiser).__name__ != expected:
+        found = "none" if denoiser is None else type(denoiser).__name__
+        raise SubNetMismatchError(
+            f"the SubNet was made for {expected} of {subnet.model['id']}, but this "
+            f"{type(pipe).__name__} has {found}; load {subnet.model['id']!r}"
+        )
+    differing = _differences(subnet.model["config"], denoiser)
+    if differing:
+        raise SubNetMismatchError(
+            f"the SubNet was made for {subnet.model['id']}, whose {expected} has another config "
+            f"(SubNet / this pipeline): {differing}; load {subnet.model['id']!r}"
+        )
+
+
+def check_scheduler(scheduler: Any, subnet: SubNet) -> None:
+    """Raise SubNetMismatchError unless the noise scheduler is the SubNet's, in class and config."""
+    expected, found = subnet.sampler["scheduler"], type(scheduler).__name__
+    differing = _differences(subnet.sampler["config"], scheduler)
+    if expected == found and not differing:
+        return
+    what = f"config differs (SubNet / this pipeline): {differing}" if expected == found else found
+    raise SubNetMismatchError(
+        f"the SubNet was made for the noise scheduler {expected}, this pipeline's {what}. "
+        f"This works: pipe.scheduler = diffusers.{expected}.from_config("
+        'subnet.sampler["config"])'
+    )
+
+
+def check_blocks(graph: BlockGraph, subnet: SubNet) -> None:
+    """Raise SubNetMismatchError unless the denoiser's blocks are the SubNet's."""
+    expected = list(zip(subnet.block_names, subnet.reuse, strict=True))
+    found = [(block.name, block.reuse) for block in graph.blocks]
+    if expected != found:
+        missing = sorted({name for name, _ in expected} - set(graph.names))
+        extra = sorted(set(graph.names) - {name for name, _ in expected})
+        raise SubNetMismatchError(
+            f"the SubNet's blocks are not those of this {graph.denoiser}: missing here "
+            f"{missing or 'none'}, not in the SubNet {extra or 'none'}, or in another order or "
+            "kind of reuse; export the SubNet again with this version"
+        )
+
+
+def check_timesteps(scheduler: Any, subnet: SubNet) -> None:
+    """Raise SubNetMismatchError unless a run's timesteps are the SubNet's.
+
+    Where they depend on the images' size (dynamic shifting), only their number is compared.
+    """
+    found, expected = timesteps_of(scheduler), list(subnet.sampler["timesteps"])
+    shifting = scheduler.config.get("use_dynamic_shifting", False)
+    if found == expected or (shifting and len(found) == len(expected)):
+        return
+    arguments = ", ".join(f"{name}={value}" for name, value in subnet.call_kwargs().items())
+    raise SubNetMismatchError(
+        f"the SubNet has {len(expected)} calls at timesteps {_shortened(expected)}, this run "
+        f"has {len(found)} at {_shortened(found)}. This works: pipe(..., **subnet.call_kwargs()), "
+        f"that is pipe(..., {arguments}); subnet.resample(steps) makes a SubNet of other steps"
+    )
+
+
+def _differences(expected: Mapping[str, Any], configured: Any) -> str:
+    """Return "field: theirs / ours" for every field that differs; absent fields have defaults."""
+    parameters = inspect.signature(type(configured).__init__).parameters
+    found = deciding_config(configured)
+
+    def value(config: Mapping[str, Any], name: str) -> Any:
+        default = parameters[name].default if name in parameters else "absent"
+        given = config.get(name, default)
+        return list(given) if isinstance(given, tuple) else given
+
+    pairs = {name: (value(expected, name), value(found, name)) for name in {*expected, *found}}
+    return ", ".join(f"{n}: {a!r} / {b!r}" for n, (a, b) in sorted(pairs.items()) if a != b)
+
+
+def _shortened(timesteps: list[float]) -> str:
+    shown = [f"{t:g}" for t in timesteps]
+    return ", ".join(shown if len(shown) < 6 else [*shown[:3], "...", shown[-1]])

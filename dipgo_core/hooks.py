@@ -201,8 +201,9 @@ class HookHandle:
     """The way back from `install` and `attach`."""
 
     def __init__(
-        self, denoiser: nn.Module, hooks: dict[str, tuple[MethodHook, Interceptor]]
+        self, denoiser: nn.Module, hooks: dict[str, tuple[MethodHook, Interceptor]], always: bool
     ) -> None:
+        self.always = always
         self._denoiser = denoiser
         self._hooks = hooks  # by name of the module, "" the denoiser
         vars(denoiser).setdefault("_dipgo_hooks", []).append(self)
@@ -241,6 +242,11 @@ def is_hooked(denoiser: nn.Module) -> bool:
     return "_dipgo_hooks" in vars(denoiser)
 
 
+def is_installed(denoiser: nn.Module) -> bool:
+    """Return whether a policy of `install` decides every forward of this denoiser."""
+    return any(handle.always for handle in vars(denoiser).get("_dipgo_hooks", ()))
+
+
 def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandle:
     """Let `policy` decide every forward of the denoiser and of the graph's blocks.
 
@@ -253,7 +259,7 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
             f"{type(denoiser).__name__} has gates installed already; call remove() on the first "
             "handle"
         )
-    return attach(denoiser, graph, lambda: policy)
+    return _hooked(denoiser, graph, lambda: policy, always=True)
 
 
 def attach(denoiser: nn.Module, graph: BlockGraph, current: Current) -> HookHandle:
@@ -264,6 +270,12 @@ def attach(denoiser: nn.Module, graph: BlockGraph, current: Current) -> HookHand
     Raises:
         TraceError: a block of the graph is not a module of this denoiser.
     """
+    return _hooked(denoiser, graph, current, always=False)
+
+
+def _hooked(
+    denoiser: nn.Module, graph: BlockGraph, current: Current, *, always: bool
+) -> HookHandle:
     intercepts = {"": _denoiser_interceptor(denoiser, current)}
     for index, block in enumerate(graph.blocks[1:], start=1):
         module = named_module(denoiser, block.name)
@@ -272,7 +284,7 @@ def attach(denoiser: nn.Module, graph: BlockGraph, current: Current) -> HookHand
         name: (MethodHook(named_module(denoiser, name), "forward", intercept), intercept)
         for name, intercept in intercepts.items()
     }
-    handle = HookHandle(denoiser, hooks)
+    handle = HookHandle(denoiser, hooks, always)
     logger.debug("hooked %d blocks of %s", handle.num_blocks, type(denoiser).__name__)
     return handle
 
@@ -302,9 +314,15 @@ def bind_arguments(
     return arguments
 
 
-def _argument_reader(forward: Forward, name: str) -> Callable[[tuple[Any, ...], Any], Any]:
-    """Return a function of args and kwargs that gives one argument, None where there is none."""
+def argument_reader(
+    forward: Forward, name: str | None = None
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Return a function of args and kwargs that gives one argument, None where there is none.
+
+    name: of the forward's parameter; None for the first.
+    """
     names = list(inspect.signature(forward).parameters)
+    name = names[0] if name is None else name
     place = names.index(name) if name in names else len(names)
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,11 +334,9 @@ def _argument_reader(forward: Forward, name: str) -> Callable[[tuple[Any, ...], 
 def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
     structures: dict[Any, Structure] = {}  # by return_dict
     name = type(denoiser).__name__
-    sample_of = _argument_reader(
-        denoiser.forward, next(iter(inspect.signature(denoiser.forward).parameters))
-    )
-    timestep_of = _argument_reader(denoiser.forward, "timestep")
-    form_of = _argument_reader(denoiser.forward, "return_dict")
+    sample_of = argument_reader(denoiser.forward)
+    timestep_of = argument_reader(denoiser.forward, "timestep")
+    form_of = argument_reader(denoiser.forward, "return_dict")
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         policy = current()
@@ -354,7 +370,7 @@ def _block_interceptor(
 ) -> Interceptor:
     block = graph.blocks[index]
     structure: Structure | None = None
-    readers = [_argument_reader(module.forward, name) for name in block.streams]
+    readers = [argument_reader(module.forward, name) for name in block.streams]
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal structure

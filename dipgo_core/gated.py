@@ -1,0 +1,238 @@
+"""GatedCalls: the policy that follows a gate table, with caches that live as long as they are read.
+
+Everything a run remembers is in one object, so that runs of several threads share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dipgo_core.errors import SubNetError, SubNetMismatchError
+from dipgo_core.gates import GateTable
+from dipgo_core.graph import BlockGraph, Reuse, Row
+from dipgo_core.hooks import Tensors
+from dipgo_core.repeat import Repeat
+
+#: Shape, dtype and device.
+Signature = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """A gate table made ready to run: its rows by liveness, and what each block's reuse means."""
+
+    names: tuple[str, ...]
+    residual: tuple[bool, ...]
+    rows: tuple[Row, ...]
+    whole: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, graph: BlockGraph, gates: GateTable) -> GatePlan:
+        schedule = graph.schedule(gates)
+        residual = tuple(block.reuse is Reuse.RESIDUAL for block in graph.blocks)
+        return cls(graph.names, residual, schedule.rows, schedule.whole)
+
+
+@dataclass
+class _Place:
+    """What one forward of the step remembers from call to call, for samples of one signature."""
+
+    signature: Signature
+    call: int = -1
+    cached: dict[int, Tensors] = field(default_factory=dict)
+    outlines: dict[int, Tensors] = field(default_factory=dict)  # of outputs nobody will look at
+
+
+class GatedCalls:
+    """Policy that follows a gate table: computes live blocks, reuses caches for all others.
+
+    A pipeline that evaluates the denoiser several times a call has one place for each of them. A
+    place is computed whole the first time, after a call it was left out of, and whenever its
+    sample has another shape, dtype or device than before.
+
+    first_call: gives the row a run starts with from the timestep its denoiser gets. roomy: dead
+    blocks return memory that may be written to, not one element seen at every index.
+    """
+
+    def __init__(
+        self,
+        plan: GatePlan,
+        repeat: Callable[[], Repeat],
+        *,
+        first_call: Callable[[Any], int] = lambda timestep: 0,
+        roomy: bool = False,
+    ) -> None:
+        self._plan = plan
+        self._repeat = repeat
+        self._first_call = first_call
+        self._roomy = roomy
+        self._held = 0
+        self.peak_cache_bytes = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything; the run's first row is found when its denoiser is called."""
+        self._places: list[_Place] = []
+        self._held = 0
+        self._call: int | None = None
+        self._index = 0
+        self._spared = False
+
+    def start_call(self, call: int) -> None:
+        """Go to row `call` of the table; call 0 begins a run."""
+        if call == 0:
+            self.restart()
+        self._call, self._index, self._spared = call, 0, False
+
+    def advance(self) -> None:
+        """Go to the next row; before the first call of a run this does nothing."""
+        if self._call is not None:
+            self.start_call(self._call + 1)
+
+    def spares(self) -> bool:
+        """Return whether the forward to come skips the denoiser, so that what feeds it may too.
+
+        Holds as long as the denoiser's sample is like the last one.
+        """
+        call, place = self._call, self._index
+        spared = (
+            call is not None
+            and 0 < call < len(self._plan.rows)
+            and place < len(self._places)
+            and self._places[place].call == call - 1
+            and not self._plan.rows[call].computes[0]
+        )
+        self._spared = self._spared or spared
+        return spared
+
+    def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
+        if self._call is None:
+            self._call = self._first_call(timestep)
+        row = self._enter(self._call, sample)
+        if not row.computes[0]:
+            again = self._repeat().at(sample, timestep)
+            cached = self._take(0)
+            repeated = again.predictions(cached)
+            return repeated if repeated is not cached or row.frees[0] else _cloned(repeated)
+        prediction = compute()
+        if row.stores[0]:
+            repeatable = self._repeat().at(sample, timestep).repeatable(prediction)
+            self._put(0, _cloned(repeatable) if repeatable is prediction else repeatable)
+        return prediction
+
+    def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
+        row, residual = self._row, self._plan.residual[index]
+        if row.computes[index]:
+            outputs = compute()
+            if not residual and self._is_whole:
+                self._place.outlines[index] = outlined(outputs)
+            if row.stores[index]:
+                self._put(index, _subtracted(outputs, streams) if residual else _cloned(outputs))
+            return outputs
+        if row.reads[index]:
+            cached = self._take(index)
+            if residual:
+                return _added(streams, cached)
+            return cached if row.frees[index] else _cloned(cached)
+        return streams if residual else self._dead(index)
+
+    def _enter(self, call: int, sample: Tensor) -> Row:
+        """Go to this forward's place; return its row."""
+        if call >= len(self._plan.rows):
+            raise SubNetMismatchError(
+                f"the SubNet has {len(self._plan.rows)} calls, but the denoiser is called once more"
+            )
+        signature = signature_of(sample)
+        if self._index == len(self._places):
+            self._places.append(_Place(signature))
+        place = self._places[self._index]
+        self._is_whole = place.signature != signature or place.call != call - 1 or call == 0
+        if self._is_whole:
+            self._check_fed()
+            self._drop(place)
+            place = self._places[self._index] = _Place(signature)
+        place.call = call
+        self._place = place
+        self._index += 1
+        self._row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
+        return self._row
+
+    def _check_fed(self) -> None:
+        if self._spared:
+            raise SubNetError(
+                "the denoiser's sample changed its shape in a call that was to be skipped, after "
+                "the ControlNet had been left out; keep guidance as it is, or guess_mode off"
+            )
+
+    def _put(self, index: int, tensors: Tensors) -> None:
+        self._place.cached[index] = tensors
+        self._held += _bytes(tensors)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self._held)
+
+    def _take(self, index: int) -> Tensors:
+        """Return what is cached; the row says whether it is let go."""
+        cached = self._place.cached
+        if index not in cached:
+            raise SubNetError(
+                f"block {self._plan.names[index] or 'denoiser'!r} is to be reused, but this "
+                "pipeline did not run it in the call that is cached; leave it out of the SubNet"
+            )
+        if not self._row.frees[index]:
+            return cached[index]
+        self._held -= _bytes(cached[index])
+        return cached.pop(index)
+
+    def _drop(self, place: _Place) -> None:
+        self._held -= sum(map(_bytes, place.cached.values()))
+
+    def _dead(self, index: int) -> Tensors:
+        outline = self._place.outlines.get(index, ())
+        if not self._roomy:
+            return outline
+        return tuple(None if t is None else t.new_empty(t.shape) for t in outline)
+
+
+def signature_of(sample: Tensor) -> Signature:
+    """Return what must be as before for a cache to fit."""
+    return sample.shape, sample.dtype, sample.device
+
+
+def _cloned(tensors: Tensors) -> Tensors:
+    """Copies, because some modules (FreeU, adapters) change what they are given in place.
+
+    A tensor that is there twice is copied once: a U-Net's block also hands on its last state.
+    """
+    copies = {id(t): t.clone() for t in tensors if t is not None}
+    return tuple([None if t is None else copies[id(t)] for t in tensors])
+
+
+def outlined(tensors: Tensors) -> Tensors:
+    """Tensors of the same shapes that take one element of memory each."""
+    return tuple([None if t is None else t.new_empty(()).expand(t.shape) for t in tensors])
+
+
+def _bytes(tensors: Tensors) -> int:
+    distinct = {id(t): t for t in tensors if t is not None}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def _subtracted(outputs: Tensors, streams: Tensors) -> Tensors:
+    return tuple(
+        [
+            None if out is None or stream is None else out - stream
+            for out, stream in zip(outputs, streams, strict=True)
+        ]
+    )
+
+
+def _added(streams: Tensors, changes: Tensors) -> Tensors:
+    return tuple(
+        [
+            None if change is None or stream is None else stream + change
+            for stream, change in zip(streams, changes, strict=True)
+        ]
+    )
