@@ -14,24 +14,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from naive import naive_run
 from tiny import DDIM, tiny_dit, tiny_model, tiny_scheduler, tiny_sd
-from torch import Tensor, nn
+from torch import Tensor
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gates import GateTable
-from dipgo_core.graph import Reuse
 from dipgo_core.items import Item
-from dipgo_core.pipelines import (
-    LoadedModel,
-    block_graph,
-    encode,
-    initial_latents,
-    rollout,
-    set_sampler,
-    subnet_of,
-)
-from dipgo_core.runtime import GatedCalls, apply_subnet, gated_calls
+from dipgo_core.pipelines import LoadedModel, block_graph
+from dipgo_core.runtime import SubNetHandle, apply_subnet, gated_calls
+from dipgo_core.sampling import Batch, rollout, set_sampler
 from dipgo_core.subnet import SubNet
 
 MIXED = {
@@ -140,54 +134,31 @@ def test_gated_rollout_equals_the_applied_subnet(sd: LoadedModel) -> None:
     subnet = mixed(sd)
     with apply_subnet(sd.pipe, subnet):
         expected = images(sd, output_type="latent")
-    conditioning = encode(sd, [Item("the moon"), Item("a blue dog")], DDIM.guidance_scale)
-    with gated_calls(sd.denoiser, block_graph(sd), subnet.gates) as calls:
-        latents = rollout(
-            sd,
-            conditioning,
-            initial_latents(sd, (1, 2)),
-            DDIM,
-            on_call=lambda call, _: calls.start_call(call),
-        )
-    assert torch.equal(latents, expected)
+    batch = Batch((Item("the moon"), Item("a blue dog")), (1, 2))
+    with torch.no_grad(), gated_calls(sd, block_graph(sd), subnet.gates) as calls:
+        latents = rollout(sd, batch, DDIM, on_call=calls.start_call)
+    assert torch.equal(latents, expected / sd.pipe.vae.config.scaling_factor)
 
 
 # what is reused, what is executed ----------------------------------------------------------------
 
 
-@contextmanager
-def replayed_block(module: nn.Module, at_call: int, residual: bool) -> Iterator[None]:
-    """Independent oracle: a torch hook that reuses call `at_call - 1`."""
-    kept: list[Tensor] = []
-    calls = 0
-
-    def hook(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-        nonlocal calls
-        stream = args[0]
-        calls += 1
-        if calls - 1 != at_call:
-            kept[:] = [out - stream if residual else out]
-            return out
-        return stream + kept[0] if residual else kept[0]
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    yield
-    handle.remove()
+def random_rows(model: LoadedModel, seed: int = 0) -> list[str]:
+    """A closed table in which every kind of row is likely."""
+    graph, rng = block_graph(model), np.random.default_rng(seed)
+    keep = rng.random((DDIM.steps, graph.num_blocks)) < rng.random((DDIM.steps, 1))
+    keep[:, 0] |= rng.random(DDIM.steps) < 0.7
+    keep[0] = True
+    return graph.close(GateTable(keep)).to_strings()
 
 
-@pytest.mark.parametrize(("name", "index"), [("mid_block", 5), ("transformer_blocks.2", 3)])
-def test_reuse_equals_an_independent_hook(
-    sd: LoadedModel, dit: LoadedModel, name: str, index: int
-) -> None:
-    model = sd if name == "mid_block" else dit
-    graph = block_graph(model)
-    keep = np.ones((DDIM.steps, graph.num_blocks), dtype=bool)
-    keep[3, index] = False
-    residual = graph.blocks[index].reuse is Reuse.RESIDUAL
-    with apply_subnet(model.pipe, subnet_for(model, GateTable(keep).to_strings())):
-        reused = images(model)
-    with replayed_block(model.denoiser.get_submodule(name), 3, residual):
-        assert torch.equal(reused, images(model))
+@pytest.mark.parametrize("seed", range(3))
+def test_gated_runs_equal_the_naive_ones(model: LoadedModel, seed: int) -> None:
+    rows = random_rows(model, seed)
+    with apply_subnet(model.pipe, subnet_for(model, rows)):
+        pruned = images(model)
+    with naive_run(model.pipe, model.denoiser, block_graph(model), rows):
+        assert torch.equal(pruned, images(model))
 
 
 @contextmanager
@@ -227,24 +198,20 @@ def test_executed_blocks_are_what_macs_charge(model: LoadedModel) -> None:
     assert list(counts.values()) == charged[1:].tolist()
 
 
-def test_only_what_is_read_later_is_cached(dit: LoadedModel) -> None:
-    graph = block_graph(dit)
-    rows = ["11111", "11110", "00000", "11111", "11111"]
-    calls = GatedCalls(graph, GateTable.from_strings(rows))
-    sample, output = torch.zeros(1, 4), torch.ones(1, 4)
-    cached = []
-    for call in range(len(rows)):
-        calls.start_call(call)
-        calls.denoiser(sample, lambda: run_blocks(calls, graph.num_blocks, output))
-        (caches,) = calls._caches.values()
-        cached.append((sorted(caches.blocks), caches.prediction is not None))
-    assert cached == [([4], False), ([4], True), ([4], True), ([], False), ([], False)]
+def test_peak_cache_is_what_liveness_requires(model: LoadedModel) -> None:
+    """Oracle: the traced sizes; guidance doubles the batch of two."""
+    graph, rows = block_graph(model), random_rows(model)
+    sizes = [4 * block.elements * 4 for block in graph.blocks]
+    with apply_subnet(model.pipe, subnet_for(model, rows)) as handle:
+        assert handle.peak_cache_bytes == 0
+        images(model)
+    assert handle.peak_cache_bytes == graph.peak_cache(GateTable.from_strings(rows), sizes) > 0
 
 
-def run_blocks(calls: GatedCalls, num_blocks: int, output: Tensor) -> tuple[Tensor]:
-    for index in range(1, num_blocks):
-        calls.block(index, (output,), lambda: (output,))
-    return (output,)
+def test_all_keep_caches_nothing(model: LoadedModel) -> None:
+    with apply_subnet(model.pipe, subnet_for(model)) as handle:
+        images(model)
+    assert handle.peak_cache_bytes == 0
 
 
 def test_cached_outputs_survive_in_place_changes(sd: LoadedModel) -> None:
@@ -261,45 +228,51 @@ def test_cached_outputs_survive_in_place_changes(sd: LoadedModel) -> None:
 # pipelines with loops of their own ---------------------------------------------------------------
 
 
-def own_loop(model: LoadedModel, split: bool, wide_from: int = 99) -> Tensor:
+@torch.no_grad()
+def own_loop(handle: SubNetHandle, model: LoadedModel, split: bool, wide_from: int = 99) -> Tensor:
     """Guidance in one doubled or in two single forwards a step; another batch from `wide_from`."""
-    conditioning = encode(model, [Item("a red cat")], 4.0).arguments["encoder_hidden_states"]
-    latents = initial_latents(model, (1,))
+    positive, negative = model.pipe.encode_prompt(["a red cat"], "cpu", 1, True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     scheduler = model.pipe.scheduler
-    scheduler.set_timesteps(DDIM.steps)
-    for call, t in enumerate(scheduler.timesteps):
-        if call == wide_from:
-            latents = torch.cat([latents, latents])
-        halves = [c.expand(len(latents), -1, -1) for c in conditioning.chunk(2)]
-        if split:
-            negative, positive = (model.denoiser(latents, t, half)[0] for half in halves)
-        else:
-            out = model.denoiser(torch.cat([latents] * 2), t, torch.cat(halves))[0]
-            negative, positive = out.chunk(2)
-        prediction = negative + 4.0 * (positive - negative)
-        latents = scheduler.step(prediction, t, latents).prev_sample
+    with handle.run():
+        scheduler.set_timesteps(DDIM.steps)
+        for call, t in enumerate(scheduler.timesteps):
+            latents = torch.cat([latents, latents]) if call == wide_from else latents
+            halves = [states.expand(len(latents), -1, -1) for states in (negative, positive)]
+            if split:
+                outputs = [model.denoiser(latents, t, half)[0] for half in halves]
+            else:
+                both = model.denoiser(torch.cat([latents] * 2), t, torch.cat(halves))[0]
+                outputs = list(both.chunk(2))
+            prediction = outputs[0] + 4.0 * (outputs[1] - outputs[0])
+            latents = scheduler.step(prediction, t, latents).prev_sample
     return latents
 
 
 def test_two_forwards_a_step_have_a_cache_each(sd: LoadedModel) -> None:
     """Oracle: the same SubNet with both halves in one forward."""
-    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)):
-        assert torch.allclose(own_loop(sd, split=True), own_loop(sd, split=False), atol=1e-5)
+    with apply_subnet(sd.pipe, mixed(sd)) as handle:
+        apart = own_loop(handle, sd, split=True)
+        assert torch.allclose(apart, own_loop(handle, sd, split=False), atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_change_of_shape_recomputes_the_step_whole(sd: LoadedModel, split: bool) -> None:
-    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)), counted(sd, ["conv_in"]) as counts:
-        latents = own_loop(sd, split, wide_from=2)  # call 2 would be skipped
+    with apply_subnet(sd.pipe, mixed(sd)) as handle, counted(sd, ["conv_in"]) as counts:
+        latents = own_loop(handle, sd, split, wide_from=2)  # call 2 would be skipped
     assert counts["conv_in"] == 5 * (2 if split else 1)
     assert torch.allclose(latents[0], latents[1], atol=1e-5)
 
 
 def test_more_calls_than_rows_are_refused(sd: LoadedModel) -> None:
-    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)):
-        latents = own_loop(sd, split=False)
+    with torch.no_grad(), apply_subnet(sd.pipe, mixed(sd)) as handle, handle.run():
+        sd.pipe.scheduler.set_timesteps(DDIM.steps)
+        sample, states = torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 16)
+        for timestep in sd.pipe.scheduler.timesteps:
+            sd.denoiser(sample, timestep, states)
+            sd.pipe.scheduler.step(sample, timestep, sample)
         with pytest.raises(SubNetMismatchError, match="6 calls"):
-            sd.denoiser(latents, 1, torch.zeros(1, 8, 16))
+            sd.denoiser(sample, 1, states)
 
 
 # the way back ------------------------------------------------------------------------------------
@@ -307,7 +280,9 @@ def test_more_calls_than_rows_are_refused(sd: LoadedModel) -> None:
 
 def state(model: LoadedModel) -> list[dict[str, Any]]:
     owners = [*model.denoiser.modules(), model.pipe.scheduler]
-    return [{k: v for k, v in vars(o).items() if callable(v)} for o in owners]
+    members = [{k: v for k, v in vars(o).items() if callable(v)} for o in owners]
+    members[0]["names"] = list(vars(model.denoiser))
+    return [*members, {"class": type(model.pipe), "names": list(vars(model.pipe))}]
 
 
 def test_remove_restores_methods_and_images(model: LoadedModel) -> None:
