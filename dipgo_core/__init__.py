@@ -11,4 +11,4 @@ except PackageNotFoundError:  # running from a source tree that was never instal
     __version__ = "0.0.0"
 
 #: Raised whenever a change alters the numbers a task produces; part of every content key.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,11 @@ from torch import nn
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.config import ModelSettings
 from dipgo_core.errors import ModelFilesError
-from dipgo_core.families import FAMILIES, Family, family_of_pipeline, find_known
+from dipgo_core.families import (
+    Family,
+    call_options,
+    family_of_pipeline,
+)
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hub import listed, resolve_commit
 from dipgo_core.model_files import hub_pipeline, model_folder, model_index, weights_digest
@@ -105,8 +110,9 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
         folder = hub_pipeline(settings)
     digest = weights_digest(settings)  # also finds missing files
     try:
-        family = family_of_pipeline(_pipeline_class(settings.id, folder))
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+        name = _pipeline_class(settings.id, folder)
+        family = family_of_pipeline(name)
+        pipe = getattr(diffusers, name).from_pretrained(
             str(folder),
             use_safetensors=True,
             **_networks(folder, getattr(torch, settings.dtype)),
@@ -160,10 +166,18 @@ def _network(folder: Path, network_class: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _pipeline_class(model_id: str, folder: Path) -> str:
-    known = find_known(model_id)
-    if known is not None:
-        return FAMILIES[known.family].pipeline
-    return cast(str, diffusers.DiffusionPipeline.load_config(str(folder))["_class_name"])
+    """Return the class that a saved pipeline names.
+
+    Raises:
+        ModelFilesError: it names code of its own, which is never run.
+    """
+    name = model_index(folder).get("_class_name")
+    if not isinstance(name, str):
+        raise ModelFilesError(
+            f"{model_id}: model_index.json names the pipeline {name!r}; only those of diffusers "
+            "are loaded, and no code that comes with a model is ever run"
+        )
+    return name
 
 
 def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:
@@ -188,11 +202,25 @@ def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> 
 def block_graph(model: LoadedModel, granularity: str = "block") -> BlockGraph:
     """Trace the denoiser into its block graph (on the meta device; the weights are not read)."""
     return trace_denoiser(
-        model.denoiser, model.family, tokens=tokens_of(model.pipe), granularity=granularity
+        model.denoiser,
+        model.family,
+        tokens=tokens_of(model.pipe, model.family, model.settings.id),
+        side=model.latent_side,
+        granularity=granularity,
     )
 
 
-def tokens_of(pipe: Any) -> int:
-    """Return how many conditioning tokens a pipeline gives its denoiser (77 without tokenizer)."""
-    tokenizer = getattr(pipe, "tokenizer", None)
-    return 77 if tokenizer is None else int(tokenizer.model_max_length)
+def tokens_of(pipe: Any, family: Family, model_id: str = "") -> int:
+    """Return how many conditioning tokens the stock call gives the denoiser.
+
+    model_id: of a known model, whose call has options of its own.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    options = call_options(family, model_id)
+    tokens = 0
+    if family.tokens in ("tokenizer", "tokenizer+sequence"):
+        tokens += int(getattr(pipe.tokenizer, "model_max_length", 77))  # may have no tokenizer
+    if family.tokens in ("sequence", "tokenizer+sequence"):
+        default = accepted["max_sequence_length"].default
+        tokens += int(options.get("max_sequence_length", default))
+    return tokens

@@ -24,8 +24,9 @@ from dipgo_core.evaluation.prompts import in_order
 from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.families import Scorers
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel, decode, load_model
+from dipgo_core.pipelines import LoadedModel, load_model
 from dipgo_core.runtime import apply_subnet
+from dipgo_core.sampling import decode
 from dipgo_core.subnet import SubNet
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
