@@ -66,7 +66,10 @@ class SamplerSettings:
             raise ConfigError(f"sampler.{given[0]} and sampler.{given[1]} exclude each other")
         for name in ("timesteps", "sigmas"):
             values = getattr(self, name)
-            if values is not None and len(values) != self.steps:
+            if values is None:
+                continue
+            object.__setattr__(self, name, tuple(values))  # JSON has lists
+            if len(values) != self.steps:
                 raise ConfigError(
                     f"sampler.{name} needs one entry a step: steps is {self.steps}, got "
                     f"{len(values)}"
@@ -79,7 +82,9 @@ class SamplerSettings:
         return {name: list(values) for name, values in given.items() if values is not None}
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; a list only where one is given, as protocols had it before lists."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("timesteps", "sigmas")} | self.custom
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_calls
-from dipgo_core.config import Convention, LossSettings, SamplerSettings, SearchSettings
+from dipgo_core.config import (
+    Convention,
+    Granularity,
+    LossSettings,
+    SamplerSettings,
+    SearchSettings,
+    Spacing,
+)
 from dipgo_core.errors import TargetError
-from dipgo_core.families import num_calls
+from dipgo_core.families import NOISE_SCHEDULERS, calls_of, num_calls, steps_rule
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
@@ -33,11 +40,13 @@ class PointSpec:
     """One point before anything is known of its gates.
 
     search: settings of the search it takes its gates from. variant: timestep spacing of
-    `few_steps`, number of a random draw.
+    `few_steps` (or `subset`, of a schedule of one's own), number of a random draw. granularity:
+    what its gates switch.
     """
 
     method: Method
     sampler: SamplerSettings
+    granularity: Granularity = "block"
     target: float | None = None
     search: SearchSettings | None = None
     variant: str | None = None
@@ -53,7 +62,13 @@ class PointSpec:
     def label(self) -> str:
         """Name for people, such as ``search ssim alpha 1 seed 0 at 0.5``."""
         name = search_label(self.search) if self.search and self.method == "search" else self.method
-        parts = [name, self.variant or "", "" if self.target is None else f"at {self.target:g}"]
+        layers = "layers" if self.granularity == "layer" and self.method == "random" else ""
+        parts = [
+            name,
+            layers,
+            self.variant or "",
+            "" if self.target is None else f"at {self.target:g}",
+        ]
         return " ".join(part for part in parts if part)
 
 
@@ -62,13 +77,20 @@ def search_label(search: SearchSettings) -> str:
     if search.strategy == STEP_MASKS:
         return search.strategy
     losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
-    return f"{search.strategy} {losses} alpha {search.loss.alpha:g} seed {search.seed}"
+    layers = " layers" if search.granularity == "layer" else ""
+    return f"{search.strategy}{layers} {losses} alpha {search.loss.alpha:g} seed {search.seed}"
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
     """Return the distinct searches of the grid; step masks look at no loss weights."""
     effective = (_effective(settings) for settings in model.searches())
     return tuple({content_key(settings.to_json()): settings for settings in effective}.values())
+
+
+def granularities(model: SweepModel) -> tuple[Granularity, ...]:
+    """Return what gates of the model's searches switch; points that keep or skip whole calls are
+    listed at the first."""
+    return tuple(dict.fromkeys(settings.granularity for settings in model.searches()))
 
 
 def step_mask_search(model: SweepModel) -> SearchSettings | None:
@@ -87,13 +109,20 @@ def _effective(settings: SearchSettings) -> SearchSettings:
 
 def point_specs(model: SweepModel) -> Iterator[PointSpec]:
     """Yield every point of a model: dense, the baselines of each target, the searched ones."""
-    yield PointSpec(method="dense", sampler=model.sampler)
+    first = granularities(model)[0]
+    yield PointSpec(method="dense", sampler=model.sampler, granularity=first)
     for baseline in model.baselines:
         for target in model.targets:
             yield from BASELINES[baseline.name](model, baseline, target)
     for settings in searches(model):
         for target in model.targets:
-            yield PointSpec(method="search", sampler=model.sampler, target=target, search=settings)
+            yield PointSpec(
+                method="search",
+                sampler=model.sampler,
+                granularity=settings.granularity,
+                target=target,
+                search=settings,
+            )
 
 
 def gates_of(
@@ -108,7 +137,7 @@ def gates_of(
     Raises:
         TargetError: no such point exists.
     """
-    calls = num_calls(spec.sampler.scheduler, spec.sampler.steps)
+    calls = calls_of(spec.sampler)
     if spec.target is None or spec.method == "few_steps":
         return GateTable.all_keep(calls, graph.num_blocks)
     if spec.method == "random":
@@ -152,26 +181,57 @@ def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) ->
 
 def _few_steps(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
     """Fewer steps of the same solver: as few as still make the calls of equal compute."""
-    name, calls = model.sampler.scheduler, num_calls(model.sampler.scheduler, model.sampler.steps)
-    wanted = equal_compute_calls(bar_target(model, target), calls)
-    steps = next(s for s in range(1, model.sampler.steps + 1) if num_calls(name, s) >= wanted)
-    for spacing in baseline.spacing:
-        sampler = replace(model.sampler, steps=steps, spacing=spacing)
-        yield PointSpec(method="few_steps", sampler=sampler, target=target, variant=spacing)
+    wanted = equal_compute_calls(bar_target(model, target), calls_of(model.sampler))
+    whole = point_of(model, "few_steps", target)
+    if model.sampler.custom:
+        yield replace(whole, sampler=_subset(model.sampler, wanted), variant="subset")
+    followed = NOISE_SCHEDULERS[model.sampler.scheduler].spacings
+    for spacing in (s for s in baseline.spacing if s in followed):
+        sampler = _with_steps(model.sampler, wanted, spacing)
+        yield replace(whole, sampler=sampler, variant=spacing)
+    if not followed and not model.sampler.custom:
+        yield replace(whole, sampler=_with_steps(model.sampler, wanted, None))
+
+
+def _with_steps(sampler: SamplerSettings, calls: int, spacing: Spacing | None) -> SamplerSettings:
+    """Return the same solver with as few steps as make so many calls, or more."""
+    name = sampler.scheduler
+    steps = next(
+        steps
+        for steps in range(1, sampler.steps + 2)
+        if num_calls(name, steps) >= calls and steps_rule(name, steps, spacing) is None
+    )
+    return replace(sampler, steps=steps, spacing=spacing, timesteps=None, sigmas=None)
+
+
+def _subset(sampler: SamplerSettings, calls: int) -> SamplerSettings:
+    """Return evenly spread entries of a schedule of one's own, the first among them."""
+    steps = next(s for s in range(1, sampler.steps + 1) if num_calls(sampler.scheduler, s) >= calls)
+    kept = uniform_calls(steps, sampler.steps)
+    lists = {name: [values[i] for i in kept] for name, values in sampler.custom.items()}
+    return SamplerSettings(**{**sampler.to_json(), "steps": steps, **lists})
+
+
+def point_of(model: SweepModel, method: Method, target: float) -> PointSpec:
+    """Return a point of the model's own sampler, at its first granularity."""
+    first = granularities(model)[0]
+    return PointSpec(method=method, sampler=model.sampler, granularity=first, target=target)
 
 
 def _uniform(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    yield PointSpec(method="uniform", sampler=model.sampler, target=target)
+    yield point_of(model, "uniform", target)
 
 
 def _best_step_mask(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    search = step_mask_search(model)
-    yield PointSpec(method="best_step_mask", sampler=model.sampler, target=target, search=search)
+    yield replace(point_of(model, "best_step_mask", target), search=step_mask_search(model))
 
 
 def _random(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    for draw in range(baseline.draws):
-        yield PointSpec(method="random", sampler=model.sampler, target=target, variant=str(draw))
+    """Draws at every granularity that a search has, to compare it with."""
+    for granularity in granularities(model):
+        for draw in range(baseline.draws):
+            spec = point_of(model, "random", target)
+            yield replace(spec, granularity=granularity, variant=str(draw))
 
 
 BASELINES: dict[str, Callable[[SweepModel, Baseline, float], Iterator[PointSpec]]] = {

@@ -14,8 +14,10 @@ from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.evaluation.metrics import FEATURE_ROLES, METRICS, Role, roles_of
 from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
 from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.memory import Fit
 from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.facts import ModelFacts, scorer_places
+from orchestrator.memory import ModelLoads, ModelMemory
 from orchestrator.methods import PointSpec, point_specs, search_label
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
@@ -38,6 +40,16 @@ def numerics_versions(kind: TaskKind) -> dict[str, str]:
 
 def _minor(text: str) -> str:
     return ".".join(text.split("+")[0].split(".")[:2])
+
+
+def _held(fit: Fit) -> dict[str, Any]:
+    """Return options of what a task may hold of a GPU: how it decodes, and the estimate."""
+    decoding = {k: v for k, v in asdict(fit.run.decoding).items() if v and k != "tile"}
+    known = fit.limit is not None and not fit.need.unknown
+    return {
+        **({"decoding": decoding} if decoding else {}),
+        **({"estimated_bytes": fit.need.total} if known else {}),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +100,11 @@ class ModelTasks:
         )
 
     @cached_property
+    def memory(self) -> ModelMemory:
+        """How tasks are run so that they fit on their GPU."""
+        return ModelLoads(self.sweep, self.model, self.facts).memory
+
+    @cached_property
     def _protocols_json(self) -> tuple[dict[str, Any], ...]:
         return tuple(protocol.to_json() for protocol in self.protocols)
 
@@ -115,15 +132,12 @@ class ModelTasks:
             sampler=self.model.sampler.to_json(),
             dtype=self.model.settings.dtype,
             metrics=(),
+            tile=self.memory.tile,
         )
 
     @cached_property
     def measures_latency(self) -> bool:
         return "latency" in self.model.evaluate.metrics
-
-    @cached_property
-    def granularity(self) -> str:
-        return self.model.searches()[0].granularity
 
     @cached_property
     def specs(self) -> tuple[PointSpec, ...]:
@@ -144,8 +158,8 @@ class ModelTasks:
         return self._task(
             "reference",
             self.model.sampler,
-            {"protocol": protocol.to_json(), "granularity": self.granularity},
-            options=self._batch(split),
+            {"protocol": protocol.to_json()},
+            options=self._batch("reference", split),
             label=f"dense images, {split}",
         )
 
@@ -166,7 +180,7 @@ class ModelTasks:
             {"images": self.facts.reference, "role": role, "scorer": scorer.to_json()},
             needs=(self.reference("test").key,) if dense else (),
             options={
-                **self._batch("test"),
+                **self._batch("evaluate", "test"),
                 "scorer": scorer_places(self.model)[role],
                 "reference": self.facts.reference_value,
             },
@@ -197,12 +211,14 @@ class ModelTasks:
             self.model.sampler,
             {"search": settings.to_json(), "calibration": calibration},
             needs=(self.reference("calibration").key,),
+            options=self._ways(settings),
             label=search_label(settings),
         )
 
     def evaluate(
         self,
         sampler: SamplerSettings,
+        granularity: str,
         keep: Sequence[str],
         split: Split,
         label: str,
@@ -226,7 +242,7 @@ class ModelTasks:
             {
                 "keep": list(keep),
                 "protocol": protocol,
-                "granularity": self.granularity,
+                "granularity": granularity,
                 "macs_convention": self.sweep.macs_convention,
             },
             needs=(
@@ -235,7 +251,7 @@ class ModelTasks:
                 *([] if continues is None else [continues]),
             ),
             options={
-                **self._batch(split),
+                **self._batch("evaluate", split),
                 "scorers": scorer_places(self.model),
                 "reference": self.facts.reference_value,
                 "statistics": statistics,
@@ -271,11 +287,13 @@ class ModelTasks:
         )
 
     def latencies(
-        self, sampler: SamplerSettings, keep: Sequence[str], label: str
+        self, sampler: SamplerSettings, granularity: str, keep: Sequence[str], label: str
     ) -> tuple[Task, ...]:
         """Dense and pruned runs interleaved, alone on the node: a task for each batch size."""
         sizes = zip(self.sweep.latency.batch_size, self.latency_labels(label), strict=True)
-        return tuple(self._latency(sampler, keep, size, named) for size, named in sizes)
+        return tuple(
+            self._latency(sampler, granularity, keep, size, named) for size, named in sizes
+        )
 
     def latency_labels(self, label: str) -> tuple[str, ...]:
         """Name the latency tasks of a point, the one that speeds are compared by first."""
@@ -283,7 +301,12 @@ class ModelTasks:
         return (f"{label}, latency", *(f"{label}, latency of {size} images" for size in others))
 
     def _latency(
-        self, sampler: SamplerSettings, keep: Sequence[str], batch_size: int, label: str
+        self,
+        sampler: SamplerSettings,
+        granularity: str,
+        keep: Sequence[str],
+        batch_size: int,
+        label: str,
     ) -> Task:
         settings = self.sweep.latency
         task = self._task(
@@ -302,21 +325,36 @@ class ModelTasks:
                 "min_runs": settings.min_runs,
                 "min_seconds": settings.min_seconds,
                 "repeat": settings.repeat,
-                "granularity": self.granularity,
+                "tile": self.memory.tile,
+                "granularity": granularity,
                 "shown_sha256": self.facts.test.shown_sha256(batch_size),
             },
             needs=(self.reference("test").key,),
-            options={"tries": settings.tries, "items_sha256": self.facts.test.sha256},
+            options={
+                "tries": settings.tries,
+                "items_sha256": self.facts.test.sha256,
+                **_held(self.memory.fit("latency", batch_size)),
+            },
             label=label,
         )
         return replace(task, exclusive=True)
 
-    def _batch(self, split: Split) -> dict[str, Any]:
-        source = self.model.evaluate if split == "test" else self.model.calibration
+    def _batch(self, kind: TaskKind, split: Split) -> dict[str, Any]:
+        fit = self.memory.fit(kind, split)
         return {
-            "batch_size": source.batch_size,
+            "batch_size": fit.run.images,
             "images_per_shard": self.sweep.resources.images_per_shard,
+            **_held(fit),
         }
+
+    def _ways(self, settings: SearchSettings) -> dict[str, Any]:
+        """Return how a search is run so that it fits; nothing where nobody had to decide."""
+        fit = self.memory.fit("search", settings)
+        if fit.run.checkpoint_calls is None:
+            return _held(fit)
+        split = fit.run.images if fit.run.images != settings.batch_size else None
+        again = fit.run.checkpoint_calls
+        return {**_held(fit), "memory": {"images_at_once": split, "checkpoint_calls": again}}
 
     def _task(
         self,

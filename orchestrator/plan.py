@@ -11,6 +11,7 @@ from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.facts import ModelFacts
+from orchestrator.memory import MemoryRow
 from orchestrator.methods import (
     CALIBRATED,
     Method,
@@ -64,6 +65,7 @@ class Point:
     search: Mapping[str, Any] | None = None
     sampler: Mapping[str, Any]
     sampler_dense: Mapping[str, Any]
+    granularity: str = "block"
     target: float | None = None
     seed: int | None = None
     variant: str | None = None
@@ -129,6 +131,7 @@ class Plan:
     points: tuple[Point, ...]
     protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by hash
     searches: tuple[str, ...] = ()  # keys of the grid's searches, not of best_step_mask
+    memory: tuple[MemoryRow, ...] = ()
 
     @property
     def ready(self) -> tuple[Task, ...]:
@@ -151,7 +154,18 @@ class Plan:
             "baselines": len(baselines),
             "cached": sum(planned.state == "cached" for planned in self.tasks),
             "tasks": [planned.to_json() for planned in self.tasks],
+            "memory": [row.to_json() for row in self.memory],
         }
+
+    @property
+    def too_large(self) -> tuple[str, ...]:
+        """A line for each kind of task that is still to do and does not fit on its GPU."""
+        to_do = {(task.model, task.kind) for task in self.tasks if task.state != "cached"}
+        return tuple(
+            row.problem
+            for row in self.memory
+            if row.fit.fits is False and (row.model, row.kind) in to_do
+        )
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,7 @@ def build_plan(
         points=tuple(builder.points),
         protocols=builder.protocols,
         searches=tuple(dict.fromkeys(builder.searches)),
+        memory=tuple(builder.memory),
     )
 
 
@@ -206,10 +221,12 @@ class _Builder:
         self.points: list[Point] = []
         self.searches: list[str] = []
         self.protocols: dict[str, Mapping[str, Any]] = {}
+        self.memory: list[MemoryRow] = []
 
     def add_model(self, tasks: ModelTasks) -> None:
         for protocol in (*tasks.protocols, tasks.calibration_protocol):
             self.protocols[protocol.hash] = protocol.to_json()
+        self.memory += tasks.memory.rows
         self._add(tasks, tasks.reference("test"))
         if any(spec.search is not None or spec.method in CALIBRATED for spec in tasks.specs):
             self._add(tasks, tasks.reference("calibration"))
@@ -249,9 +266,11 @@ class _Builder:
     ) -> Point:
         calibration = None
         if spec.method in CALIBRATED:
-            task = tasks.evaluate(spec.sampler, keep, "calibration", spec.label)
+            task = tasks.evaluate(spec.sampler, spec.granularity, keep, "calibration", spec.label)
             calibration = self._add(tasks, task)
-        timed = tasks.latencies(spec.sampler, keep, spec.label) if tasks.measures_latency else ()
+        timed: tuple[Task, ...] = ()
+        if tasks.measures_latency:
+            timed = tasks.latencies(spec.sampler, spec.granularity, keep, spec.label)
         latencies = [self._add(tasks, task) for task in timed]
         return replace(
             self._evaluated(tasks, point, keep, rung=0),
@@ -269,7 +288,9 @@ class _Builder:
         label = f"{point.label}, {images} images" if racing else point.label
 
         def at(rung: int, continues: str | None = None) -> Task:
-            return tasks.evaluate(sampler, keep, "test", label, rung=rung, continues=continues)
+            return tasks.evaluate(
+                sampler, point.granularity, keep, "test", label, rung=rung, continues=continues
+            )
 
         higher = (at(above).key for above in range(rung + 1, len(tasks.protocols)))
         known = next((key for key in higher if key in self.records), None)  # of an earlier run
@@ -398,6 +419,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         "protocol": tasks.protocol_hash,
         "method": spec.method,
         "sampler": spec.sampler.to_json(),
+        "granularity": spec.granularity,
         "search": search_key,
         "target": spec.target,
         "variant": spec.variant,
@@ -415,6 +437,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         search=searched.to_json() if searched else None,
         sampler=spec.sampler.to_json(),
         sampler_dense=model.sampler.to_json(),
+        granularity=spec.granularity,
         target=spec.target,
         seed=spec.seed,
         variant=spec.variant,
@@ -437,7 +460,7 @@ def resolve_gates(
     tasks: ModelTasks, spec: PointSpec, reference: Record, search: Record | None
 ) -> Resolution:
     """Return the gates of a point from the records they follow from, or why there are none."""
-    graph = BlockGraph.from_json(reference.outputs["graph"])
+    graph = BlockGraph.from_json(reference.outputs["graphs"][spec.granularity])
     outcome = None if search is None else SearchOutcome.from_json(search.outputs["outcome"])
     try:
         gates = gates_of(spec, tasks.model, graph, outcome, tasks.sweep.macs_convention)

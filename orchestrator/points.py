@@ -54,6 +54,7 @@ class ResolvedPoint:
     protocol: str
     state: State
     name: str
+    granularity: str = "block"
     error: str | None = None
     device: str | None = None
     pruned_ratio: float | None = None
@@ -234,6 +235,7 @@ def _measured(
         variant=point.variant,
         protocol=point.protocol_hash,
         name=point_name(point),
+        granularity=point.granularity,
         state=_state(point, complete, error),
         error=None if complete else error,
         keep=point.keep,
@@ -350,7 +352,8 @@ def _with_gains(
     bars = {metric: best_baseline(point, peers, metric) for metric in QUALITIES}
     gains = {metric: over(metric, [bar]) for metric, bar in bars.items() if bar is not None}
     gain = {metric: found for metric, found in gains.items() if found is not None}
-    draws = [p for p in peers if p.method == "random" and p.target == point.target]
+    like = (point.target, point.granularity)
+    draws = [p for p in peers if p.method == "random" and (p.target, p.granularity) == like]
     drawn = [p for p in draws if p.is_evaluated] if point.is_searched else []
     pending = any(p.state == "pending" for p in draws)
     over_random = {m: over(m, drawn) for m in QUALITIES} if drawn and not pending else {}
@@ -367,13 +370,14 @@ def _with_gains(
 def point_name(point: Point) -> str:
     """Name a point for people, without its model and target."""
     variant = "" if point.variant is None else str(point.variant)
+    layers = "layers" if point.granularity == "layer" else ""
     if point.method == "few_steps":
         return f"few steps, {variant}" if variant else "few steps"
     if point.method == "random":
-        return f"random {variant}".strip()
+        return " ".join(filter(None, ("random", layers, variant)))
     if point.method == "search":
         alpha = (point.loss or {}).get("alpha")
-        parts = [str(point.strategy), "" if alpha is None else f"α={alpha:g}"]
+        parts = [str(point.strategy), layers, "" if alpha is None else f"α={alpha:g}"]
         return " ".join([*filter(None, parts), f"seed {point.seed}"])
     return point.method.replace("_", " ")
 

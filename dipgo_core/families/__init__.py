@@ -28,6 +28,7 @@ from dipgo_core.families.schedulers import (
     calls_of,
     find_noise_scheduler,
     num_calls,
+    steps_rule,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "find_known",
     "find_noise_scheduler",
     "num_calls",
+    "steps_rule",
 ]
 
 _MODULES: Final = (sd, sdxl, dit, pixart, sd3, flux)

@@ -101,6 +101,11 @@ class Family:
         residual = any(pattern in self.streams for pattern in self.blocks)
         return Reuse.RESIDUAL if residual else Reuse.OUTPUT
 
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """At which its models can be gated."""
+        return ("block", "layer") if self.layers else ("block",)
+
     def patterns(self, granularity: Granularity) -> tuple[str, ...]:
         return self.blocks if granularity == "block" else self.layers
 

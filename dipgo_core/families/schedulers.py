@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from dipgo_core.config import SamplerSettings, Spacing
 from dipgo_core.errors import ConfigError, nearest
 
 Custom = Literal["timesteps", "sigmas"]
+_TRAINED: Final = 1000  # timesteps that models are trained with
 SPACINGS: Final[tuple[Spacing, ...]] = ("leading", "trailing", "linspace")
 
 
@@ -21,13 +24,15 @@ class NoiseScheduler:
     """A diffusers scheduler class and the settings that make it what its short name says.
 
     spacings: timestep spacings it follows; none where it has a schedule of its own. custom: the
-    lists it takes instead of a number of steps.
+    lists it takes instead of a number of steps. max_steps: of a run, unless a model's config says
+    otherwise.
     """
 
     cls: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     spacings: tuple[Spacing, ...] = SPACINGS
     custom: tuple[Custom, ...] = ()
+    max_steps: int = _TRAINED
 
 
 NOISE_SCHEDULERS: Final[dict[str, NoiseScheduler]] = {
@@ -41,7 +46,7 @@ NOISE_SCHEDULERS: Final[dict[str, NoiseScheduler]] = {
     "unipc": NoiseScheduler(cls="UniPCMultistepScheduler"),
     "euler": NoiseScheduler(cls="EulerDiscreteScheduler", custom=("timesteps", "sigmas")),
     "heun": NoiseScheduler(cls="HeunDiscreteScheduler", custom=("timesteps",)),
-    "lcm": NoiseScheduler(cls="LCMScheduler", spacings=(), custom=("timesteps",)),
+    "lcm": NoiseScheduler(cls="LCMScheduler", spacings=(), custom=("timesteps",), max_steps=50),
     "flow_match_euler": NoiseScheduler(
         cls="FlowMatchEulerDiscreteScheduler", spacings=(), custom=("sigmas",)
     ),
@@ -79,6 +84,24 @@ def num_calls(scheduler: str, steps: int) -> int:
     if scheduler == "pndm" and steps > 1:
         return steps + 1
     return 2 * steps - 1 if scheduler == "heun" else steps
+
+
+def steps_rule(scheduler: str, steps: int, spacing: Spacing | None) -> str | None:
+    """Return the rule that a run of so many steps breaks, or None.
+
+    Trailing spacing rounds some numbers of steps up (diffusers counts down from 1000 in floating
+    point numbers).
+    """
+    known = find_noise_scheduler(scheduler)
+    if steps > known.max_steps:
+        return f"{scheduler} takes at most {known.max_steps} steps"
+    if spacing is not None and spacing not in known.spacings:
+        fitting = ", ".join(known.spacings) or "none: leave it out"
+        return f"{scheduler} does not follow the spacing {spacing}; it follows {fitting}"
+    made = len(np.arange(_TRAINED, 0, -_TRAINED / steps)) if spacing == "trailing" else steps
+    if made != steps:
+        return f"trailing spacing makes {made} timesteps of {steps} steps; take one more or less"
+    return None
 
 
 def calls_of(sampler: SamplerSettings) -> int:

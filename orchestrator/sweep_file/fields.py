@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from dipgo_core.errors import nearest
 from orchestrator.sweep_issues import Issues
@@ -140,6 +140,25 @@ def many(reader: Reader[T], *, at_least: int = 1) -> Reader[tuple[T, ...]]:
             elif value is not None:
                 values[repr(value)] = value
         return tuple(values.values())
+
+    return read
+
+
+def falling(reader: Reader[T]) -> Reader[tuple[T, ...]]:
+    """Read a list of values, each lower than the one before."""
+    several = many(reader)
+
+    def read(node: Node, issues: Issues) -> tuple[T, ...] | None:
+        values: Any = several(node, issues)
+        if values is None or not isinstance(node.value, tuple) or len(values) < len(node.value):
+            return None
+        for item, value, earlier in zip(node.value[1:], values[1:], values, strict=False):
+            if value > earlier:
+                issues.add(
+                    item.issue(f"must be below the entry before ({earlier:g}), got {value:g}")
+                )
+                return None
+        return tuple(values)
 
     return read
 

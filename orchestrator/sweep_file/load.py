@@ -180,10 +180,23 @@ def _resources(node: Node, issues: Issues) -> Resources:
 
 def _task_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
     with Fields(node, issues) as fields:
+        gpus = fields.get("gpus", number(0), default.gpus)
         return TaskResources(
             cpus=fields.get("cpus", number(above=0), default.cpus),
-            gpus=fields.get("gpus", number(0), default.gpus),
+            gpus=gpus,
+            gpu_memory_gb=_gpu_memory(fields, issues, gpus, default),
         )
+
+
+def _gpu_memory(
+    fields: Fields, issues: Issues, gpus: float, default: TaskResources
+) -> float | None:
+    """Read how much of a GPU's memory a task may use."""
+    memory = fields.maybe("gpu_memory_gb", number(above=0))
+    if memory is not None and not gpus:
+        rule = "is memory of a GPU, but the tasks take none: give `gpus` of the same kind too"
+        issues.add(fields.place("gpu_memory_gb").issue(rule))
+    return default.gpu_memory_gb if memory is None and gpus else memory
 
 
 def _latency_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
@@ -194,8 +207,12 @@ def _latency_resources(node: Node, issues: Issues, default: TaskResources) -> Ta
         if accelerator is not None and not gpus:
             rule = "is a type of GPU, but latency takes none: give resources.latency.gpus too"
             issues.add(fields.place("accelerator").issue(rule))
-        cpus = fields.get("cpus", number(above=0), default.cpus)
-        return TaskResources(cpus=cpus, gpus=gpus, accelerator=accelerator)
+        return TaskResources(
+            cpus=fields.get("cpus", number(above=0), default.cpus),
+            gpus=gpus,
+            gpu_memory_gb=_gpu_memory(fields, issues, gpus, default),
+            accelerator=accelerator,
+        )
 
 
 def _latency(node: Node, issues: Issues) -> LatencySettings:

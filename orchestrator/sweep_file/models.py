@@ -6,18 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 from dipgo_core.config import DType, ModelSettings, SamplerSettings
-from dipgo_core.families import FAMILIES, KNOWN_MODELS, NOISE_SCHEDULERS, num_calls
+from dipgo_core.families import FAMILIES, KNOWN_MODELS, calls_of
 from dipgo_core.postprocess import kept_share
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
 from orchestrator.sweep_file.fields import (
     Fields,
-    axis,
     choice,
-    number,
     reject,
     text,
     whole,
@@ -26,6 +24,7 @@ from orchestrator.sweep_file.identity import Identity, identify
 from orchestrator.sweep_file.overrides import merge
 from orchestrator.sweep_file.pins import check_model_pin, check_prompt_pin, check_scorer_pins
 from orchestrator.sweep_file.prompts import check_splits
+from orchestrator.sweep_file.sampler import read_samplers
 from orchestrator.sweep_file.search import SearchSection, read_search
 from orchestrator.sweep_issues import Issues
 from orchestrator.sweep_settings import Baseline, EvaluateSettings, SweepModel
@@ -35,12 +34,10 @@ from orchestrator.yaml_source import Node
 SECTIONS: Final = ("search", "targets", "baselines", "evaluate")
 MAX_MODELS: Final = 500
 
-TimestepSpacing = Literal["leading", "trailing", "linspace"]
 _DTYPES: Final[tuple[DType, ...]] = get_args(DType)
 _FLOAT32: Final[DType] = "float32"
-_SPACINGS: Final[tuple[TimestepSpacing, ...]] = get_args(TimestepSpacing)
 _BUNDLED: Final = ", ".join(known.id for known in KNOWN_MODELS if known.bundled)
-_SCHEDULERS: Final = tuple(NOISE_SCHEDULERS)
+MAX_PIXELS: Final = 8192
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -119,7 +116,8 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         identity = _identity(fields, issues, generic)
         revision = fields.maybe("revision", text())
         dtype = fields.get("dtype", choice(_DTYPES), _FLOAT32)
-        samplers = _samplers(fields, identity, issues)
+        samplers = read_samplers(fields, identity, issues)
+        resolution = _resolution(fields, identity)
         nodes = _merged(fields.section("overrides"), shared.sections, issues)
         if identity is not None:
             _check_revision(fields, identity, revision, shared.allow_unpinned)
@@ -137,7 +135,7 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         _check_targets(nodes["targets"], read.targets, sampler, issues)
     several = isinstance(fields.place("sampler").value, tuple)
     names = _names(None if several else name, name or _stem(identity.id), samplers)
-    settings = ModelSettings(id=identity.id, revision=revision, dtype=dtype)
+    settings = ModelSettings(id=identity.id, revision=revision, dtype=dtype, resolution=resolution)
     return [
         SweepModel(
             name=model_name,
@@ -188,31 +186,29 @@ def _check_revision(
         check_model_pin(place, fields.node.path, revision, fields.issues)
 
 
-# --- samplers ------------------------------------------------------------------------------------
-
-
-def _samplers(
-    fields: Fields, identity: Identity | None, issues: Issues
-) -> tuple[SamplerSettings, ...]:
-    default = identity.sampler if identity is not None else FAMILIES["sd"].sampler
-
-    def read(node: Node, issues: Issues) -> SamplerSettings:
-        with Fields(node, issues) as section:
-            return SamplerSettings(
-                scheduler=section.get("scheduler", choice(_SCHEDULERS), default.scheduler),
-                steps=section.get("steps", whole(1, 1000), default.steps),
-                guidance_scale=section.get("guidance_scale", number(0), default.guidance_scale),
-                spacing=section.maybe("spacing", choice(_SPACINGS)),
-            )
-
-    return fields.get("sampler", axis(read), (default,))
+def _resolution(fields: Fields, identity: Identity | None) -> int | None:
+    """Read `resolution`: a side of images that the model's pipeline can make."""
+    side = fields.maybe("resolution", whole(1, MAX_PIXELS))
+    if side is None or identity is None:
+        return side
+    multiple = identity.family.size_multiple
+    if multiple is None:
+        rule = f"{identity.family.pipeline} makes images of the model's own size; leave it out"
+    elif side % multiple:
+        lower = side // multiple * multiple
+        near = f"{lower} or {lower + multiple}" if lower else str(multiple)
+        rule = f"must be a multiple of {multiple} pixels, such as {near}, got {side}"
+    else:
+        return side
+    fields.issues.add(fields.place("resolution").issue(rule))
+    return None
 
 
 def _check_targets(
     node: Node, targets: Sequence[float], sampler: SamplerSettings, issues: Issues
 ) -> None:
     """Report targets that leave less than the first call, which is computed whole."""
-    calls = num_calls(sampler.scheduler, sampler.steps)
+    calls = calls_of(sampler)
     places = node.value if isinstance(node.value, tuple) else ()
     for target in targets:
         if kept_share(target) * calls < 1:
@@ -230,13 +226,19 @@ def _names(name: str | None, stem: str, samplers: Sequence[SamplerSettings]) -> 
     if name is not None:
         return [name] * len(samplers)
     guided = len({sampler.guidance_scale for sampler in samplers}) > 1
-    return [f"{stem}-{_sampler_name(sampler, guided)}" for sampler in samplers]
+    names = [f"{stem}-{_sampler_name(sampler, guided)}" for sampler in samplers]
+    return [_numbered(name, names[:place]) for place, name in enumerate(names)]
+
+
+def _numbered(name: str, earlier: Sequence[str]) -> str:
+    """Tell schedules of one's own apart that are alike in all that a name says."""
+    same = earlier.count(name)
+    return f"{name}-{same + 1}" if same else name
 
 
 def _sampler_name(sampler: SamplerSettings, guided: bool) -> str:
     parts = [sampler.scheduler, str(sampler.steps)]
-    if sampler.spacing is not None:
-        parts.append(sampler.spacing)
+    parts += [sampler.spacing] if sampler.spacing is not None else list(sampler.custom)
     if guided:
         parts.append(f"g{sampler.guidance_scale:g}")
     return _slug("-".join(parts))

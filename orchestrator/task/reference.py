@@ -10,11 +10,11 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.evaluation.evaluate import generate_images
 from dipgo_core.evaluation.generate import GeneratedBatch
 from dipgo_core.evaluation.shards import shards_of
 from dipgo_core.gates import GateTable
-from dipgo_core.binding import subnet_of
 from dipgo_core.pipelines import block_graph
 from dipgo_core.sampling import set_sampler
 from orchestrator.task.work import Arrays, Outcome, Work, packed, put_shard, stored_shard
@@ -26,7 +26,8 @@ CHUNK_BYTES = 32 * 2**20
 def run_reference(work: Work) -> Outcome:
     """Find the blocks; make the dense images, and on the calibration split keep their latents."""
     model, protocol = work.model, work.protocol
-    graph = block_graph(model, work.task.inputs["granularity"])
+    graphs = {name: block_graph(model, name) for name in model.family.granularities}
+    graph = next(iter(graphs.values()))
     artifacts: dict[str, str] = {}
     latents, forwards = [], 0
     for shard in shards_of(protocol, work.shard_size):
@@ -43,7 +44,7 @@ def run_reference(work: Work) -> Outcome:
     calls = len(set_sampler(model, work.sampler))
     dense = subnet_of(model, graph, work.sampler, GateTable.all_keep(calls, graph.num_blocks))
     outputs = {
-        "graph": graph.to_json(),
+        "graphs": {name: one.to_json() for name, one in graphs.items()},
         "timesteps": list(dense.sampler["timesteps"]),
         "subnet_model": dict(dense.model),
         "subnet_sampler": dict(dense.sampler),

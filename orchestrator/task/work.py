@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 
 from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.decoding import Decoding, set_decoding
 from dipgo_core.errors import ModelFilesError, StoreError
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import Protocol, image_seed
@@ -78,7 +79,16 @@ class Work:
                 f"the weights of {model.settings.id} are {model.weights_sha256[:16]}, planned with "
                 f"{planned[:16]}: they changed, or this worker has others. Run the sweep again"
             )
+        for autoencoder in (model.pipe.vae, model.decoder):
+            set_decoding(autoencoder, self._decoding)
         return model
+
+    @property
+    def _decoding(self) -> Decoding:
+        """How images are decoded; tiles are part of the inputs, for they change them."""
+        measured = self.task.kind == "latency"
+        tile = self.task.inputs["tile"] if measured else self.protocol.tile
+        return Decoding(**self.task.options.get("decoding", {}), tile=tile)
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -98,7 +108,9 @@ class Work:
 
     @cached_property
     def graph(self) -> BlockGraph:
-        return BlockGraph.from_json(self.reference.outputs["graph"])
+        """The blocks at the granularity of the task's gates."""
+        named = self.task.inputs["search"] if self.task.kind == "search" else self.task.inputs
+        return BlockGraph.from_json(self.reference.outputs["graphs"][named["granularity"]])
 
     @cached_property
     def gates(self) -> GateTable:

@@ -43,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
             kind="reference",
             state="done",
             inputs=reference.inputs,
-            outputs={"graph": graph},
+            outputs={"graphs": {"block": graph}},
         )
     )
     return store
@@ -57,7 +57,7 @@ def latency_task(store: FolderStore, **changes: Any) -> Task:
     """Every second call of tiny-sd is skipped."""
     reference = next(iter(store.records().values()))
     model = load_model(ModelSettings(id="tiny-sd"))
-    blocks = len(reference.outputs["graph"]["blocks"])
+    blocks = len(reference.outputs["graphs"]["block"]["blocks"])
     gates = GateTable.all_keep(CALLS, blocks).keep.copy()
     gates[1::2] = False
     inputs = {

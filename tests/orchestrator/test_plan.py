@@ -93,7 +93,7 @@ def latency_keys(*prompts: str) -> list[str]:
     model = sweep.models[0]
     facts = replace(tiny_facts(sweep)[model.name], test=item_set(*prompts))
     made = ModelTasks(sweep=sweep, model=model, facts=facts, device="a cpu")
-    return [task.key for task in made.latencies(model.sampler, ["1101"], "a point")]
+    return [task.key for task in made.latencies(model.sampler, "block", ["1101"], "a point")]
 
 
 def test_latency_is_keyed_on_the_prompts_that_it_shows() -> None:

@@ -130,7 +130,7 @@ def run_tiny_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
 
 def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "reference":
-        return {"graph": GRAPH.to_json(), "timesteps": list(range(901, 0, -100))}
+        return {"graphs": {"block": GRAPH.to_json()}, "timesteps": list(range(901, 0, -100))}
     if kind == "statistics":
         return {"n_images": 16, "feature_dim": 8}
     if kind == "search":
