@@ -93,9 +93,9 @@ def autoencoder(seed: int, **settings: Any) -> AutoencoderKL:
     network = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=2,
-        norm_num_groups=4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
         **settings,
     )
     return seeded(network, seed)
