@@ -8,7 +8,7 @@ the nearest tags: those are the producers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, cast, get_args
@@ -120,27 +120,47 @@ def trace_denoiser(
     tokens: int,
     side: int | None = None,
     granularity: str = "block",
+    captured: Callable[[], Mapping[str, Any]] = dict,
 ) -> BlockGraph:
     """Trace a family's denoiser, once in its life for every size of its inputs.
 
-    side: of the latents; None: as the model is made for.
+    side: of the latents; None: as the model is made for. captured: gives the arguments of a call
+    where the family does not know them.
 
     Raises:
         TraceError: the denoiser's modules match none of the family's names.
     """
     graphs = _traced.setdefault(denoiser, {})
-    config = cast(Config, denoiser.config)
-    side = family.latent_side(config) if side is None else side
     key = (tokens, side, granularity)
     if key not in graphs:
-        graphs[key] = find_blocks(
-            denoiser,
-            inputs=meta_inputs(family.inputs(config, side, tokens)),
-            names=_matching(denoiser, family.patterns(known_granularity(granularity))),
-            streams=family.streams,
-            granularity=granularity,
-        )
+        graphs[key] = _trace_denoiser(denoiser, family, tokens, side, granularity, captured)
     return graphs[key]
+
+
+def _trace_denoiser(
+    denoiser: nn.Module,
+    family: Family,
+    tokens: int,
+    side: int | None,
+    granularity: str,
+    captured: Callable[[], Mapping[str, Any]],
+) -> BlockGraph:
+    if known_granularity(granularity) not in family.granularities:
+        raise TraceError(
+            f"{family.pipeline} is in no family, so nothing is known of its layers: use the "
+            "granularity block"
+        )
+    if not family.blocks:
+        return find_blocks(denoiser, inputs=captured(), granularity=granularity)
+    config = cast(Config, denoiser.config)
+    side = family.latent_side(config) if side is None else side
+    return find_blocks(
+        denoiser,
+        inputs=meta_inputs(family.inputs(config, side, tokens)),
+        names=_matching(denoiser, family.patterns(known_granularity(granularity))),
+        streams=family.streams,
+        granularity=granularity,
+    )
 
 
 def known_granularity(name: str) -> Granularity:
@@ -155,7 +175,9 @@ def known_granularity(name: str) -> Granularity:
     raise TraceError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {name!r}")
 
 
-_traced: WeakKeyDictionary[nn.Module, dict[tuple[int, int, str], BlockGraph]] = WeakKeyDictionary()
+_traced: WeakKeyDictionary[nn.Module, dict[tuple[int, int | None, str], BlockGraph]] = (
+    WeakKeyDictionary()
+)
 
 
 def meta_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dipgo_core.blocks import trace_denoiser
+from dipgo_core.captured import captured_inputs, example_call
 from dipgo_core.config import ModelSettings
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.families import (
     Family,
     call_options,
-    family_of_pipeline,
+    family_of,
 )
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hub import listed, resolve_commit
@@ -62,19 +63,12 @@ class LoadedModel:
         """Side of the images in pixels: as the settings say, else the model's own."""
         if self.settings.resolution is not None:
             return self.settings.resolution
-        side = getattr(cast(Any, self.denoiser).config, "sample_size", None)  # FLUX's has none
-        if side is None:
-            return int(self.pipe.vae.config.sample_size)
-        return int(side) * self._scale_factor
+        return self.family.latent_side(cast(Any, self.denoiser).config) * scale_factor(self.pipe)
 
     @property
     def latent_side(self) -> int:
         """Side of the latents of one image."""
-        return self.resolution // self._scale_factor
-
-    @property
-    def _scale_factor(self) -> int:
-        return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
+        return self.resolution // scale_factor(self.pipe)
 
     @property
     def size_arguments(self) -> dict[str, int]:
@@ -111,7 +105,7 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
     digest = weights_digest(settings)  # also finds missing files
     try:
         name = _pipeline_class(settings.id, folder)
-        family = family_of_pipeline(name)
+        family = family_of(name, _component_classes(folder))
         pipe = getattr(diffusers, name).from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -180,13 +174,19 @@ def _pipeline_class(model_id: str, folder: Path) -> str:
     return name
 
 
+def _component_classes(folder: Path) -> dict[str, str]:
+    index = model_index(folder)
+    return {name: origin[1] for name, origin in index.items() if isinstance(origin, list)}
+
+
 def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:
     """Prepare a pipeline that is in memory: freeze it, silence it, drop its safety checker.
 
     Raises:
         UnknownModelError: no family uses the pipeline's class.
     """
-    family = family_of_pipeline(type(pipe).__name__)
+    classes = {name: type(component).__name__ for name, component in pipe.components.items()}
+    family = family_of(type(pipe).__name__, classes)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
@@ -201,13 +201,41 @@ def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> 
 
 def block_graph(model: LoadedModel, granularity: str = "block") -> BlockGraph:
     """Trace the denoiser into its block graph (on the meta device; the weights are not read)."""
-    return trace_denoiser(
-        model.denoiser,
+    return graph_of(
+        model.pipe,
         model.family,
-        tokens=tokens_of(model.pipe, model.family, model.settings.id),
-        side=model.latent_side,
-        granularity=granularity,
+        granularity,
+        model_id=model.settings.id,
+        resolution=model.settings.resolution,
     )
+
+
+def graph_of(
+    pipe: Any,
+    family: Family,
+    granularity: str,
+    *,
+    model_id: str = "",
+    resolution: int | None = None,
+) -> BlockGraph:
+    """Trace a pipeline's denoiser; resolution: side of the images, None: the model's own."""
+    size = {} if resolution is None else {"height": resolution, "width": resolution}
+    return trace_denoiser(
+        getattr(pipe, family.denoiser_attribute),
+        family,
+        tokens=tokens_of(pipe, family, model_id),
+        side=None if resolution is None else resolution // scale_factor(pipe),
+        granularity=granularity,
+        captured=lambda: captured_inputs(
+            pipe, family.denoiser_attribute, {**example_call(pipe), **size}
+        ),
+    )
+
+
+def scale_factor(pipe: Any) -> int:
+    """Return how many pixels of an image's side are one latent."""
+    known = getattr(pipe, "vae_scale_factor", None)  # DiT's pipeline does not say
+    return int(known or 2 ** (len(pipe.vae.config.block_out_channels) - 1))
 
 
 def tokens_of(pipe: Any, family: Family, model_id: str = "") -> int:

@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 
 from dipgo_core.binding import check_blocks, check_model, check_scheduler, check_timesteps
-from dipgo_core.blocks import trace_denoiser
+from dipgo_core.compiled import BlockCompiler, check_uncompiled
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.families import find_family
 from dipgo_core.gated import GatedCalls, GatePlan, outlined, signature_of
@@ -28,16 +28,18 @@ from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import (
     Forward,
     HookHandle,
+    Interceptor,
     MethodHook,
     Structure,
     Tensors,
     argument_reader,
     attach,
+    directly,
     flatten,
     install,
     is_installed,
 )
-from dipgo_core.pipelines import LoadedModel, tokens_of
+from dipgo_core.pipelines import LoadedModel, graph_of
 from dipgo_core.repeat import repeat_of
 from dipgo_core.sampling import timesteps_of
 from dipgo_core.subnet import SubNet
@@ -92,7 +94,9 @@ class SubNetHandle:
         self._denoiser = denoiser
         self._scheduler = pipe.scheduler
         self._plan = GatePlan.of(graph, subnet.gates)
-        self._hooks: HookHandle = attach(denoiser, graph, self._current)
+        self._compiler: Interceptor = directly
+        self._blocks = graph.names[1:]
+        self._hooks: HookHandle = attach(denoiser, graph, self._current, self._compute)
         self._methods = [
             MethodHook(pipe.scheduler, "set_timesteps", self._on_set_timesteps),
             MethodHook(pipe.scheduler, "step", self._on_step),
@@ -134,6 +138,20 @@ class SubNetHandle:
             _RUN.reset(token)
             self.peak_cache_bytes = gates.peak_cache_bytes
 
+    def compile(self, **options: Any) -> Self:
+        """Compute the blocks by compiled code from now on; gates stay in Python between them.
+
+        A SubNet of many different rows compiles no more than one of few: see `compiled`. Other
+        batches or resolutions compile once more, as they do without a SubNet (`dynamic`).
+        options: of torch.compile.
+
+        Raises:
+            SubNetError: the options ask for CUDA graphs.
+        """
+        self._compiler = BlockCompiler(options)
+        self._hooks.compiled = True
+        return self
+
     def remove(self) -> None:
         """Restore pipeline, denoiser and noise scheduler exactly; a second call does nothing."""
         self._hooks.remove()
@@ -158,7 +176,11 @@ class SubNetHandle:
         run = _RUN.get()
         return run.gates if run is not None and run.handle is self else None
 
+    def _compute(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._compiler(original, args, kwargs)
+
     def _check_parts(self) -> None:
+        check_uncompiled(getattr(self._pipe, self._attribute), self._attribute, self._blocks)
         for name, known in (("scheduler", self._scheduler), (self._attribute, self._denoiser)):
             if getattr(self._pipe, name) is not known:
                 raise SubNetMismatchError(
@@ -204,6 +226,7 @@ def apply_subnet(pipe: Any, subnet: SubNet) -> SubNetHandle:
     """
     attribute = find_family(subnet.model["family"]).denoiser_attribute
     denoiser = getattr(pipe, attribute, None)
+    check_uncompiled(denoiser, attribute, subnet.block_names[1:])
     check_model(pipe, denoiser, subnet)
     check_scheduler(pipe.scheduler, subnet)
     denoiser = cast(nn.Module, denoiser)
@@ -224,12 +247,7 @@ def apply_subnet(pipe: Any, subnet: SubNet) -> SubNetHandle:
 
 def _graph_of(pipe: Any, denoiser: nn.Module, subnet: SubNet) -> BlockGraph:
     family = find_family(subnet.model["family"])
-    graph = trace_denoiser(
-        denoiser,
-        family,
-        tokens=tokens_of(pipe, family),
-        granularity=subnet.granularity,
-    )
+    graph = graph_of(pipe, family, subnet.granularity)
     check_blocks(graph, subnet)
     return graph
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import ConfigError, SamplingError
 from dipgo_core.families import call_options, calls_of, find_noise_scheduler
-from dipgo_core.hooks import Forward, MethodHook, bind_arguments
+from dipgo_core.hooks import Forward, MethodHook
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel
 
@@ -169,27 +169,6 @@ def rollout(
     on_call(0)
     with _hooked(model.pipe.scheduler, "step", stepped), _encoded_once(model.pipe, batch):
         return _undecoded(model.pipe, arguments)
-
-
-def captured_inputs(pipe: Any, attribute: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of the first denoiser call that a pipeline call would make.
-
-    attribute: under which the pipeline holds its denoiser. The denoiser does not run.
-
-    Raises:
-        SamplingError: the pipeline ended without calling it.
-    """
-    denoiser = getattr(pipe, attribute)
-
-    def intercept(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise _Reached(bind_arguments(forward, args, kwargs))
-
-    with _hooked(denoiser, "forward", intercept):
-        try:
-            pipe(**arguments)
-        except _Reached as reached:
-            return cast(dict[str, Any], reached.value)
-    raise SamplingError(f"{type(pipe).__name__} never called its {attribute}")
 
 
 def _undecoded(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:

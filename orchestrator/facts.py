@@ -33,8 +33,10 @@ from dipgo_core.evaluation.protocol import largest_kid_subset
 from dipgo_core.evaluation.reference import check_folder, check_statistics
 from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
+from dipgo_core.families.sizes import ModelSizes
 from dipgo_core.items import Item
 from dipgo_core.model_files import model_folder, model_index, weights_digest
+from dipgo_core.model_sizes import scorer_bytes, sizes_of
 from dipgo_core.zoo import ZOO_MODELS, reference_statistics_path
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import (
@@ -84,7 +86,8 @@ class ModelFacts:
     """Facts of one model. reference: as in a protocol; reference_value: where it lies.
 
     folder: the local folder that the sweep file names as the model, from the root, None for others.
-    Where it lies decides no result and is in no key: its weights are.
+    Where it lies decides no result and is in no key: its weights are. sizes: of its networks, None
+    where nobody tells; scorer_bytes: of the networks that judge images, by name.
     """
 
     weights_sha256: str
@@ -96,6 +99,8 @@ class ModelFacts:
     reference: str = "dense"
     reference_value: str = ""
     folder: str | None = None
+    sizes: ModelSizes | None = None
+    scorer_bytes: Mapping[str, int | None] = field(default_factory=dict)
 
 
 #: What only the hub could tell when the sweep ran: by `items_key` digest and number of items, by
@@ -242,6 +247,8 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
         reference=reference[0],
         reference_value=reference[1],
         folder=_local_folder(model),
+        sizes=sizes_of(model.settings.id, pipeline_folder(model), find_family(model.family)),
+        scorer_bytes={name: scorer_bytes(name) for name in scorer_names(model).values()},
     )
 
 
@@ -300,19 +307,21 @@ def _image_metrics(model: SweepModel) -> tuple[str, ...]:
 
 
 def image_size(model: SweepModel, known: KnownItems | None = None) -> int:
-    """Return the side of the images in pixels: as the model's files say where they are here, else
-    as it was when the sweep ran, or as models of its family have it.
+    """Return the side of the images in pixels: as the sweep file says, else as the model's files do
+    where they are here, else as it was when the sweep ran, or as models of its family have it.
 
     Raises:
         ModelFilesError: the model's configs cannot be read.
     """
+    if model.settings.resolution is not None:
+        return model.settings.resolution
     folder = pipeline_folder(model)
     family = find_family(model.family)
     if folder is not None:
         denoiser = _config(folder / family.denoiser_attribute)
         autoencoder = _config(folder / "vae")
         factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-        return int(denoiser["sample_size"]) * factor
+        return family.latent_side(denoiser) * factor
     facts = find_known(model.settings.id)
     default = facts.resolution if facts else family.resolution
     return int((known or {}).get(size_key(model), [default])[0])

@@ -5,15 +5,18 @@ pipeline and denoiser classes of diffusers, which modules are gated at either gr
 streams of blocks that pass them on, the arguments of one denoiser call, defaults; and KNOWN_MODELS,
 the facts of its published models. ``tests/dipgo_core/test_macs.py`` prints what a trace of
 a known model counts wherever its literals differ. How prompts become inputs needs no code: the
-stock pipeline does it.
+stock pipeline does it. A pipeline in no family gets one of its denoiser's module lists
+(`family_of`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from dipgo_core.errors import UnknownModelError, nearest
 from dipgo_core.families import dit, flux, pixart, sd, sd3, sdxl
+from dipgo_core.families.fallback import fallback_of, named_fallback
 from dipgo_core.families.family import (
     Conditioning,
     Config,
@@ -44,6 +47,7 @@ __all__ = [
     "Scorers",
     "call_options",
     "calls_of",
+    "family_of",
     "family_of_pipeline",
     "find_family",
     "find_known",
@@ -66,17 +70,35 @@ def find_known(model_id: str) -> KnownModel | None:
 
 
 def find_family(name: str) -> Family:
-    """Return a family by name.
+    """Return a family by name; ``Pipeline.component.Denoiser`` names one made from three classes.
 
     Raises:
         UnknownModelError: no such family.
     """
-    if name not in FAMILIES:
+    family = FAMILIES.get(name) or named_fallback(name)
+    if family is None:
         raise UnknownModelError(
             f"no family is called {name!r}; the families are {', '.join(FAMILIES)}."
             f"{nearest(name, list(FAMILIES))}"
         )
-    return FAMILIES[name]
+    return family
+
+
+def family_of(pipeline: str, components: Mapping[str, str]) -> Family:
+    """Return the family of a pipeline class, else one made for it.
+
+    components: class names of the pipeline's networks.
+
+    Raises:
+        UnknownModelError: no family uses this pipeline class, and it has no denoiser to gate.
+    """
+    try:
+        return family_of_pipeline(pipeline)
+    except UnknownModelError:
+        family = fallback_of(pipeline, components)
+        if family is None:
+            raise
+        return family
 
 
 def family_of_pipeline(pipeline: str) -> Family:

@@ -22,6 +22,7 @@ from tiny import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from dipgo_core.captured import captured_inputs
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import ConfigError, SamplingError
 from dipgo_core.families import FAMILIES, num_calls
@@ -30,7 +31,6 @@ from dipgo_core.pipelines import LoadedModel, block_graph
 from dipgo_core.sampling import (
     Batch,
     call_arguments,
-    captured_inputs,
     decode,
     rollout,
     set_sampler,
