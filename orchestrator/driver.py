@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
-from orchestrator.facts import ModelFacts, known_items, with_kept_items
+from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
+from orchestrator.memory import local_gpu_memory_gb, with_gpu_memory
 from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.records import Record, Task, TaskKind
@@ -106,6 +107,7 @@ def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
     sweep, facts = as_last_run(sweep, last)
     facts = with_kept_items(facts, store.get_blob)
     device = last.get("device") or local_device(sweep)
+    sweep = with_gpu_memory(sweep, last.get("gpu_memory_gb") or local_gpu_memory_gb())
     records = store.records()
     memo: Memo = {}
     failed = set[str]()
@@ -136,7 +138,7 @@ def run_sweep(
     facts: as `gather_facts` gives them; if None they are looked up, and what a run needs checked.
 
     Raises:
-        PreflightError: something that the run needs is missing or does not fit.
+        PreflightError: something that the run needs is missing, or does not fit on its GPU.
         StoreError: another driver runs this sweep, or the store is damaged.
     """
     with store.lease(sweep.name), executor:
@@ -146,8 +148,12 @@ def run_sweep(
         else:
             ready = Ready(sweep=sweep, facts=facts, commits={})
         device = latency_device(sweep, executor)
-        _write_inputs(sweep, store, ready, device)
-        source = SweepTasks(ready.sweep, store, ready.facts, device, audience, on_event)
+        memory = local_gpu_memory_gb()
+        fitted = with_gpu_memory(ready.sweep, memory)
+        source = SweepTasks(fitted, store, ready.facts, device, audience, on_event)
+        if source.plan.too_large:
+            raise refusal(sweep, source.plan.too_large)
+        _write_inputs(sweep, store, ready, {"device": device, "gpu_memory_gb": memory})
         audience.start(sweep, source.plan)
         on_event(Event(kind="planned", plan=source.plan))
         try:
@@ -179,15 +185,20 @@ def _last_run(sweep: SweepFile, store: Store) -> dict[str, Any]:
     return noted
 
 
-def _write_inputs(sweep: SweepFile, store: Store, ready: Ready, device: str) -> None:
-    """Keep prompts for the workers, the sweep as its file says it, and what it was resolved to."""
+def _write_inputs(
+    sweep: SweepFile, store: Store, ready: Ready, machine: Mapping[str, Any]
+) -> None:
+    """Keep prompts for the workers, the sweep as its file says it, and what it was resolved to.
+
+    machine: what keys depend on of the machine that runs it.
+    """
     for each in ready.facts.values():
         for items in (each.test, each.calibration):
             store.put_blob(items.blob())
     folder = store.sweep_folder(sweep.name)
     _keep(folder / "sweep.json", {**sweep.to_json(), "digest": sweep.digest})
     known = known_items(ready.sweep, ready.facts)
-    _keep(folder / LAST_RUN, {"device": device, "items": known, "commits": dict(ready.commits)})
+    _keep(folder / LAST_RUN, {**machine, "items": known, "commits": dict(ready.commits)})
 
 
 def _keep(path: Path, value: Mapping[str, Any]) -> None:

@@ -325,7 +325,7 @@ class ModelTasks:
                 "min_runs": settings.min_runs,
                 "min_seconds": settings.min_seconds,
                 "repeat": settings.repeat,
-                "tile": self.memory.tile,
+                **({"tile": self.memory.tile} if self.memory.tile else {}),
                 "granularity": granularity,
                 "shown_sha256": self.facts.test.shown_sha256(batch_size),
             },

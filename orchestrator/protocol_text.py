@@ -42,6 +42,8 @@ def protocol_rows(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     rows.append(("reference", REFERENCES[kind] + known))
     if fields["kid_subset_size"]:
         rows.append(("KID", f"subsets of {fields['kid_subset_size']} images"))
+    if "tile" in fields:
+        rows.append(("decoded", f"in tiles of {fields['tile']} pixels, which are blended"))
     rows.append(("safety checker", "on" if fields["safety_checker"] else "off"))
     return tuple(rows)
 

@@ -162,10 +162,15 @@ class SweepModel:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResources:
-    """What one task of a kind occupies on its node."""
+    """What one task of a kind occupies on its node.
+
+    gpu_memory_gb: what it may use of a GPU's memory, in 10^9 bytes; None: of the GPU that is there,
+    and without one nothing is made to fit.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
+    gpu_memory_gb: float | None = None
     accelerator: str | None = None  # Ray's name of the GPU type; only latency tasks ask for one
 
 

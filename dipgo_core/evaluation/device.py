@@ -44,6 +44,14 @@ def gpu_name() -> str | None:
         return None
 
 
+def gpu_memory_bytes() -> int | None:
+    """Return the memory of the first visible GPU, or None without a driver that tells."""
+    try:
+        return open_gpu().memory_bytes()
+    except DeviceError:
+        return None
+
+
 def cpu_mhz(cpuinfo: Path = _CPUINFO) -> float | None:
     """Return the mean clock of all processors at this moment, None where it is not told."""
     try:

@@ -26,6 +26,11 @@ class Gpu:
     def name(self) -> str:
         return _text(_asked("the name", lambda: pynvml.nvmlDeviceGetName(self.handle)))
 
+    def memory_bytes(self) -> int:
+        """Return how much memory the GPU has."""
+        read = pynvml.nvmlDeviceGetMemoryInfo
+        return int(_asked("its memory", lambda: read(self.handle)).total)
+
     def sm_clock_mhz(self) -> float:
         """Return the clock of the multiprocessors at this moment."""
         kind = pynvml.NVML_CLOCK_SM

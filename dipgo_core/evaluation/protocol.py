@@ -30,6 +30,7 @@ class Protocol:
         "folder:<sha256>".
     sampler: settings of the dense model (noise scheduler, steps, guidance).
     kid_subset_size: images a KID subset draws, at most n / 2; 0 where KID is not measured.
+    tile: side in pixels of the tiles that images are decoded in; None: decoded whole.
 
     Raises:
         EvaluationError: a field breaks its rule.
@@ -49,6 +50,7 @@ class Protocol:
     kid_subset_size: int = 0
     metrics: tuple[str, ...] = ()
     safety_checker: Literal[False] = False
+    tile: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", tuple(self.metrics))
@@ -65,7 +67,10 @@ class Protocol:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "metrics": list(self.metrics)}
+        fields = {"schema_version": SCHEMA_VERSION, **asdict(self), "metrics": list(self.metrics)}
+        if self.tile is None:  # as protocols were before there were tiles
+            del fields["tile"]
+        return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Protocol:

@@ -15,13 +15,19 @@ from dipgo_core.search.progress import SearchProblem
 
 
 def check_problem(problem: SearchProblem) -> None:
-    """Raise SearchError unless there is a seed, and a latent where given, for every item."""
+    """Raise SearchError unless every item has its seed and latent, and a batch its equal parts."""
     lengths = {"items": len(problem.items), "seeds": len(problem.seeds)}
     if problem.dense_latents is not None:
         lengths["dense_latents"] = len(problem.dense_latents)
     if len(set(lengths.values())) != 1 or not problem.items:
         counts = ", ".join(f"{n} {name}" for name, n in lengths.items())
         raise SearchError(f"a search needs as many seeds and latents as items, got {counts}")
+    size, part = problem.settings.batch_size, problem.images_at_once
+    if part is not None and (part < 1 or size % part):
+        raise SearchError(
+            f"search.batch_size {size} cannot be split into equal parts of {part} images: choose a "
+            "divisor"
+        )
 
 
 def draw_items(settings: SearchSettings, search_step: int, num_items: int) -> list[list[int]]:

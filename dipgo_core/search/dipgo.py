@@ -23,6 +23,7 @@ from dipgo_core.errors import SearchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.losses import Loss, total_loss
+from dipgo_core.memory import checkpoints
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.pruner import PrunerNet, straight_through
 from dipgo_core.sampling import decode, noise_scheduler
@@ -35,8 +36,6 @@ from dipgo_core.search.calibration import (
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 from dipgo_core.supernet import SuperNet
 
-#: Below this many MACs of one rollout, activations are kept instead of computed again.
-CHECKPOINT_ABOVE_MACS = 100_000_000_000
 #: In float16, gradients of an image loss fall below the smallest number; a power of two is exact.
 HALF_LOSS_SCALE = 4096.0
 #: A gate that was dead for this last share of the search has no score of its own.
@@ -84,8 +83,10 @@ class _Search:
             shares, dtype=torch.float32, device=model.device
         )
         self.loss_scale = HALF_LOSS_SCALE if model.dtype is torch.float16 else 1.0
-        rollout_macs = graph.call_macs() * self.num_calls * settings.batch_size
-        self.supernet = SuperNet(model, graph, checkpointing=rollout_macs > CHECKPOINT_ABOVE_MACS)
+        again = problem.checkpoint_calls
+        if again is None:
+            again = checkpoints(graph.call_macs(), self.num_calls * settings.batch_size)
+        self.supernet = SuperNet(model, graph, checkpointing=again)
         self.done, self.seconds = 0, 0.0
         self.last_needed = np.zeros((self.num_calls, len(graph.searched)), dtype=np.int64)
         self.figures = NOTHING_YET
@@ -101,8 +102,9 @@ class _Search:
         keep = self._keep()
         ratio = self._compute_ratio(keep)
         self.optimizer.zero_grad()
-        batches = draw_items(settings, self.done, len(self.problem.items))
-        losses = torch.tensor([self._backward(batch, ratio) for batch in batches]).mean(dim=0)
+        parts = self._drawn()
+        share = 1 / len(parts)  # equal parts: the mean of their gradients is that of the batches
+        losses = torch.tensor([self._backward(part, ratio, share) for part in parts]).mean(dim=0)
         total, consistency, sparsity = losses.tolist()
         for parameter in self.net.parameters():
             if parameter.grad is not None:
@@ -128,8 +130,15 @@ class _Search:
             snapshot=self._state,
         )
 
-    def _backward(self, batch: list[int], ratio: float) -> tuple[float, float, float]:
-        """Add the gradient of one batch; return its total, consistency and sparsity."""
+    def _drawn(self) -> list[list[int]]:
+        """Return the items of this step, as many at a time as the problem says."""
+        problem, size = self.problem, self.problem.images_at_once
+        batches = draw_items(problem.settings, self.done, len(problem.items))
+        size = size or problem.settings.batch_size
+        return [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+
+    def _backward(self, batch: list[int], ratio: float, share: float) -> tuple[float, float, float]:
+        """Add its share of the gradient of some items; return total, consistency and sparsity."""
         problem = self.problem
         model, sampler, settings = problem.model, problem.sampler, problem.settings
         with torch.no_grad():
@@ -146,7 +155,7 @@ class _Search:
             compute_ratio=ratio,
             settings=settings.loss,
         )
-        (loss.total * (self.loss_scale / settings.accumulation)).backward()  # type: ignore[no-untyped-call]
+        (loss.total * (self.loss_scale * share)).backward()  # type: ignore[no-untyped-call]
         return loss.total.item(), loss.consistency.item(), loss.sparsity.item()
 
     def _keep(self) -> npt.NDArray[np.bool_]:

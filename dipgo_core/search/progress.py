@@ -23,6 +23,10 @@ class SearchProblem:
     items, seeds: the calibration split, one seed an item. dense_latents: (n, C, h, w), final
     latents of the dense model for them, or None to compute them first. resume: what
     ``SearchProgress.state`` gave, to go on from there.
+
+    What only decides the memory it takes: images_at_once, a divisor of the batch's size, whose
+    gradients are averaged (None: the batch whole); checkpoint_calls: whether denoiser calls are
+    computed again in the backward pass (None: where their MACs are many).
     """
 
     model: LoadedModel
@@ -33,6 +37,8 @@ class SearchProblem:
     seeds: tuple[int, ...]
     dense_latents: Tensor | None = None
     resume: Mapping[str, Tensor] | None = None
+    images_at_once: int | None = None
+    checkpoint_calls: bool | None = None
 
 
 class Figures(NamedTuple):

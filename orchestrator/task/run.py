@@ -48,6 +48,8 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
         began = time.perf_counter()
         torch.set_num_threads(int(task.inputs.get("threads", max(1, round(task.cpus)))))
         work = Work(task, store, on_progress)
+        if work.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         outcome = RUNNERS[task.kind](work)
         record = Record(
             key=task.key,
@@ -57,7 +59,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             outputs=outcome.outputs,
             artifacts=outcome.artifacts,
             timings={"seconds": time.perf_counter() - began, "finished": time.time()},
-            host=_host(work.device),
+            host={**_host(work.device), **_gpu_memory(task, work.device)},
             versions=_versions(),
         )
         store.put_record(record)
@@ -70,6 +72,19 @@ def _host(device: str) -> Mapping[str, Any]:
         "cpu": cpu_name(),
         "device": device_name(device),
         "pid": os.getpid(),
+    }
+
+
+def _gpu_memory(task: Task, device: str) -> Mapping[str, Any]:
+    """Return the most this process held of a GPU during the task, beside what was estimated."""
+    if device == "cpu" or task.kind == "latency":  # which another process measures
+        return {}
+    return {
+        "gpu_memory": {
+            "estimated_bytes": task.options.get("estimated_bytes"),
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
     }
 
 

@@ -39,6 +39,7 @@ def run_search(work: Work) -> Outcome:
         seeds=seeds,
         dense_latents=safetensors.torch.load(latents)["latents"],
         resume=resume,
+        **work.task.options.get("memory", {}),
     )
     last: SearchProgress | None = None
     saved = time.monotonic()

@@ -87,7 +87,7 @@ class Work:
     def _decoding(self) -> Decoding:
         """How images are decoded; tiles are part of the inputs, for they change them."""
         measured = self.task.kind == "latency"
-        tile = self.task.inputs["tile"] if measured else self.protocol.tile
+        tile = self.task.inputs.get("tile") if measured else self.protocol.tile
         return Decoding(**self.task.options.get("decoding", {}), tile=tile)
 
     @cached_property

@@ -1,0 +1,123 @@
+"""How large a model is, from its facts or the headers of its weights; nothing is loaded. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError, safe_open
+
+from dipgo_core import hub
+from dipgo_core.errors import ModelFilesError
+from dipgo_core.families import KNOWN_MODELS, Family
+from dipgo_core.families.sizes import ModelSizes, known_sizes
+from dipgo_core.model_files import model_index, network_files, pipeline_files
+from dipgo_core.zoo import ZOO_MODELS, zoo_path
+
+#: Parameters of published scorers, whose weights are float32 on the GPU; from their cards. Others
+#: are counted in their files.
+_SCORERS: Final = {
+    "inception-v3-compat": 24_000_000,
+    "lpips-alex": 2_500_000,
+    "lpips-vgg": 14_700_000,
+    "laion/CLIP-ViT-g-14-laion2B-s34B-b88K": 1_366_700_000,
+    "timm/vit_large_patch14_clip_336.openai": 428_000_000,
+    "facebook/dinov2-base": 86_600_000,
+    "THUDM/ImageReward": 478_000_000,
+}
+_FLOAT32: Final = 4
+
+
+def sizes_of(model_id: str, folder: Path | None, family: Family) -> ModelSizes | None:
+    """Return what is known of a model's size; None for one that is neither known nor here.
+
+    folder: where its files lie. Of a model that is not known by name, what calls hold is that of a
+    known model of the family whose denoiser has as many parameters, and so the same topology;
+    without one, nobody knows it.
+    """
+    if model_id in known_sizes():
+        return known_sizes()[model_id]
+    if folder is None:
+        return None
+    try:
+        counted = component_parameters(folder)
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, ModelFilesError, SafetensorError):
+        return None
+    denoiser, decoder = counted[family.denoiser_attribute], counted["vae"]
+    text = sum(n for name, n in counted.items() if name.startswith("text_encoder"))
+    like = _like(family.name, denoiser, decoder)
+    found = known_sizes()[like] if like else _UNTRACED
+    upcast = bool(vae.get("force_upcast", True))
+    return replace(found, denoiser=denoiser, text=text, decoder=decoder, upcast=upcast, like=like)
+
+
+_UNTRACED: Final = ModelSizes(denoiser=0, text=0, decoder=0, side=1)
+
+
+def _like(family: str, denoiser: int, decoder: int) -> str:
+    """Return the known model with networks of these sizes, "" without one."""
+    return next(
+        (
+            known.id
+            for known in KNOWN_MODELS
+            if known.family == family
+            and (sizes := known_sizes().get(known.id)) is not None
+            and (sizes.denoiser, sizes.decoder) == (denoiser, decoder)
+        ),
+        "",
+    )
+
+
+def component_parameters(folder: Path) -> Counter[str]:
+    """Return how many numbers the weights of each component of a saved pipeline hold.
+
+    Raises:
+        ModelFilesError: the folder is no saved pipeline.
+        SafetensorError: weights are damaged.
+    """
+    names = (path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+    files = pipeline_files(model_index(folder), names)
+    counted: Counter[str] = Counter()
+    for name in files.deciding:
+        if name.endswith(".safetensors"):
+            counted[name.partition("/")[0]] += parameters_in(folder / name)
+    return counted
+
+
+def parameters_in(path: Path) -> int:
+    """Return how many numbers a safetensors file holds; its header is read alone."""
+    with safe_open(path, framework="numpy") as weights:
+        shapes = (weights.get_slice(name).get_shape() for name in weights.keys())  # noqa: SIM118
+        return sum(map(math.prod, shapes))
+
+
+def scorer_bytes(name: str) -> int | None:
+    """Return the bytes a scorer's weights take on a GPU; None where nobody knows.
+
+    name: as a sweep file gives it: a bundled name, a hub id, a folder.
+    """
+    bare = name.partition("@")[0]
+    known = _SCORERS.get(bare.partition(":")[0])
+    if known is not None:
+        return known * _FLOAT32
+    folder = zoo_path(bare) if bare in ZOO_MODELS else _network_folder(bare)
+    if folder is None or not folder.is_dir():
+        return None
+    found = network_files((path.name for path in folder.iterdir()), folder)
+    weights = [folder / file for file in found.loaded if file.endswith(".safetensors")]
+    try:
+        return _FLOAT32 * sum(map(parameters_in, weights)) if weights else None
+    except SafetensorError:
+        return None  # told where it is loaded
+
+
+def _network_folder(name: str) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    commit = hub.cached_commit(name) if hub.is_hub_id(name) else None
+    return None if commit is None else hub.snapshot_folder(name, commit)

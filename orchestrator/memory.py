@@ -1,0 +1,268 @@
+"""Peak GPU memory of the tasks of a model, and how they are run so that they fit. No torch.
+
+What changes no result (images at a time, slices, what is computed again) goes into tasks' options.
+Decoding in tiles changes images: it is chosen for all tasks of a model or for none, only where one
+image does not fit otherwise, and is part of the protocol and so of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Final
+
+from dipgo_core.config import Granularity, SearchSettings
+from dipgo_core.evaluation.device import gpu_memory_bytes
+from dipgo_core.evaluation.protocol import Split
+from dipgo_core.families import find_known, num_calls
+from dipgo_core.memory import Fit, Load, Search, checkpoints, fit_generation, fit_search
+from orchestrator.facts import ModelFacts
+from orchestrator.methods import STEP_MASKS, search_label, searches, step_mask_search
+from orchestrator.records import TaskKind
+from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
+
+GB: Final = 10**9
+_SPLITS: Final[tuple[Split, ...]] = ("test", "calibration")
+#: Sides of tiles are whole latents: 8 pixels in all known autoencoders.
+_LATENT: Final = 8
+#: Kinds of tasks that have resources of their own.
+_KINDS: Final[tuple[TaskKind, ...]] = ("reference", "search", "evaluate", "latency")
+#: Pipelines that decode in float32 if the autoencoder asks for it and the rest is float16.
+_UPCASTING: Final = ("sdxl",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """One kind of work of a model: how it is run, and what it is estimated to need then.
+
+    what: the split of its images, their number (latencies), or the search. asked: images at a time
+    as the sweep has it.
+    """
+
+    model: str
+    kind: TaskKind
+    what: Split | int | SearchSettings
+    label: str
+    asked: int
+    fit: Fit
+    basis: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What is done to make it fit, in words; () if it runs as asked."""
+        run, said = self.fit.run, []
+        if run.images != self.asked:
+            said.append(f"{run.images} of {self.asked} images at a time")
+        if run.checkpoint_calls is not None:
+            again = "computed again" if run.checkpoint_calls else "kept"
+            said.append(f"activations of calls {again}")
+        if run.decoding.checkpointing:
+            said.append("those of the decoder computed again")
+        if run.decoding.slicing:
+            said.append("decoded one by one")
+        if run.decoding.tile:
+            said.append(f"decoded in tiles of {run.decoding.tile} pixels, which changes images")
+        return tuple(said)
+
+    @property
+    def problem(self) -> str:
+        """What does not fit, by how much, and what to do about it."""
+        need, limit = self.fit.need, self.fit.limit or 0
+        parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in need.parts.items())
+        tried = f" ({'; '.join(self.choices)})" if self.choices else ""
+        return (
+            f"{self.model}: {self.kind} ({self.label}) needs about {need.total / GB:.1f} GB of GPU "
+            f"memory{tried}, there are {limit / GB:.1f}: {parts}. {_NEXT[self.kind]}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        need = self.fit.need
+        return {
+            "model": self.model,
+            "kind": self.kind,
+            "label": self.label,
+            "estimated_bytes": need.total,
+            "parts": dict(need.parts),
+            "unknown": list(need.unknown),
+            "gpu_bytes": self.fit.limit,
+            "fits": self.fit.fits,
+            "run": asdict(self.fit.run),
+            "basis": self.basis,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMemory:
+    """How the tasks of one model are run. tile: side of the tiles that all of them decode in."""
+
+    rows: tuple[MemoryRow, ...]
+    tile: int | None
+
+    def fit(self, kind: TaskKind, what: Split | int | SearchSettings) -> Fit:
+        """Return how a task is run."""
+        return next(row.fit for row in self.rows if (row.kind, row.what) == (kind, what))
+
+
+def with_gpu_memory(sweep: SweepFile, found_gb: float | None) -> SweepFile:
+    """Fill in the memory of the GPU that is there, where the sweep file says none.
+
+    Tasks that take a part of a GPU have that part of its memory.
+    """
+
+    def filled(resources: TaskResources) -> TaskResources:
+        if not resources.gpus or resources.gpu_memory_gb is not None or found_gb is None:
+            return resources
+        return replace(resources, gpu_memory_gb=found_gb * min(1.0, resources.gpus))
+
+    each: dict[str, Any] = {kind: filled(getattr(sweep.resources, kind)) for kind in _KINDS}
+    return replace(sweep, resources=replace(sweep.resources, **each))
+
+
+def local_gpu_memory_gb() -> float | None:
+    """Return the memory of this machine's first GPU in 10^9 bytes, None without one."""
+    found = gpu_memory_bytes()
+    return None if found is None else found / GB
+
+
+@dataclass(frozen=True)
+class ModelLoads:
+    """Works out the memory of one model's tasks."""
+
+    sweep: SweepFile
+    model: SweepModel
+    facts: ModelFacts
+
+    @cached_property
+    def memory(self) -> ModelMemory:
+        whole = tuple(self._rows(None))
+        if any(row.fit.fits is False for row in whole):
+            tile = self.facts.height // 2 // _LATENT * _LATENT
+            tiled = tuple(self._rows(tile))
+            if not any(row.fit.fits is False for row in tiled):
+                return ModelMemory(rows=tiled, tile=tile)
+        return ModelMemory(rows=whole, tile=None)
+
+    def _rows(self, tile: int | None) -> Iterator[MemoryRow]:
+        for split in _SPLITS:
+            yield self._generation("reference", split, self._batch(split), tile=tile)
+            yield self._generation(
+                "evaluate", split, self._batch(split), tile=tile, gated=self._granularity
+            )
+        for settings in self._searches:
+            yield self._search(settings, tile)
+        if "latency" in self.model.evaluate.metrics:
+            for size in self.sweep.latency.batch_size:
+                yield self._generation(
+                    "latency", size, size, tile=tile, gated=self._granularity, fixed=True
+                )
+
+    def _generation(
+        self,
+        kind: TaskKind,
+        what: Split | int | SearchSettings,
+        images: int,
+        *,
+        tile: int | None,
+        gated: Granularity | None = None,
+        fixed: bool = False,
+    ) -> MemoryRow:
+        scorers = dict(self.facts.scorer_bytes) if kind == "evaluate" else {}
+        load = replace(self._load, scorers=scorers)
+        fit = fit_generation(load, images, self._limit(kind), gated=gated, fixed=fixed, tile=tile)
+        return self._row(kind, what, images, fit)
+
+    def _search(self, settings: SearchSettings, tile: int | None) -> MemoryRow:
+        if settings.strategy == STEP_MASKS:  # no gradients; its batch decides its result
+            return self._generation("search", settings, settings.batch_size, tile=tile, fixed=True)
+        calls = num_calls(self.model.sampler.scheduler, self.model.sampler.steps)
+        search = Search(
+            images=settings.batch_size,
+            calls=calls,
+            granularity=settings.granularity,
+            gates=self._gates(settings.granularity),
+            query_dim=settings.query_dim,
+            checkpoints=self._checkpoints(calls * settings.batch_size),
+        )
+        fit = fit_search(self._load, search, self._limit("search"), tile)
+        return self._row("search", settings, settings.batch_size, fit)
+
+    def _row(
+        self, kind: TaskKind, what: Split | int | SearchSettings, asked: int, fit: Fit
+    ) -> MemoryRow:
+        label = search_label(what) if isinstance(what, SearchSettings) else f"{what}"
+        return MemoryRow(
+            model=self.model.name,
+            kind=kind,
+            what=what,
+            label=f"{label} images" if isinstance(what, int) else label,
+            asked=asked,
+            fit=fit,
+            basis=self._basis,
+        )
+
+    @cached_property
+    def _load(self) -> Load:
+        settings = self.model.settings
+        return Load(
+            sizes=self.facts.sizes,
+            dtype=settings.dtype,
+            side=self.facts.height,
+            guided=self.model.sampler.guidance_scale > 1,
+            pipeline_upcasts=self.model.family in _UPCASTING,
+        )
+
+    @cached_property
+    def _searches(self) -> tuple[SearchSettings, ...]:
+        masks = step_mask_search(self.model)
+        return (*searches(self.model), *([] if masks is None else [masks]))
+
+    @property
+    def _granularity(self) -> Granularity:
+        return self.model.searches()[0].granularity
+
+    def _batch(self, split: Split) -> int:
+        source = self.model.evaluate if split == "test" else self.model.calibration
+        return source.batch_size
+
+    def _limit(self, kind: TaskKind) -> int | None:
+        resources: TaskResources = getattr(self.sweep.resources, kind)
+        memory = resources.gpu_memory_gb
+        return None if memory is None else round(memory * GB)
+
+    @property
+    def _traced(self) -> str:
+        """The known model that calls and decoding were traced of."""
+        sizes = self.facts.sizes
+        return sizes.like or self.model.settings.id if sizes else ""
+
+    def _gates(self, granularity: Granularity) -> int:
+        known = find_known(self._traced)
+        return known.gates_of(granularity) if known else 0
+
+    def _checkpoints(self, forwards: int) -> bool:
+        """Whether a search computes calls again by itself."""
+        known = find_known(self._traced)
+        return known is None or checkpoints(known.macs, forwards)
+
+    @property
+    def _basis(self) -> str:
+        sizes, side = self.facts.sizes, self.facts.height
+        if sizes is None:
+            return "unknown: neither a known model nor files that are here"
+        if not sizes.calls:
+            return "weights from their files; no known model has as many parameters"
+        scaled = "" if sizes.side == side else f", from {sizes.side} pixels to {side}"
+        if sizes.like:
+            return f"weights from their files, calls as of {sizes.like}{scaled}"
+        return f"traced without weights{scaled}"
+
+
+_SMALLER: Final = "Give it a larger GPU, or the model a dtype of 16 bits or a smaller resolution"
+_NEXT: Final[Mapping[TaskKind, str]] = {
+    "reference": f"{_SMALLER}.",
+    "evaluate": f"{_SMALLER}, or leave out metrics of large scorers.",
+    "search": f"{_SMALLER}; fewer sampler.steps keep fewer caches, and best_step_mask takes "
+    "search.calibration.batch_size images at a time.",
+    "latency": f"{_SMALLER}, or lower latency.batch_size.",
+}
