@@ -60,6 +60,7 @@ def subnet_of(
             "config": scheduler_config,
             "config_sha256": config_sha256(scheduler_config),
             "steps": sampler.steps,
+            "custom": sampler.custom,
             "timesteps": timesteps_of(scheduler),
             "guidance_scale": sampler.guidance_scale,
         },

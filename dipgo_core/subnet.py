@@ -30,7 +30,8 @@ class SubNet:
     """What a user deploys (``subnet.json``).
 
     model: family, id, revision, denoiser, config, config_sha256.
-    sampler: scheduler (class name), config, config_sha256, steps, timesteps, guidance_scale.
+    sampler: scheduler (class name), config, config_sha256, steps, custom (timesteps or sigmas given
+    to the stock call instead), timesteps (one a row of keep), guidance_scale.
     macs: dense, kept, pruned_ratio, convention, paper.
     """
 
@@ -59,9 +60,10 @@ class SubNet:
             )
 
     def call_kwargs(self) -> dict[str, Any]:
-        """Return the arguments the pipeline must be called with: steps and guidance."""
+        """Return the arguments the pipeline must be called with: steps, or a list, and guidance."""
         return {
             "num_inference_steps": int(self.sampler["steps"]),
+            **self.sampler.get("custom", {}),
             "guidance_scale": float(self.sampler["guidance_scale"]),
         }
 

@@ -82,7 +82,10 @@ class _Naive:
     def roots(self, timestep: Any) -> tuple[Any, Any] | None:
         if self.scheduler.config.get("prediction_type") != "v_prediction":
             return None
-        alpha = self.scheduler.alphas_cumprod[int(timestep)]
+        if timestep == int(timestep):
+            alpha = self.scheduler.alphas_cumprod[int(timestep)]
+        else:  # Euler and Heun between two timesteps
+            alpha = 1 / (1 + self.scheduler.sigmas[self.row] ** 2)
         return alpha**0.5, (1 - alpha) ** 0.5
 
     def stepped(self) -> None:
