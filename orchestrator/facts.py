@@ -320,6 +320,11 @@ def image_size(model: SweepModel, known: KnownItems | None = None) -> int:
     if folder is not None:
         denoiser = _config(folder / family.denoiser_attribute)
         autoencoder = _config(folder / "vae")
+        if "block_out_channels" not in autoencoder:
+            raise ModelFilesError(
+                f"{folder / 'vae'}/config.json does not say how many pixels are a latent; give the "
+                "model's `resolution`"
+            )
         factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
         return family.latent_side(denoiser) * factor
     facts = find_known(model.settings.id)

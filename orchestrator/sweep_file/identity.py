@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from dipgo_core.errors import UnknownModelError, nearest
 from dipgo_core.families import (
     FAMILIES,
     KNOWN_MODELS,
+    NOISE_SCHEDULERS,
     Family,
     KnownModel,
     Scorers,
-    family_of_pipeline,
+    family_of,
+    find_family,
     find_known,
 )
+from dipgo_core.families.fallback import own_sampler
 from orchestrator.sweep_file.context import HUB_ID, Context
 from orchestrator.sweep_issues import Issues
 from orchestrator.yaml_source import Node
@@ -53,7 +56,7 @@ def identify(node: Node, family: str | None, issues: Issues, context: Context) -
         rule = f"{name} is not among the known models; give its `family` ({', '.join(FAMILIES)})"
         issues.add(node.issue(rule))
         return None
-    return _of_family(name, FAMILIES[family], hub=True)
+    return _of_family(name, find_family(family), hub=True)
 
 
 def _known(known: KnownModel, node: Node, family: str | None, issues: Issues) -> Identity:
@@ -75,8 +78,8 @@ def _of_family(name: str, family: Family, *, hub: bool) -> Identity:
 
 def _in_folder(folder: str, node: Node, family: str | None, issues: Issues) -> Identity | None:
     try:
-        pipeline = _pipeline_class(Path(folder))
-        found = family_of_pipeline(pipeline)
+        pipeline, components = _classes(Path(folder))
+        found = family_of(pipeline, components)
     except (OSError, ValueError) as error:
         rule = f"no pipeline in folder {folder}: model_index.json cannot be read ({error})"
         issues.add(node.issue(rule))
@@ -86,11 +89,23 @@ def _in_folder(folder: str, node: Node, family: str | None, issues: Issues) -> I
         return None
     if family not in (None, found.name):
         issues.add(node.issue(f"{folder} is of family {found.name}, not {family}"))
-    return _of_family(folder, found, hub=False)
+    if found.name in FAMILIES:
+        return _of_family(folder, found, hub=False)
+    sampler = own_sampler(components.get("scheduler", ""))
+    if sampler is None:
+        valid = ", ".join(NOISE_SCHEDULERS)
+        rule = (
+            f"{pipeline} is in no family, and its noise scheduler {components.get('scheduler')} is "
+            f"none of {valid}: this model cannot be searched"
+        )
+        issues.add(node.issue(rule))
+        return None
+    only = replace(found, schedulers=(sampler.scheduler,), sampler=sampler)
+    return _of_family(folder, only, hub=False)
 
 
-def _pipeline_class(folder: Path) -> str:
-    """Return the class name in a folder's model_index.json.
+def _classes(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the class names in a folder's model_index.json: the pipeline's, and its components'.
 
     Raises:
         OSError: the file cannot be read. ValueError: it is not the index of a pipeline.
@@ -99,4 +114,9 @@ def _pipeline_class(folder: Path) -> str:
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str):
         raise ValueError("it has no _class_name")
-    return name
+    named = {part: origin[1] for part, origin in index.items() if _is_class(origin)}
+    return name, named
+
+
+def _is_class(origin: Any) -> bool:
+    return isinstance(origin, list) and len(origin) == 2 and isinstance(origin[1], str)

@@ -10,6 +10,7 @@ from typing import Final, get_args
 
 from dipgo_core.config import DType, ModelSettings, SamplerSettings
 from dipgo_core.families import FAMILIES, KNOWN_MODELS, calls_of
+from dipgo_core.families.fallback import named_fallback
 from dipgo_core.postprocess import kept_share
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
@@ -27,7 +28,7 @@ from orchestrator.sweep_file.prompts import check_splits
 from orchestrator.sweep_file.sampler import read_samplers
 from orchestrator.sweep_file.search import SearchSection, read_search
 from orchestrator.sweep_issues import Issues
-from orchestrator.sweep_settings import Baseline, EvaluateSettings, SweepModel
+from orchestrator.sweep_settings import Baseline, EvaluateSettings, SearchGrid, SweepModel
 from orchestrator.yaml_source import Node
 
 #: What a model may override.
@@ -131,6 +132,7 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         check_prompt_pin(nodes["evaluate"], read.evaluate.prompts, issues)
         check_prompt_pin(_calibration(nodes["search"]), calibration, issues)
         check_scorer_pins(nodes["evaluate"], read.evaluate, issues)
+    _check_granularity(nodes["search"], read.search.grid, identity, issues)
     for sampler in samplers:
         _check_targets(nodes["targets"], read.targets, sampler, issues)
     several = isinstance(fields.place("sampler").value, tuple)
@@ -171,9 +173,27 @@ def _identity(fields: Fields, issues: Issues, context: Context) -> Identity | No
     hint = f"a bundled model ({_BUNDLED}), a hub id or a folder"
     name = fields.need("id", text(), "", hint=hint)
     given = fields.child("family")
-    family = None if given is None else choice(tuple(FAMILIES))(given, issues)
+    family = None if given is None else _family(given, issues)
     unclear = not name or (given is not None and family is None)
     return None if unclear else identify(fields.place("id"), family, issues, context)
+
+
+def _family(node: Node, issues: Issues) -> str | None:
+    """Read the name of a family, also of one made from the classes of a pipeline in none."""
+    if isinstance(node.value, str) and named_fallback(node.value) is not None:
+        return node.value
+    return choice(tuple(FAMILIES))(node, issues)
+
+
+def _check_granularity(node: Node, grid: SearchGrid, identity: Identity, issues: Issues) -> None:
+    for name in grid.axes["granularity"]:
+        if name not in identity.family.granularities:
+            rule = (
+                f"{identity.family.pipeline} is in no family, so nothing is known of its layers: "
+                f"take {', '.join(identity.family.granularities)}, got {name}"
+            )
+            place = node.value.get("granularity", node) if isinstance(node.value, Mapping) else node
+            issues.add(place.issue(rule))
 
 
 def _check_revision(
