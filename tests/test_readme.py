@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -69,9 +70,15 @@ def test_readme_shows_commands() -> None:
     assert len(calls()) >= 6
 
 
+def command_of(call: list[str]) -> Any:
+    """The command that a line calls, a subcommand where it names one."""
+    command: Any = typer.main.get_command(app).commands[call[0]]  # type: ignore[attr-defined]
+    return getattr(command, "commands", {}).get(call[1] if call[1:] else "", command)
+
+
 @pytest.mark.parametrize("call", calls(), ids=lambda call: " ".join(call[:2]))
 def test_command_of_the_readme_exists_with_its_options(call: list[str]) -> None:
-    command = typer.main.get_command(app).commands[call[0]]  # type: ignore[attr-defined]
+    command = command_of(call)
     known = {name for parameter in command.params for name in parameter.opts}
     assert [word for word in call[1:] if word.startswith("-") and word not in known] == []
 

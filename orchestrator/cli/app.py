@@ -20,6 +20,7 @@ from dipgo_core.errors import (
     TargetError,
     UnknownModelError,
 )
+from orchestrator.cli.model_commands import models
 from orchestrator.cli.options import AsJson, ExitCode, ModelName, Overrides, SweepPath
 from orchestrator.cli.show import print_json, say
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(models, name="models")
 
 #: Errors that the user's input caused; all others end with exit code 1.
 USAGE_ERRORS = (ConfigError, UnknownModelError, ModelFilesError, SubNetError, TargetError)
@@ -269,17 +272,6 @@ def generate(
     if dense is not None:
         say(f"dense {dense.seconds:.2f} s, SubNet {pruned.seconds:.2f} s (one call)", stderr=True)
     say(str(output))
-
-
-@app.command()
-def models(as_json: AsJson = False) -> None:
-    """List known models with their blocks and MACs per denoiser forward."""
-    from orchestrator.cli.models import models_json, print_models
-
-    if as_json:
-        print_json(models_json())
-    else:
-        print_models()
 
 
 @app.command()

@@ -40,11 +40,37 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
+def megabytes(count: float) -> str:
+    """Return bytes in MB (10^6), to three digits; whole from a hundred on."""
+    return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
+
+
+def print_wrapped(name: str, text: str) -> None:
+    """Print one named list, its further lines indented."""
+    shown = Table.grid(padding=(0, 1))
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
+    shown.add_row(f"{name}:", text)
+    console().print(shown)
+
+
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    compact: bool = False,
 ) -> None:
-    """Print a table; the columns named in `right` hold numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    """Print a table; the columns named in `right` hold numbers. compact: little space between."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=compact,
+        pad_edge=not compact,
+    )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
