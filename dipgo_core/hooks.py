@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -147,7 +148,7 @@ class MethodHook:
 
         @functools.wraps(original)  # keeps the signature visible to inspect
         def method(*args: Any, **kwargs: Any) -> Any:
-            if not self._active:
+            if not self._active or torch.compiler.is_compiling():  # no gates in compiled code
                 return original(*args, **kwargs)
             return intercept(original, args, kwargs)
 
@@ -197,13 +198,26 @@ class MethodHook:
         return method
 
 
+def unhooked(forward: Forward) -> Forward:
+    """Return what a forward is without the hooks of ours that lie on it."""
+    while isinstance(hook := getattr(forward, "_dipgo_hook", None), MethodHook):
+        forward = hook._original
+    return forward
+
+
+def directly(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a forward as it is: an Interceptor that does nothing."""
+    return original(*args, **kwargs)
+
+
 class HookHandle:
-    """The way back from `install` and `attach`."""
+    """The way back from `install` and `attach`; compiled: whether blocks are computed so."""
 
     def __init__(
         self, denoiser: nn.Module, hooks: dict[str, tuple[MethodHook, Interceptor]], always: bool
     ) -> None:
         self.always = always
+        self.compiled = False
         self._denoiser = denoiser
         self._hooks = hooks  # by name of the module, "" the denoiser
         vars(denoiser).setdefault("_dipgo_hooks", []).append(self)
@@ -247,6 +261,11 @@ def is_installed(denoiser: nn.Module) -> bool:
     return any(handle.always for handle in vars(denoiser).get("_dipgo_hooks", ()))
 
 
+def computes_compiled(denoiser: nn.Module) -> bool:
+    """Return whether hooks on this denoiser compute its blocks by compiled code."""
+    return any(handle.compiled for handle in vars(denoiser).get("_dipgo_hooks", ()))
+
+
 def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandle:
     """Let `policy` decide every forward of the denoiser and of the graph's blocks.
 
@@ -262,24 +281,32 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
     return _hooked(denoiser, graph, lambda: policy, always=True)
 
 
-def attach(denoiser: nn.Module, graph: BlockGraph, current: Current) -> HookHandle:
+def attach(
+    denoiser: nn.Module, graph: BlockGraph, current: Current, compute: Interceptor = directly
+) -> HookHandle:
     """Let the policy that `current` gives decide each forward; where it gives none, nothing does.
 
     Hooks of several owners may lie on one denoiser, as long as one at a time has a policy.
+    compute: computes the blocks that a policy has computed.
 
     Raises:
         TraceError: a block of the graph is not a module of this denoiser.
     """
-    return _hooked(denoiser, graph, current, always=False)
+    return _hooked(denoiser, graph, current, compute, always=False)
 
 
 def _hooked(
-    denoiser: nn.Module, graph: BlockGraph, current: Current, *, always: bool
+    denoiser: nn.Module,
+    graph: BlockGraph,
+    current: Current,
+    compute: Interceptor = directly,
+    *,
+    always: bool,
 ) -> HookHandle:
     intercepts = {"": _denoiser_interceptor(denoiser, current)}
     for index, block in enumerate(graph.blocks[1:], start=1):
         module = named_module(denoiser, block.name)
-        intercepts[block.name] = _block_interceptor(module, index, graph, current)
+        intercepts[block.name] = _block_interceptor(module, index, graph, current, compute)
     hooks = {
         name: (MethodHook(named_module(denoiser, name), "forward", intercept), intercept)
         for name, intercept in intercepts.items()
@@ -366,7 +393,7 @@ def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
 
 
 def _block_interceptor(
-    module: nn.Module, index: int, graph: BlockGraph, current: Current
+    module: nn.Module, index: int, graph: BlockGraph, current: Current, run: Interceptor
 ) -> Interceptor:
     block = graph.blocks[index]
     structure: Structure | None = None
@@ -382,7 +409,7 @@ def _block_interceptor(
 
         def compute() -> Tensors:
             nonlocal structure, output, computed
-            output = original(*args, **kwargs)
+            output = run(original, args, kwargs)
             computed, structure = flatten(output)
             return computed
 

@@ -158,7 +158,7 @@ def _small_decoder(size: Size) -> nn.Module:
 
 
 def _bench(name: str, pipe: Any, sampler: SamplerSettings, size: Size, **arguments: Any) -> Bench:
-    settings = ModelSettings(id=name, dtype=size.dtype)  # type: ignore[arg-type]
+    settings = ModelSettings(id=name, dtype=size.dtype, resolution=size.side)  # type: ignore[arg-type]
     model = loaded_model(pipe, settings, weights_sha256="0" * 64)
     steps = {"num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
     return Bench(model, {"output_type": "latent", **steps, **arguments}, sampler)

@@ -10,6 +10,9 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
+from dipgo_core.compiled import is_compiled
+from dipgo_core.hooks import computes_compiled
+
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -40,11 +43,7 @@ def _sdpa_kernels() -> list[str]:
 
 def compile_mode(denoiser: nn.Module) -> str:
     """Return ``none``, or ``torch.compile`` if the denoiser or any part of it is compiled."""
-    compiled = any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or type(module).__name__ == "OptimizedModule"
-        for module in denoiser.modules()
-    )
+    compiled = computes_compiled(denoiser) or any(map(is_compiled, denoiser.modules()))
     return "torch.compile" if compiled else "none"
 
 

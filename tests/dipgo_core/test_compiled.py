@@ -1,0 +1,226 @@
+"""Compiled SubNets: equal to eager ones, no recompilation by rows, no graph breaks, no CUDA graphs.
+
+In every test a recompilation where none is due, and any hit of its limit, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import DDIM, tiny_dit, tiny_model, tiny_sd
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from dipgo_core.binding import subnet_of
+from dipgo_core.errors import SubNetError
+from dipgo_core.evaluation.execution import compile_mode
+from dipgo_core.gates import GateTable
+from dipgo_core.pipelines import LoadedModel, block_graph
+from dipgo_core.runtime import SubNetHandle, apply_subnet
+from dipgo_core.sampling import set_sampler
+from dipgo_core.subnet import SubNet
+
+LONG = replace(DDIM, steps=40)
+dynamo: Any = torch._dynamo
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    dynamo.reset()
+    counters.clear()
+    with dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    dynamo.reset()
+
+
+@pytest.fixture(params=["sd", "dit"])
+def model(request: pytest.FixtureRequest) -> LoadedModel:
+    return small_sd() if request.param == "sd" else small_dit()
+
+
+@pytest.fixture
+def sd() -> LoadedModel:
+    return small_sd()
+
+
+@pytest.fixture
+def dit() -> LoadedModel:
+    return small_dit()
+
+
+def small_sd() -> LoadedModel:
+    """Five blocks: compilers take their time."""
+    loaded = tiny_model(
+        tiny_sd(
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )
+    set_sampler(loaded, LONG)
+    return loaded
+
+
+def small_dit() -> LoadedModel:
+    loaded = tiny_model(tiny_dit())
+    set_sampler(loaded, LONG)
+    return loaded
+
+
+def random_subnet(model: LoadedModel, granularity: str = "block") -> SubNet:
+    """40 calls, more different rows than the limit of recompilations."""
+    graph, rng = block_graph(model, granularity), np.random.default_rng(0)
+    keep = rng.random((LONG.steps, graph.num_blocks)) < rng.random((LONG.steps, 1))
+    keep[:, 0] |= rng.random(LONG.steps) < 0.9
+    if model.family.name == "sd":
+        keep[:, -1] |= keep[:, 0]  # without a U-Net's last block a call is skipped
+    keep[0] = True
+    closed = graph.close(GateTable(keep))
+    assert len(set(closed.to_strings())) > dynamo.config.recompile_limit
+    return subnet_of(model, graph, LONG, closed)
+
+
+def images(model: LoadedModel, batch: int = 2, **kwargs: Any) -> Tensor:
+    arguments = {
+        "num_inference_steps": LONG.steps,
+        "guidance_scale": 4.0,
+        "generator": torch.Generator().manual_seed(1),
+        "output_type": "pt",
+        **kwargs,
+    }
+    prompts = [1] * batch if model.family.name == "dit" else ["the moon"] * batch
+    return torch.as_tensor(model.pipe(prompts, **arguments).images)
+
+
+def compiled(model: LoadedModel, subnet: SubNet, backend: str = "eager") -> SubNetHandle:
+    return apply_subnet(model.pipe, subnet).compile(backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize(("granularity", "backend"), [("block", "aot_eager"), ("layer", "eager")])
+def test_compiled_runs_equal_eager_ones(model: LoadedModel, granularity: str, backend: str) -> None:
+    subnet = random_subnet(model, granularity)
+    with apply_subnet(model.pipe, subnet):
+        expected = images(model)
+    with compiled(model, subnet, backend), dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(images(model), expected)
+        torch.testing.assert_close(images(model), expected)
+    assert counters["graph_break"] == {}
+
+
+def test_blocks_of_one_kind_are_compiled_once(model: LoadedModel) -> None:
+    """Oracle: four equal DiT blocks; five U-Net blocks of different kinds."""
+    with compiled(model, random_subnet(model)):
+        images(model)
+    kinds = {"dit": 1, "sd": 5}[model.family.name]
+    assert counters["stats"]["unique_graphs"] == kinds
+
+
+@pytest.mark.slow
+def test_another_batch_and_resolution_compile_again_but_not_for_ever(sd: LoadedModel) -> None:
+    """Oracle: eager runs; sizes become dynamic, so the last ones compile nothing new."""
+    subnet = random_subnet(sd)
+    sizes = [(1, 16), (2, 16), (2, 32), (3, 48)]
+    with apply_subnet(sd.pipe, subnet):
+        expected = [images(sd, batch, height=side, width=side) for batch, side in sizes]
+    graphs = []
+    with compiled(sd, subnet):
+        for (batch, side), image in zip(sizes, expected, strict=True):
+            torch.testing.assert_close(images(sd, batch, height=side, width=side), image)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] < graphs[2] == graphs[3]
+
+
+def test_removing_leaves_nothing_compiled(dit: LoadedModel) -> None:
+    plain, subnet = images(dit), random_subnet(dit)
+    handle = compiled(dit, subnet)
+    images(dit)
+    assert compile_mode(dit.denoiser) == "torch.compile"
+    handle.remove()
+    frames = counters["stats"]["calls_captured"]
+    assert torch.equal(images(dit), plain)
+    assert counters["stats"]["calls_captured"] == frames
+    assert compile_mode(dit.denoiser) == "none"
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused(dit: LoadedModel, mode: str) -> None:
+    with (
+        apply_subnet(dit.pipe, random_subnet(dit)) as handle,
+        pytest.raises(SubNetError, match=f"mode='{mode}' records CUDA graphs.*This works"),
+    ):
+        handle.compile(mode=mode)
+
+
+def test_a_denoiser_compiled_before_is_refused_with_the_line_that_works(dit: LoadedModel) -> None:
+    subnet = random_subnet(dit)
+    dit.denoiser.compile(backend="eager")
+    with pytest.raises(
+        SubNetError, match=r"This works: pipe\.transformer\._compiled_call_impl = None;"
+    ):
+        apply_subnet(dit.pipe, subnet)
+    dit.pipe.transformer._compiled_call_impl = None
+    with compiled(dit, subnet):
+        images(dit)
+
+
+def test_an_optimized_module_is_refused_with_the_line_that_works(dit: LoadedModel) -> None:
+    subnet = random_subnet(dit)
+    dit.pipe.transformer = torch.compile(dit.pipe.transformer, backend="eager")
+    with pytest.raises(
+        SubNetError, match=r"This works: pipe\.transformer = pipe\.transformer\._orig_mod;"
+    ):
+        apply_subnet(dit.pipe, subnet)
+    dit.pipe.transformer = dit.pipe.transformer._orig_mod
+    with compiled(dit, subnet):
+        images(dit)
+
+
+def test_compiling_the_denoiser_afterwards_is_refused(sd: LoadedModel) -> None:
+    with apply_subnet(sd.pipe, random_subnet(sd)):
+        sd.pipe.unet.mid_block.compile(backend="eager")
+        with pytest.raises(SubNetError, match=r"pipe\.unet\.mid_block is compiled as a whole"):
+            images(sd)
+
+
+def test_parts_of_blocks_may_be_compiled(sd: LoadedModel) -> None:
+    """As `compile_repeated_blocks` does with a U-Net: its blocks hold transformer blocks."""
+    subnet = random_subnet(sd)
+    with apply_subnet(sd.pipe, subnet):
+        expected = images(sd)
+        sd.pipe.unet.compile_repeated_blocks(backend="eager")
+        torch.testing.assert_close(images(sd), expected)
+    assert counters["graph_break"] == {}
+
+
+def test_two_subnets_on_one_denoiser_compile_their_own(dit: LoadedModel) -> None:
+    """Oracle: each alone. Hooks of the other, at another granularity, are no part of the code."""
+    other = type(dit.pipe)(**dit.pipe.components)
+    other.set_progress_bar_config(disable=True)
+    both = [random_subnet(dit), random_subnet(dit, "layer")]
+    expected = []
+    for subnet in both:
+        with apply_subnet(dit.pipe, subnet):
+            expected.append(images(dit))
+    pair = [(dit.pipe, both[0]), (other, both[1])]
+    handles = [apply_subnet(pipe, s).compile(backend="eager", fullgraph=True) for pipe, s in pair]
+    with dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for (pipe, _subnet), image in zip(pair, expected, strict=True):
+                torch.testing.assert_close(images(replace(dit, pipe=pipe)), image)
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager(sd: LoadedModel) -> None:
+    subnet = random_subnet(sd)
+    with apply_subnet(sd.pipe, subnet):
+        expected = images(sd)
+    with compiled(sd, subnet, "inductor"):
+        torch.testing.assert_close(images(sd), expected, atol=1e-4, rtol=1e-4)
+    assert counters["graph_break"] == {}
