@@ -36,7 +36,6 @@ FLAGSHIPS: Final[Mapping[str, tuple[str, ...]]] = {
 
 #: Those whose folder does not say how small its images are to be.
 SIZED: Final = ("pixart", "flux")
-PIXELS: Final = 64
 
 CALLS: Final = 5  # the fewest of which a target of 0.8 leaves one
 SEARCH_STEPS: Final = 2
@@ -107,7 +106,7 @@ class Stage:
         yield f"{place}.revision=null"
         yield f"{place}.sampler.steps={CALLS}"
         if name in SIZED:
-            yield f"{place}.resolution={PIXELS}"
+            yield f"{place}.resolution={shrunk.PIXELS}"
         if name == "dit":
             yield f"{place}.overrides.evaluate.images={IMAGES}"
 

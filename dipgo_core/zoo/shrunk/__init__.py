@@ -14,6 +14,10 @@ from typing import Any, Final
 
 from dipgo_core.errors import UnknownModelError, nearest
 
+#: The side of the images that they are for. PixArt and FLUX do not say so themselves, and make 1024
+#: pixels unless asked: give `ModelSettings.resolution`.
+PIXELS: Final = 64
+
 #: The file of this package and the function in it that builds each model.
 SHRUNK: Final[dict[str, tuple[str, str]]] = {
     "sd15": ("sd", "build_sd15"),
