@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+import diffusers
+
 from dipgo_core.config import SamplerSettings
-from dipgo_core.errors import SubNetMismatchError
+from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
-from dipgo_core.pipelines import LoadedModel
+from dipgo_core.pipelines import LoadedModel, tokens_of
 from dipgo_core.sampling import noise_scheduler, timesteps_of
 from dipgo_core.subnet import SubNet, config_sha256
 
@@ -54,6 +56,8 @@ def subnet_of(
             "denoiser": type(model.denoiser).__name__,
             "config": model_config,
             "config_sha256": config_sha256(model_config),
+            "latent_side": model.latent_side,
+            "tokens": tokens_of(model.pipe, model.family, model.settings.id),
         },
         sampler={
             "scheduler": type(scheduler).__name__,
@@ -67,6 +71,22 @@ def subnet_of(
         macs={**macs["all"], "convention": "all", "paper": macs["paper"]},
         provenance=provenance,
     )
+
+
+def scheduler_of(subnet: SubNet) -> Any:
+    """Return the noise scheduler that the SubNet was made for.
+
+    Raises:
+        SubNetError: this diffusers has none of its name.
+    """
+    name = str(subnet.sampler["scheduler"])
+    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if found is None:
+        raise SubNetError(
+            f"the SubNet was made for the noise scheduler {name!r}, which diffusers "
+            f"{diffusers.__version__} does not have; install the version that made it"
+        )
+    return found.from_config(dict(subnet.sampler["config"]))
 
 
 # what a pipeline must be ------------------------------------------------------------------------

@@ -235,6 +235,28 @@ def fetch_again(hub_id: str, commit: str, path: str, kind: Kind = "model") -> No
         )
 
 
+def upload(hub_id: str, files: Mapping[str, bytes], *, message: str, private: bool = False) -> str:
+    """Commit files to a model repository, made if need be; return the commit.
+
+    Raises:
+        HubError: the token given may not write there.
+        HubUnreachableError: the hub is out of reach.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+    try:
+        with _told(hub_id, "model", hub_id):
+            api = _api()
+            api.create_repo(hub_id, private=private, exist_ok=True)
+            return str(api.create_commit(hub_id, operations, commit_message=message).oid)
+    except HubUnreachableError as error:
+        raise HubUnreachableError(
+            f"{listed(files)} cannot be written to {page_of(hub_id)} ({_reason(error)}): try again "
+            "with network"
+        ) from error
+
+
 def gated_message(hub_id: str, kind: Kind = "model") -> str:
     """Return what to do about a repository that the token given, or none, may not read."""
     token = "one is set, and has no access" if has_token() else "none is set"
@@ -295,6 +317,11 @@ def _hub_error(error: Exception, hub_id: str, kind: Kind, what: str) -> HubError
         )
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{hub_id!r} is no hub id: {_reason(error)}")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return HubError(
+            f"the hub refuses access to {hub_id} ({_reason(error)}): set HF_TOKEN to a token that "
+            "may read it and, to upload, write to it"
+        )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError(f"{what} is not in the repository: {_reason(error)}")
     unseen = isinstance(error, errors.RevisionResolutionError)

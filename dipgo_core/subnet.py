@@ -7,14 +7,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dipgo_core.errors import SubNetError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import Reuse
+from dipgo_core.hub import fetch, is_hub_id, resolve_commit, upload
+from dipgo_core.subnet_fields import check_fields
 
 KIND = "dipgo.subnet"
+FILE_NAME = "subnet.json"
 SCHEMA_VERSION = 1
 
 
@@ -29,7 +33,8 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 class SubNet:
     """What a user deploys (``subnet.json``).
 
-    model: family, id, revision, denoiser, config, config_sha256.
+    model: family, id, revision, denoiser, config, config_sha256; latent_side and tokens, the size
+    of the call that the MACs are counted for.
     sampler: scheduler (class name), config, config_sha256, steps, custom (timesteps or sigmas given
     to the stock call instead), timesteps (one a row of keep), guidance_scale.
     macs: dense, kept, pruned_ratio, convention, paper.
@@ -93,27 +98,17 @@ class SubNet:
                 config that was edited after its hash was written.
         """
         if not isinstance(data, Mapping) or data.get("kind") != KIND:
-            raise SubNetError(f"{source} is not a SubNet file (kind must be {KIND!r})")
+            raise SubNetError(
+                f"{source} is not a SubNet file (kind must be {KIND!r}); `dipgo-sweep export` "
+                "writes one"
+            )
         if data.get("schema_version") != SCHEMA_VERSION:
             raise SubNetError(
                 f"{source} has schema_version {data.get('schema_version')!r}, this dipgo-sweep "
                 f"reads {SCHEMA_VERSION}: export it again, or install the matching version"
             )
-        missing = [
-            key
-            for key in ("model", "sampler", "granularity", "blocks", "keep", "macs")
-            if key not in data
-        ]
-        if missing:
-            raise SubNetError(f"{source} lacks {', '.join(missing)}; export the SubNet again")
-        for part in ("model", "sampler"):
-            if not isinstance(data[part], Mapping):
-                raise SubNetError(f"{source} is not a complete SubNet file: {part} is no object")
-            if config_sha256(data[part].get("config", {})) != data[part].get("config_sha256"):
-                raise SubNetError(
-                    f"{source}: {part}.config does not match {part}.config_sha256; the file was "
-                    "edited or truncated: export the SubNet again"
-                )
+        check_fields(data, source)
+        _check_hashes(data, source)
         try:
             return cls(
                 gates=GateTable.from_strings(data["keep"]),
@@ -126,15 +121,66 @@ class SubNet:
                 provenance=data.get("provenance", {}),
                 metrics=data.get("metrics", {}),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise SubNetError(f"{source} is not a complete SubNet file: {error!r}") from error
+        except SubNetError as error:
+            raise SubNetError(f"{source}: {error}; export the SubNet again") from error
+
+    def resample(self, steps: int) -> SubNet:
+        """Return a SubNet of another number of steps, its rows taken from this one's.
+
+        Nothing was searched or measured at that number: the provenance says from what it was
+        made, and no metrics are kept. Loads torch and diffusers, but no model.
+
+        Raises:
+            SubNetError: the noise scheduler cannot do so many steps, or follows a list of its own.
+        """
+        resampled: SubNet = import_module("dipgo_core.resample").resampled(self, steps)
+        return resampled
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, message: str = "") -> str:
+        """Commit the file to a model repository of the hub, made if need be; return the commit.
+
+        Raises:
+            HubError: the hub is out of reach or refuses it.
+        """
+        return upload(
+            repo_id,
+            {FILE_NAME: self._text().encode()},
+            message=message or f"Add a SubNet of {self.model['id']}",
+            private=private,
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> SubNet:
+        """Load a SubNet from a file, a folder that holds one, or a repository of the hub.
+
+        revision: of a repository; branch, tag or commit.
+
+        Raises:
+            SubNetError: there is none, or it is broken.
+            HubError: the repository does not exist, may not be read, or holds no SubNet.
+        """
+        path = Path(name)
+        if path.is_file():
+            return cls.load(path)
+        if path.is_dir():
+            return cls.load(path / FILE_NAME)
+        if not is_hub_id(str(name)):
+            raise SubNetError(
+                f"{name} is no file, no folder with a {FILE_NAME}, and no repository of the hub "
+                "(owner/name); give the path of a SubNet that `dipgo-sweep export` wrote"
+            )
+        commit = resolve_commit(str(name), revision)
+        return cls.load(fetch(str(name), commit, [FILE_NAME]) / FILE_NAME)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file through a temporary name, so that no half-written SubNet is ever seen."""
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(self._text(), encoding="utf-8")
         temporary.replace(target)
+
+    def _text(self) -> str:
+        return json.dumps(self.to_json(), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubNet:
@@ -149,8 +195,20 @@ class SubNet:
             raise SubNetError(
                 f"no SubNet file at {path}; `dipgo-sweep export` writes one"
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise SubNetError(f"{path} cannot be read: {error}; name a SubNet file") from error
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, endless nesting
             raise SubNetError(
                 f"{path} is not JSON ({error}); it may be truncated: export it again"
             ) from error
         return cls.from_json(data, source=str(path))
+
+
+def _check_hashes(data: Mapping[str, Any], source: str) -> None:
+    """Raise SubNetError where a config was edited after its hash was written."""
+    for part in ("model", "sampler"):
+        if config_sha256(data[part]["config"]) != data[part]["config_sha256"]:
+            raise SubNetError(
+                f"{source}: {part}.config does not match {part}.config_sha256; the file was "
+                "edited or truncated: export the SubNet again"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -17,8 +18,9 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_reader"
 _API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)"
-    r"(?:/(revision|tree|auth-check|paths-info)(?:/([^/]+)(?:/(.+))?)?)?"
+    r"(?:/(revision|tree|auth-check|paths-info|preupload|commit)(?:/([^/]+)(?:/(.+))?)?)?"
 )
+_CREATE = "/api/repos/create"
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -99,7 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         self.served.requests += 1
         path = unquote(urlsplit(self.path).path)
-        if match := _API.fullmatch(path):
+        if path == _CREATE:
+            self._create()
+        elif match := _API.fullmatch(path):
             self._api(match, with_body)
         elif match := _FILE.fullmatch(path):
             self._file(match, with_body)
@@ -114,6 +118,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse("RepoNotFound")
         elif found is None:
             self._refuse("RevisionNotFound")
+        elif what == "preupload":
+            files = [
+                {**file, "uploadMode": "regular", "shouldIgnore": False}
+                for file in self._body()["files"]
+            ]
+            self._json({"files": files}, with_body)
+        elif what == "commit":
+            self._commit(repo, found[1])
         elif what == "auth-check":
             self._json({}, with_body) if self._allowed(repo) else self._refuse("GatedRepo", 403)
         elif what in ("tree", "paths-info"):
@@ -135,9 +147,35 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(rows, with_body=True)
 
+    def _create(self) -> None:
+        asked = self._body()
+        repo_id = (
+            f"{asked['organization']}/{asked['name']}" if "organization" in asked else asked["name"]
+        )
+        if self.headers.get("authorization") != f"Bearer {TOKEN}":
+            self._refuse("", 401)
+        elif ("model", repo_id) in self.served.repos:
+            self._json({"url": f"{self.served.url}/{repo_id}"}, with_body=True, status=409)
+        else:
+            self.served.put(repo_id, {})
+            self._json({"url": f"{self.served.url}/{repo_id}"}, with_body=True)
+
+    def _commit(self, repo: Repo, files: Mapping[str, bytes]) -> None:
+        lines = [json.loads(line) for line in self._text().splitlines()]
+        sent = [line["value"] for line in lines if line["key"] == "file"]
+        new = {file["path"]: base64.b64decode(file["content"]) for file in sent}
+        commit = self.served.put(repo.id, {**files, **new})
+        url = f"{self.served.url}/{repo.id}/commit/{commit}"
+        self._json({"commitUrl": url, "commitOid": commit, "success": True}, with_body=True)
+
     def _asked_paths(self) -> list[str]:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        return list(json.loads(body)["paths"])
+        return list(self._body()["paths"])
+
+    def _body(self) -> dict[str, Any]:
+        return dict(json.loads(self._text()))
+
+    def _text(self) -> str:
+        return self.rfile.read(int(self.headers["Content-Length"])).decode()
 
     def _file(self, match: re.Match[str], with_body: bool) -> None:
         dataset, repo_id, revision, name = match.groups()
@@ -162,8 +200,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, code: str, status: int = 404, headers: Mapping[str, str] = {}) -> None:  # noqa: B006
         self._send(status, b"", True, {"X-Error-Code": code, **headers})
 
-    def _json(self, value: Any, with_body: bool) -> None:
-        self._send(200, json.dumps(value).encode(), with_body, {"Content-Type": "application/json"})
+    def _json(self, value: Any, with_body: bool, status: int = 200) -> None:
+        self._send(
+            status, json.dumps(value).encode(), with_body, {"Content-Type": "application/json"}
+        )
 
     def _send(self, status: int, data: bytes, body: bool, headers: Mapping[str, str]) -> None:
         self.send_response(HTTPStatus(status))
