@@ -44,7 +44,8 @@ NOISE_SCHEDULERS: Final[dict[str, NoiseScheduler]] = {
         custom=("timesteps",),
     ),
     "unipc": NoiseScheduler(cls="UniPCMultistepScheduler"),
-    "euler": NoiseScheduler(cls="EulerDiscreteScheduler", custom=("timesteps", "sigmas")),
+    # its sigmas would need one entry more than there are steps
+    "euler": NoiseScheduler(cls="EulerDiscreteScheduler", custom=("timesteps",)),
     "heun": NoiseScheduler(cls="HeunDiscreteScheduler", custom=("timesteps",)),
     "lcm": NoiseScheduler(cls="LCMScheduler", spacings=(), custom=("timesteps",), max_steps=50),
     "flow_match_euler": NoiseScheduler(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from tiny import tiny_transformer, tiny_unet
 from torch import Tensor, nn
 
-from dipgo_core.blocks import find_blocks, known_graph, meta_copy
+from dipgo_core.blocks import GRANULARITIES, find_blocks, known_graph, meta_copy
+from dipgo_core.config import Granularity
 from dipgo_core.errors import TraceError
-from dipgo_core.families import find_known
+from dipgo_core.families import family_of_pipeline, find_known
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import INPUT, BlockGraph, Reuse
+from dipgo_core.pipelines import graph_of
+from dipgo_core.zoo.shrunk import build
 
 RELEASED = Path(__file__).parents[3] / "shared" / "data" / "sd15-released-keep-0.8.json"
 
@@ -87,6 +91,120 @@ def test_dit_is_a_residual_chain_modulated_by_the_input() -> None:
     assert {block.reuse for block in graph.blocks[1:]} == {Reuse.RESIDUAL}
     assert {block.streams for block in graph.blocks[1:]} == {("hidden_states",)}
     assert graph.searched == tuple(range(29))
+
+
+# granularity layer, streams -----------------------------------------------------------------------
+
+
+def graph_at(model: str, granularity: Granularity) -> BlockGraph:
+    known = find_known(model)
+    assert known is not None
+    return known_graph(known, granularity)
+
+
+@pytest.fixture(scope="module")
+def sd15_layers() -> BlockGraph:
+    return graph_at("stable-diffusion-v1-5/stable-diffusion-v1-5", "layer")
+
+
+def test_sd15_has_44_layers(sd15_layers: BlockGraph) -> None:
+    """Oracle: SD-1.5, counted by hand: two ResNets a down block, three an up block, two in the
+    middle; an attention stack after each but in the lowest blocks."""
+    kinds = Counter(name.split(".")[-2] for name in sd15_layers.names[1:])
+    resnets, stacks = 4 * 2 + 2 + 4 * 3, 3 * 2 + 1 + 3 * 3
+    assert kinds == {
+        "resnets": resnets, "attentions": stacks, "downsamplers": 3, "upsamplers": 3
+    }  # fmt: skip
+    assert {block.reuse for block in sd15_layers.blocks[1:]} == {Reuse.OUTPUT}
+
+
+def test_sd15_layers_feed_each_other_as_drawn_by_hand(sd15_layers: BlockGraph) -> None:
+    """Oracle: the first down block and the last up block of SD-1.5."""
+    number = {name: n for n, name in enumerate(sd15_layers.names)}
+
+    def producers(name: str) -> set[str | int]:
+        return {
+            p if p == INPUT else sd15_layers.names[p] for p in sd15_layers.producers[number[name]]
+        }
+
+    down, up = "down_blocks.0", "up_blocks.3"
+    assert producers(f"{down}.resnets.0") == {INPUT}
+    assert producers(f"{down}.attentions.0") == {INPUT, f"{down}.resnets.0"}
+    assert producers(f"{down}.downsamplers.0") == {f"{down}.attentions.1"}
+    assert producers(f"{up}.resnets.0") == {
+        INPUT,
+        "up_blocks.2.upsamplers.0",
+        f"{down}.attentions.1",
+    }
+    assert producers(f"{up}.resnets.2") == {INPUT, f"{up}.attentions.1"}  # the skip is conv_in's
+    assert producers("") == {f"{up}.attentions.2"}
+
+
+def test_sd15_layers_cut_what_only_they_need(sd15_layers: BlockGraph) -> None:
+    """Oracle: the last up block's first ResNet, reused, needs nothing; the other two need skips."""
+    row = np.ones(sd15_layers.num_blocks, dtype=np.bool_)
+    row[sd15_layers.names.index("up_blocks.3.resnets.0")] = False
+    dead = {
+        name
+        for name, live in zip(sd15_layers.names, sd15_layers.live(row), strict=True)
+        if not live
+    }
+    alive = {"", *(f"down_blocks.0.{k}.{i}" for k in ("resnets", "attentions") for i in (0, 1))}
+    alive |= {f"up_blocks.3.{k}.{i}" for k in ("resnets", "attentions") for i in (0, 1, 2)}
+    assert dead == set(sd15_layers.names) - alive | {"up_blocks.3.resnets.0"} | {
+        "down_blocks.0.attentions.1", "down_blocks.0.resnets.1"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit", "pixart", "sd3", "flux"])
+def test_most_of_every_family_can_be_gated(name: str) -> None:
+    """At either granularity the ungated rest of the shrunk models is small, and all MACs count."""
+    pipe = build(name)
+    family = family_of_pipeline(type(pipe).__name__)
+    blocks, layers = (graph_of(pipe, family, granularity) for granularity in GRANULARITIES)
+    assert max(blocks.blocks[0].macs, layers.blocks[0].macs) < 0.2 * blocks.call_macs()
+    assert layers.call_macs() == blocks.call_macs()
+
+
+def test_sd3_streams_end_with_the_image_alone() -> None:
+    graph = graph_at("stabilityai/stable-diffusion-3-medium-diffusers", "block")
+    *others, last = graph.blocks[1:]
+    assert {block.streams for block in others} == {("encoder_hidden_states", "hidden_states")}
+    assert last.streams == ("", "hidden_states")
+
+
+def test_sd35_medium_has_a_second_attention_in_its_first_thirteen_blocks() -> None:
+    graph = graph_at("stabilityai/stable-diffusion-3.5-medium", "layer")
+    kinds = Counter(name.split(".")[-1] for name in graph.names[1:])
+    assert kinds == {"attn": 24, "attn2": 13, "ff": 24, "ff_context": 23}
+
+
+def test_flux_gates_single_stream_blocks_whole_at_layers() -> None:
+    graph = graph_at("black-forest-labs/FLUX.1-schnell", "layer")
+    reuse = {block.name.split(".")[0]: block.reuse for block in graph.blocks[1:]}
+    assert reuse == {
+        "transformer_blocks": Reuse.OUTPUT, "single_transformer_blocks": Reuse.RESIDUAL
+    }  # fmt: skip
+    assert len(graph.names) == 1 + 3 * 19 + 38
+
+
+def test_down_block_outputs_count_once() -> None:
+    """Oracle: down_blocks.3 returns its last ResNet's output twice: two tensors of 8 x 8 x 1280."""
+    graph = graph_at("stable-diffusion-v1-5/stable-diffusion-v1-5", "block")
+    assert graph.blocks[graph.names.index("down_blocks.3")].elements == 2 * 8 * 8 * 1280
+
+
+def test_find_blocks_refuses_streams_that_an_output_does_not_continue() -> None:
+    inputs = {"sample": torch.zeros(1, 4)}
+    with pytest.raises(TraceError, match=r"layers\.1 does not continue its arguments input"):
+        find_blocks(Narrowing(), inputs=inputs, streams={"layers.*": ("input",)})
+
+
+def test_find_blocks_reuses_by_output_what_no_stream_is_declared_of() -> None:
+    graph = find_blocks(Toy(), inputs=toy_inputs(), streams={"layers.0": ("hidden_states",)})
+    assert [block.reuse for block in graph.blocks[1:]] == [
+        Reuse.RESIDUAL, Reuse.OUTPUT, Reuse.OUTPUT
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,16 @@ def test_a_prompt_set_shorter_than_the_images_is_refused(tmp_path: Path) -> None
         gather_facts(sweep)
 
 
+@pytest.mark.parametrize(
+    ("models", "side"), [("[tiny-sd]", 32), ("[{id: tiny-sd, resolution: 64}]", 64)]
+)
+def test_image_size_is_the_models_own_unless_the_file_says_another(
+    models: str, side: int, tmp_path: Path
+) -> None:
+    (facts,) = gather_facts(sweep_on(tmp_path, models=models)).values()
+    assert (facts.height, facts.width) == (side, side)
+
+
 def test_prompts_may_be_shown_several_times_if_asked_for(tmp_path: Path) -> None:
     asked = "evaluate: {prompts: prompts.txt, images: 7, images_per_prompt: 3}"
 

@@ -199,6 +199,19 @@ def test_random_draws_differ_and_are_those_of_the_core() -> None:
     assert draws[0] != draws[1]
 
 
+def test_layers_and_blocks_share_the_dense_images_but_no_gates() -> None:
+    sweep = tiny_sweep(targets=(0.5,), baselines=[Baseline(name="random", draws=1)])
+    grid = sweep.models[0].grid
+    object.__setattr__(grid, "axes", {**grid.axes, "granularity": ("block", "layer")})
+    plan, records, _ = run_all(sweep)
+    assert plan.complete and sum(record.kind == "reference" for record in records.values()) == 2
+    searched = [point for point in plan.points if point.method == "search"]
+    for point in (*searched, *(p for p in plan.points if p.method == "random")):
+        record = records[str(point.evaluate_key)]
+        assert record.inputs["granularity"] == point.granularity
+    assert {point.granularity for point in searched} == {"block", "layer"}
+
+
 def test_baselines_spend_at_least_the_compute_of_the_target() -> None:
     plan, _, _ = run_all(tiny_sweep(targets=(0.65,), baselines=ALL_BASELINES))
     for point in plan.points:

@@ -130,6 +130,72 @@ def test_list_of_samplers_makes_one_model_each(load: Load) -> None:
     assert [model.sampler.steps for model in models] == [5, 10]
 
 
+def test_schedule_of_ones_own_says_its_steps(load: Load) -> None:
+    lists = "{timesteps: [999, 500, 9]}, {timesteps: [999, 400, 9]}, {steps: 3}"
+    samplers = f"sampler: [{lists}]".replace("{", "{scheduler: dpm++2m, ")
+    models = load(SMALL.replace("tiny-sd", f"{{id: tiny-sd, name: a, {samplers}}}")).models
+    assert [model.sampler.timesteps for model in models] == [(999, 500, 9), (999, 400, 9), None]
+    assert [model.name for model in models] == [
+        "a-dpm-2m-3-timesteps", "a-dpm-2m-3-timesteps-2", "a-dpm-2m-3"
+    ]  # fmt: skip
+    assert {model.sampler.steps for model in models} == {3}
+
+
+def test_flow_matching_takes_sigmas(load: Load) -> None:
+    flux = "{id: black-forest-labs/FLUX.1-dev, sampler: {sigmas: [1.0, 0.4]}, overrides: {OURS}}"
+    ours = "search: {calibration: {prompts: a.txt}}, evaluate: {prompts: b.txt}"
+    Path("a.txt").write_text("a cat")
+    Path("b.txt").write_text("a dog")
+    text = SMALL.replace("tiny-sd", flux.replace("OURS", ours)) + "allow_unpinned: true\n"
+    (model,) = load(text).models
+    assert (model.sampler.scheduler, model.sampler.steps) == ("flow_match_euler", 2)
+    assert model.sampler.custom == {"sigmas": [1.0, 0.4]}
+
+
+def test_image_size_and_layers_are_read(load: Load) -> None:
+    text = SMALL.replace("tiny-sd", "{id: tiny-sd, resolution: 64}")
+    (model,) = load(text + "search: {granularity: [block, layer]}\n").models
+    assert model.settings.resolution == 64
+    assert [search.granularity for search in model.searches()] == ["block", "layer"]
+
+
+def auraflow(folder: Path, noise_scheduler: str = "FlowMatchEulerDiscreteScheduler") -> None:
+    """The files of a pipeline in no family that planning reads."""
+    diffusers = {"transformer": "AuraFlowTransformer2DModel", "scheduler": noise_scheduler}
+    index = {name: ["diffusers", kind] for name, kind in diffusers.items()}
+    folder.mkdir()
+    index_file = folder / "model_index.json"
+    index_file.write_text(json.dumps({"_class_name": "AuraFlowPipeline", **index}))
+    Path("a.txt").write_text("a cat")
+    Path("b.txt").write_text("a dog")
+
+
+AURA = HEAD + "models: [{id: ./aura, resolution: 64}]\ntargets: [0.5]\n" + (
+    "evaluate: {prompts: b.txt}\nallow_unpinned: true\n"
+    "search: {calibration: {prompts: a.txt}, granularity: GRANULARITY}\n"
+)  # fmt: skip
+
+
+def test_pipeline_in_no_family_is_searched_with_its_own_noise_scheduler(load: Load) -> None:
+    auraflow(Path("aura"))
+    (model,) = load(AURA.replace("GRANULARITY", "block")).models
+    assert model.family == "AuraFlowPipeline.transformer.AuraFlowTransformer2DModel"
+    assert model.sampler.scheduler == "flow_match_euler"
+
+
+def test_pipeline_in_no_family_has_no_layers(load: Load) -> None:
+    auraflow(Path("aura"))
+    (issue,) = issues_of(load, AURA.replace("GRANULARITY", "layer"))
+    assert "search.granularity: AuraFlowPipeline is in no family" in issue
+    assert issue.endswith("take block, got layer")
+
+
+def test_pipeline_whose_noise_scheduler_has_no_name_is_refused(load: Load) -> None:
+    auraflow(Path("aura"), "DEISMultistepScheduler")
+    issues = issues_of(load, AURA.replace("GRANULARITY", "block"))
+    assert "DEISMultistepScheduler is none of ddim, pndm" in issues[0]
+
+
 def test_labels_are_the_prompts_of_a_label_model(load: Load) -> None:
     (model,) = load(SMALL.replace("tiny-sd", "tiny-dit")).models
     assert model.evaluate.prompts.kind == model.calibration.prompts.kind == "labels"
@@ -392,6 +458,68 @@ MODELS = [
     ("[{id: tiny-sd, sampler: {scheduler: dim}}]", "3:45: models.0.sampler.scheduler: must be one"),
     ("[{id: tiny-sd, sampler: {spacing: even}}]", "3:43: models.0.sampler.spacing: must be one of"),
     ("[{id: tiny-sd, sampler: {guidance_scale: -1}}]", "3:50: models.0.sampler.guidance_scale: mu"),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: flow_match_euler}}]",
+        "3:45: models.0.sampler.scheduler: flow_match_euler does not fit models of family sd",
+        "take one of ddim, pndm, dpm++2m, unipc, euler, heun, lcm",
+    ),
+    (
+        "[{id: tiny-dit, sampler: {scheduler: euler}}]",
+        "3:46: models.0.sampler.scheduler: euler does not fit models of family dit",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: lcm, steps: 60}}]",
+        "3:57: models.0.sampler.steps: lcm takes at most 50 steps, got 60",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: lcm, steps: 6, spacing: leading}}]",
+        "3:69: models.0.sampler.spacing: lcm does not follow the spacing leading",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {steps: 61, spacing: trailing}}]",
+        "3:41: models.0.sampler.steps: trailing spacing makes 62 timesteps of 61 steps",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {timesteps: [900, 500]}}]",
+        "3:45: models.0.sampler.timesteps: ddim takes steps alone",
+        "timesteps are for dpm++2m, euler, heun, lcm",
+    ),
+    (
+        "[{id: tiny-dit, sampler: {scheduler: dpm++2m, timesteps: [900, 500]}}]",
+        "3:66: models.0.sampler.timesteps: DiTPipeline takes none: it takes steps alone",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: euler, timesteps: [5, 9]}}]",
+        "3:67: models.0.sampler.timesteps.1: must be below the entry before (5), got 9",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: euler, timesteps: [1000, 5]}}]",
+        "3:64: models.0.sampler.timesteps.0: must be a whole number, at most 999, got 1000",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: euler, timesteps: [9, 5], steps: 3}}]",
+        "3:78: models.0.sampler.steps: must be the number of timesteps, 2, or be left out, got 3",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: euler, timesteps: [9, 5], spacing: leading}}]",
+        "3:63: models.0.sampler.timesteps: excludes spacing",
+    ),
+    (
+        "[{id: tiny-sd, sampler: {scheduler: euler, sigmas: [2, 1]}}]",
+        "3:60: models.0.sampler.sigmas: euler takes timesteps; sigmas are for flow_match_euler",
+    ),
+    (
+        "[{id: tiny-sd, resolution: 65}]",
+        "3:36: models.0.resolution: must be a multiple of 8 pixels, such as 64 or 72, got 65",
+    ),
+    (
+        "[{id: tiny-dit, resolution: 64}]",
+        "3:37: models.0.resolution: DiTPipeline makes images of the model's own size",
+    ),
+    (
+        "[{id: tiny-sd, overrides: {search: {granularity: layers}}}]",
+        "3:58: models.0.overrides.search.granularity: must be one of block, layer",
+    ),
     ("[{id: tiny-sd, sampler: {steps: 1}}]", "4:11: targets.0: must be at most 0: the first of 1"),
     ("[{id: tiny-sd, overrides: {target: [1]}}]", "3:36: models.0.overrides.target: unknown key"),
     ("[{id: tiny-sd, overrides: {targets: [1]}}]", "3:46: models.0.overrides.targets.0: must be"),
