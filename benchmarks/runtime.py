@@ -15,12 +15,10 @@ import json
 import os
 import platform
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -30,128 +28,17 @@ sys.path.insert(0, str(HERE / "runtime"))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from full_width import FLUX_ON_CPU, Bench, Size, dit, flux, sd15, sdxl  # noqa: E402
+from full_width import Bench, dit, sd15, sdxl  # noqa: E402
 from keep import keep_file  # noqa: E402
-from torch import nn  # noqa: E402
+from rivals import deepcache, flux_caches  # noqa: E402
+from turns import BlockClock, Ready, Row, applied, loop_times, plain, row_of, size_of  # noqa: E402
 
-from dipgo_core.binding import subnet_of  # noqa: E402
 from dipgo_core.evaluation.device import device_name  # noqa: E402
 from dipgo_core.evaluation.execution import library_versions  # noqa: E402
-from dipgo_core.evaluation.intervals import bootstrap_median  # noqa: E402
-from dipgo_core.evaluation.stopwatch import Stopwatch, stopwatch_for, timed_call  # noqa: E402
+from dipgo_core.evaluation.stopwatch import stopwatch_for  # noqa: E402
 from dipgo_core.gates import GateTable  # noqa: E402
 from dipgo_core.graph import BlockGraph  # noqa: E402
-from dipgo_core.hooks import Forward, MethodHook  # noqa: E402
 from dipgo_core.pipelines import block_graph  # noqa: E402
-from dipgo_core.runtime import apply_subnet  # noqa: E402
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Ready = Callable[[], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One ratio with its 95 % interval, and the goal it has."""
-
-    figure: str
-    case: str
-    calls: int
-    rounds: int
-    value: float
-    low: float
-    high: float
-    goal: float
-    speed_up: float | None = None
-    macs_limit: float | None = None
-
-    @property
-    def met(self) -> str:
-        if self.value >= self.goal:
-            return "yes"
-        return "within the interval" if self.high >= self.goal else "no"
-
-
-# running in turns ---------------------------------------------------------------------------------
-
-
-def loop_times(
-    bench: Bench, contestants: Mapping[str, Ready], options: argparse.Namespace
-) -> dict[str, Floats]:
-    """Return the denoising loop's milliseconds of each contestant in each round.
-
-    Another contestant goes first in every round. Getting ready (applying a SubNet, switching a
-    cache on) is not timed; the first round is not counted.
-    """
-    watch = stopwatch_for(options.device)
-    names = list(contestants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            with contestants[name]():
-                found = timed_call(bench.call, bench.model.pipe.scheduler, bench.denoiser, watch)
-            assert found.loop_ms is not None
-            times[name].append(found.loop_ms)
-    return {name: np.array(values[1:]) for name, values in times.items()}
-
-
-def row_of(values: Floats, **facts: Any) -> Row:
-    """Return the median of one ratio a round."""
-    found = bootstrap_median(values)
-    return Row(rounds=len(values), value=found.value, low=found.low, high=found.high, **facts)
-
-
-def applied(bench: Bench, graph: BlockGraph, gates: GateTable, compiled: bool = False) -> Ready:
-    """Return what applies a SubNet to the pipeline for as long as one run lasts."""
-    subnet = subnet_of(bench.model, graph, bench.sampler, gates)
-    return partial(apply_subnet, bench.model.pipe, subnet)
-
-
-@dataclass
-class BlockClock:
-    """Times every block of dense runs; what each took is summed over a run's calls."""
-
-    bench: Bench
-    graph: BlockGraph
-    watch: Stopwatch
-    runs: list[Floats] = field(default_factory=list)  # (N,) milliseconds; 0 is the whole denoiser
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        marks: list[list[tuple[Any, Any]]] = [[] for _ in self.graph.names]
-        hooks = [
-            MethodHook(self.bench.denoiser.get_submodule(name), "forward", self._timing(spans))
-            for name, spans in zip(self.graph.names, marks, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.watch.wait()
-        spent = [sum(self.watch.milliseconds(*span) for span in spans) for spans in marks]
-        self.runs.append(np.array(spent))
-
-    def _timing(self, spans: list[tuple[Any, Any]]) -> Any:
-        def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            start = self.watch.mark()
-            output = original(*args, **kwargs)
-            spans.append((start, self.watch.mark()))
-            return output
-
-        return intercept
-
-    def kept_shares(self, gates: GateTable, loops: Floats) -> Floats:
-        """Return the share of each timed run's loop that `gates` keep.  # (rounds,)
-
-        A call that is not skipped pays what no gate decides: inside the denoiser, and outside it
-        the noise scheduler and guidance. A skipped call pays nothing, though its step is made.
-        """
-        counted = np.array(self.runs[-len(loops) :])
-        own = np.column_stack([loops - counted[:, 1:].sum(axis=1), counted[:, 1:]])
-        live = self.graph.close(gates).keep.mean(axis=0)
-        return np.asarray(own @ live / loops)
-
 
 # figures ------------------------------------------------------------------------------------------
 
@@ -176,11 +63,16 @@ def _against_kept(
 ) -> Iterator[Row]:
     tables = {target: keep_file(f"{name}-mixed-{target}").gates for target in targets}
     calls = tables[targets[0]].num_calls
-    bench = build(_size(options), calls)
+    bench = build(size_of(options), calls)
     graph = block_graph(bench.model)
-    clock = BlockClock(bench, graph, stopwatch_for(options.device))
-    ready: dict[str, Ready] = {"dense": nullcontext, "timed": clock}
-    ready |= {str(target): applied(bench, graph, tables[target]) for target in targets}
+    whole: Ready = nullcontext
+    if options.compile:
+        whole = applied(bench, graph, GateTable.all_keep(calls, graph.num_blocks), options)
+    clock = BlockClock(bench, graph, stopwatch_for(options.device), whole)
+    ready: dict[str, Ready] = {"dense": plain(bench, options), "timed": clock}
+    ready |= {
+        str(target): applied(bench, graph, gates, options) for target, gates in tables.items()
+    }
     times = loop_times(bench, ready, options)
     for target, gates in tables.items():
         speed_ups = times["dense"] / times[str(target)]
@@ -198,9 +90,10 @@ def _against_kept(
 def released(options: argparse.Namespace) -> Iterator[Row]:
     """Compare the published gates with what their MACs allow."""
     gates = keep_file("sd15-released-0.8").gates
-    bench = sd15(_size(options), gates.num_calls)
+    bench = sd15(size_of(options), gates.num_calls)
     graph = block_graph(bench.model)
-    times = loop_times(bench, {"dense": nullcontext, "ours": applied(bench, graph, gates)}, options)
+    ours = applied(bench, graph, gates, options)
+    times = loop_times(bench, {"dense": plain(bench, options), "ours": ours}, options)
     speed_ups, limit = times["dense"] / times["ours"], _macs_limit(graph, gates)
     yield row_of(
         speed_ups / limit,
@@ -216,10 +109,11 @@ def released(options: argparse.Namespace) -> Iterator[Row]:
 def all_keep(options: argparse.Namespace) -> Iterator[Row]:
     """Compare a SubNet that keeps everything with no SubNet."""
     calls = options.steps or 5
-    bench = sd15(_size(options), calls)
+    bench = sd15(size_of(options), calls)
     graph = block_graph(bench.model)
     gates = GateTable.all_keep(calls, graph.num_blocks)
-    times = loop_times(bench, {"plain": nullcontext, "ours": applied(bench, graph, gates)}, options)
+    ours = applied(bench, graph, gates, options)
+    times = loop_times(bench, {"plain": plain(bench, options), "ours": ours}, options)
     yield row_of(
         times["plain"] / times["ours"],
         figure="all-keep SubNet: time of the plain pipeline ÷ ours",
@@ -229,146 +123,8 @@ def all_keep(options: argparse.Namespace) -> Iterator[Row]:
     )
 
 
-def deepcache(options: argparse.Namespace) -> Iterator[Row]:
-    """Compare our gates with the DeepCache package on its own schedules."""
-    calls = options.steps or 10
-    bench = sd15(_size(options), calls)
-    graph = block_graph(bench.model, "layer")
-    for interval, branch in ((5, 0), (3, 2)):
-        theirs = partial(_deepcache_enabled, bench, interval, branch)
-        ours = applied(bench, graph, deepcache_gates(graph, calls, interval, branch))
-        _check_same_work(bench, theirs, ours)
-        times = loop_times(bench, {"theirs": theirs, "ours": ours}, options)
-        yield row_of(
-            times["theirs"] / times["ours"],
-            figure="DeepCache's schedule: time of its package ÷ ours",
-            case=f"sd15, every {interval}th call whole, branch {branch}",
-            calls=calls,
-            goal=1.0,
-        )
-
-
-def deepcache_gates(graph: BlockGraph, calls: int, interval: int, branch: int) -> GateTable:
-    """Return DeepCache's schedule as gates of granularity `layer`.
-
-    Every `interval`-th call is whole; the others compute the layers above the branch alone
-    (DeepCache, arXiv 2312.00858; the numbering of branches is its package's).
-    """
-    shallow = np.array([not name or _above_branch(graph, name, branch) for name in graph.names])
-    return GateTable(np.array([shallow | (call % interval == 0) for call in range(calls)]))
-
-
-def _above_branch(graph: BlockGraph, name: str, branch: int) -> bool:
-    side, *rest = name.split(".")
-    if side == "mid_block":
-        return False
-    stage, kind, layer = int(rest[0]), rest[1], int(rest[2])
-    siblings = [n for n in graph.names if n.startswith(f"{side}.{stage}.resnets.")]
-    if side == "down_blocks":
-        return (stage, len(siblings) if kind == "downsamplers" else layer) < divmod(branch, 3)
-    stages = {n.split(".")[1] for n in graph.names if n.startswith("up_blocks.")}
-    from_end = 0 if kind == "upsamplers" else len(siblings) - 1 - layer
-    return (len(stages) - 1 - stage, from_end) <= divmod(branch, 3)
-
-
-@contextmanager
-def _deepcache_enabled(bench: Bench, interval: int, branch: int) -> Iterator[None]:
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(pipe=bench.model.pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
-
-
-def flux_caches(options: argparse.Namespace) -> Iterator[Row]:
-    """Compare our gates with diffusers' own caches, which are made to skip the same blocks."""
-    from diffusers import FirstBlockCacheConfig, MagCacheConfig
-
-    calls = options.steps or 10
-    bench = flux(_size(options), calls, FLUX_ON_CPU if options.device == "cpu" else {})
-    graph = block_graph(bench.model)
-    heads = np.arange(graph.num_blocks) == 0
-    first = heads | (np.arange(graph.num_blocks) == 1)
-    every_fourth = np.arange(calls) % 4 == 0
-    cases: dict[str, tuple[Any, GateTable]] = {
-        "FirstBlockCache, the first block alone after call 0": (
-            FirstBlockCacheConfig(threshold=1e9),
-            GateTable(first | (np.arange(calls) == 0)[:, None]),
-        ),
-        "MagCache, every 4th call whole, else no block": (
-            MagCacheConfig(
-                threshold=1e9,
-                max_skip_steps=3,
-                retention_ratio=0.0,
-                num_inference_steps=calls,
-                mag_ratios=[1.0] * calls,
-            ),
-            GateTable(heads | every_fourth[:, None]),
-        ),
-    }
-    for name, (config, gates) in cases.items():
-        theirs, ours = partial(_cache_enabled, bench, config), applied(bench, graph, gates)
-        _check_same_work(bench, theirs, ours)
-        times = loop_times(bench, {"theirs": theirs, "ours": ours}, options)
-        yield row_of(
-            times["theirs"] / times["ours"],
-            figure="FLUX, diffusers' own caches at equal skipped blocks: their time ÷ ours",
-            case=name,
-            calls=calls,
-            goal=1.0,
-        )
-
-
-@contextmanager
-def _cache_enabled(bench: Bench, config: Any) -> Iterator[None]:
-    denoiser: Any = bench.denoiser
-    denoiser.enable_cache(config)
-    try:
-        yield
-    finally:
-        denoiser.disable_cache()
-
-
-def _check_same_work(bench: Bench, theirs: Ready, ours: Ready) -> None:
-    """Raise unless both run the same layers equally often and end at the same latents."""
-    found = [_executed(bench, ready) for ready in (theirs, ours)]
-    (work, latents), (our_work, our_latents) = found
-    if work != our_work:
-        raise SystemExit(f"not the same work: {work - our_work} / {our_work - work}")
-    spread = float((latents.float() - our_latents.float()).abs().max() / latents.float().std())
-    if not spread < 0.05:  # half precision rounds in another order
-        raise SystemExit(f"the same work, but latents differ by {spread:.2g} of their deviation")
-
-
-def _executed(bench: Bench, ready: Ready) -> tuple[Counter[str], torch.Tensor]:
-    work: Counter[str] = Counter()
-
-    def counting(name: str) -> Callable[..., None]:
-        return lambda *_: work.update([name])
-
-    hooks = [
-        module.register_forward_pre_hook(counting(name))
-        for name, module in bench.denoiser.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    try:
-        with ready():
-            return work, bench.call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _macs_limit(graph: BlockGraph, gates: GateTable) -> float:
     return 1 / (1 - graph.pruned_ratio(gates))
-
-
-def _size(options: argparse.Namespace) -> Size:
-    return Size(side=options.size, batch=options.batch, device=options.device, dtype=options.dtype)
 
 
 # tables -------------------------------------------------------------------------------------------
@@ -382,6 +138,8 @@ FIGURES: Final[Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]]] = {
     "dit": other_models,
     "sdxl": largest_model,
 }
+#: Other people's caches are compared eagerly alone: they are not made for compiled pipelines.
+EAGER_ONLY: Final = ("deepcache", "flux")
 #: What is shown even where it was never measured.
 GPU_CELLS: Final = tuple(
     f"cuda, bfloat16, batch {batch}, {mode}" for batch in (1, 8) for mode in ("eager", "compiled")
@@ -392,7 +150,8 @@ def main() -> None:
     """Measure, print each row, keep them if asked to."""
     options = _options()
     torch.set_num_threads(options.threads)
-    for name in options.only or FIGURES:
+    measured = [name for name in FIGURES if not (options.compile and name in EAGER_ONLY)]
+    for name in options.only or measured:
         rows = list(FIGURES[name](options))
         for row in rows:
             print(_line(row), flush=True)
@@ -414,7 +173,7 @@ def _keep(name: str, rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 def page(known: Mapping[str, Any]) -> str:
     """Return the tables as Markdown, one for each device, precision, batch and mode."""
-    lines = ["# The runtime, measured", "", *(__doc__ or "").strip().splitlines()[-4:-2], ""]
+    lines = ["# The runtime, measured", "", *(__doc__ or "").strip().splitlines()[-3:-1], ""]
     for cell in [*known, *(cell for cell in GPU_CELLS if cell not in known)]:
         lines += [f"## {cell}", ""]
         if cell not in known:

@@ -24,6 +24,19 @@ _GRAPH_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-c
 _GRAPH_OPTIONS = ("triton.cudagraphs", "triton.cudagraph_trees")
 
 
+def block_compiler(denoiser: nn.Module, options: Mapping[str, Any]) -> BlockCompiler:
+    """Return what compiles a denoiser's blocks, one for all its SubNets: no code holds a gate.
+
+    Raises:
+        SubNetError: the options ask for CUDA graphs.
+    """
+    known = _compilers.setdefault(denoiser, {})
+    key = repr(sorted(options.items()))
+    if key not in known:
+        known[key] = BlockCompiler(options)
+    return known[key]
+
+
 class BlockCompiler:
     """Computes forwards by compiled code, one code object a kind of module.
 
@@ -62,6 +75,9 @@ class BlockCompiler:
             number = len(self._by_kind)
             self._by_kind[kind] = torch.compile(_copied(number), **self._options)
         return self._by_kind[kind]
+
+
+_compilers: WeakKeyDictionary[nn.Module, dict[str, BlockCompiler]] = WeakKeyDictionary()
 
 
 def _kind_of(forward: Any, module: nn.Module) -> tuple[Any, ...]:

@@ -19,9 +19,10 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 
 from dipgo_core.binding import check_blocks, check_model, check_scheduler, check_timesteps
-from dipgo_core.compiled import BlockCompiler, check_uncompiled
+from dipgo_core.compiled import block_compiler, check_uncompiled
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.families import find_family
+from dipgo_core.finite import watched_decode
 from dipgo_core.gated import GatedCalls, GatePlan, outlined, signature_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
@@ -104,6 +105,9 @@ class SubNetHandle:
         if isinstance(control := getattr(pipe, "controlnet", None), nn.Module):
             spared = _Spared(control.forward, self._current)
             self._methods.append(MethodHook(control, "forward", spared))
+        if hasattr(getattr(pipe, "vae", None), "decode"):
+            watched = watched_decode(pipe, subnet, lambda: self._current() is not None)
+            self._methods.append(MethodHook(pipe.vae, "decode", watched))
         self._class = type(pipe)
         vars(pipe)[_APPLIED] = self
         object.__setattr__(pipe, "__class__", _armed(cast(Any, self._class)))
@@ -141,14 +145,14 @@ class SubNetHandle:
     def compile(self, **options: Any) -> Self:
         """Compute the blocks by compiled code from now on; gates stay in Python between them.
 
-        A SubNet of many different rows compiles no more than one of few: see `compiled`. Other
-        batches or resolutions compile once more, as they do without a SubNet (`dynamic`).
+        What was compiled serves every row, and every SubNet that is applied to this denoiser.
+        Another batch or resolution compiles once more, as it does without a SubNet (`dynamic`).
         options: of torch.compile.
 
         Raises:
             SubNetError: the options ask for CUDA graphs.
         """
-        self._compiler = BlockCompiler(options)
+        self._compiler = block_compiler(self._denoiser, options)
         self._hooks.compiled = True
         return self
 
@@ -222,7 +226,8 @@ def apply_subnet(pipe: Any, subnet: SubNet) -> SubNetHandle:
     Raises:
         SubNetError: a SubNet is applied to this pipeline already.
         SubNetMismatchError: denoiser or noise scheduler are not the SubNet's; also raised by the
-            pipeline call when its timesteps are not the SubNet's.
+            pipeline call when its timesteps are not the SubNet's. The call raises SubNetError, too,
+            where it would decode latents that are not finite, or make images that are not.
     """
     attribute = find_family(subnet.model["family"]).denoiser_attribute
     denoiser = getattr(pipe, attribute, None)

@@ -120,6 +120,17 @@ def test_blocks_of_one_kind_are_compiled_once(model: LoadedModel) -> None:
     assert counters["stats"]["unique_graphs"] == kinds
 
 
+def test_what_was_compiled_serves_the_next_subnet(dit: LoadedModel) -> None:
+    subnet = random_subnet(dit)
+    with compiled(dit, subnet):
+        images(dit)
+    graphs = counters["stats"]["unique_graphs"]
+    every = GateTable.all_keep(LONG.steps, subnet.gates.num_blocks)
+    with compiled(dit, replace(subnet, gates=every)):
+        images(dit)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.slow
 def test_another_batch_and_resolution_compile_again_but_not_for_ever(sd: LoadedModel) -> None:
     """Oracle: eager runs; sizes become dynamic, so the last ones compile nothing new."""
