@@ -26,14 +26,16 @@ CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
 class ModelSettings:
     """Which weights, in which precision, at which image size.
 
-    `id` is a hub id, a local folder or a bundled name. resolution: side of the images in pixels;
-    None: the model's own.
+    `id` is a hub id, a local folder, a file of safetensors or a bundled name. resolution: side of
+    the images in pixels; None: the model's own. base: folder or hub id (``owner/name@commit``) of
+    the model whose configs and tokenizers a file is loaded with, or whose denoiser `id` replaces.
     """
 
     id: str
     revision: str | None = None
     dtype: DType = "float32"
     resolution: int | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:

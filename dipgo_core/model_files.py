@@ -16,23 +16,66 @@ from safetensors import SafetensorError, safe_open
 from dipgo_core import hub
 from dipgo_core.config import ModelSettings
 from dipgo_core.errors import HubError, ModelFilesError
-from dipgo_core.families import find_known
-from dipgo_core.zoo import zoo_path
+from dipgo_core.model_base import Elsewhere, base_of, model_folder, single_file
 
 
 def weights_digest(settings: ModelSettings) -> str:
     """Return what identifies the weights, without loading them.
 
-    For bundled names and folders the SHA-256 of the files that decide the output; for hub ids
-    ``hub:<id>@<revision>``, where a sweep that runs gives the commit as revision.
+    For bundled names, folders and single files the SHA-256 of the files that decide the output; for
+    hub ids ``hub:<id>@<revision>``, where a sweep that runs gives the commit as revision. With that
+    of the base, if the rest of the pipeline comes from one.
 
     Raises:
         ModelFilesError: a folder lacks files, or weights are damaged.
     """
+    base = base_of(settings)
+    if base is None:
+        return _own_digest(settings)
+    file = single_file(settings.id)
+    if file is None:
+        return f"{_denoiser_digest(settings)}+{_rest_digest(base)}"
+    check_weights([file])
+    return _sha256(f"{file_sha256(file)} {_configs_digest(base)}")
+
+
+def _own_digest(settings: ModelSettings) -> str:
     folder = model_folder(settings.id)
     if folder is None:
-        return f"hub:{settings.id}@{settings.revision or hub.MAIN}"
+        return _hub_name(settings)
     return _digest(folder, check_pipeline(folder))
+
+
+def _denoiser_digest(settings: ModelSettings) -> str:
+    """Return what identifies a denoiser that is alone in its folder or repository."""
+    folder = model_folder(settings.id)
+    if folder is None:
+        return _hub_name(settings)
+    return _digest(folder, check_network(folder))
+
+
+def _rest_digest(base: ModelSettings) -> str:
+    """Return what identifies all of a base but its denoiser."""
+    folder = model_folder(base.id)
+    if folder is None:
+        return _hub_name(base)
+    return _digest(folder, check_pipeline(folder, "denoiser"))
+
+
+def _configs_digest(base: ModelSettings) -> str:
+    """Return what identifies configs and tokenizers of a base; its weights are not those."""
+    folder = model_folder(base.id)
+    if folder is None:
+        return _hub_name(base)
+    return _digest(folder, check_pipeline(folder, "weights"))
+
+
+def _hub_name(settings: ModelSettings) -> str:
+    return f"hub:{settings.id}@{settings.revision or hub.MAIN}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -61,21 +104,6 @@ _digests: dict[tuple[str, int, int], str] = {}
 _SETTLED_NS: Final = 2_000_000_000
 
 
-def model_folder(model_id: str) -> Path | None:
-    """Return the folder of a bundled name or local path, or None for a hub id."""
-    known = find_known(model_id)
-    if known is not None and known.bundled:
-        return zoo_path(known.id)
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if known is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
-        raise ModelFilesError(
-            f"{model_id!r} is no bundled model, no folder here and no hub id (owner/name)"
-        )
-    return None
-
-
 def model_index(folder: Path) -> dict[str, Any]:
     """Return a saved pipeline's model_index.json.
 
@@ -101,9 +129,11 @@ class PipelineFiles:
     missing: tuple[str, ...]
 
 
+#: What pipelines call their denoiser.
+DENOISERS: Final = ("unet", "transformer")
 #: Components that only a safety checker reads.
 _SAFETY: Final = ("safety_checker", "feature_extractor")
-_WEIGHTS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS: Final = re.compile(r"(?:diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _SHARD: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -127,19 +157,46 @@ def pipeline_files(index: Mapping[str, Any], names: Iterable[str]) -> PipelineFi
     return PipelineFiles(tuple(deciding), loaded, tuple(missing))
 
 
-def check_pipeline(folder: Path) -> list[Path]:
+def without(files: PipelineFiles, part: Elsewhere | None) -> PipelineFiles:
+    """Return the files of a base that are needed of it. part: what comes from elsewhere."""
+
+    def needed(names: Iterable[str]) -> tuple[str, ...]:
+        if part == "weights":
+            return tuple(name for name in names if not name.endswith(".safetensors"))
+        return tuple(n for n in names if part is None or _folder_of(n) not in DENOISERS)
+
+    return PipelineFiles(needed(files.deciding), needed(files.loaded), needed(files.missing))
+
+
+def check_pipeline(folder: Path, part: Elsewhere | None = None) -> list[Path]:
     """Return the files of a saved pipeline that decide its output; none is loaded.
+
+    part: what of it comes from elsewhere, as `without` takes it.
 
     Raises:
         ModelFilesError: files are missing or damaged; names all of them.
     """
     names = (path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
-    files = pipeline_files(model_index(folder), names)
+    files = without(pipeline_files(model_index(folder), names), part)
     if files.missing:
         raise ModelFilesError(
             f"{folder} lacks {', '.join(files.missing)}. Only safetensors are read; copy the "
             "missing files there, or convert the weights with `save_pretrained`."
         )
+    paths = [folder / name for name in files.deciding]
+    check_weights(paths)
+    return paths
+
+
+def check_network(folder: Path) -> list[Path]:
+    """Return the files of a network that is alone in its folder; none is loaded.
+
+    Raises:
+        ModelFilesError: files are missing or damaged; names all of them.
+    """
+    files = network_files((path.name for path in folder.iterdir()), folder)
+    if files.missing:
+        raise ModelFilesError(f"{folder} {lacking_message(files)}")
     paths = [folder / name for name in files.deciding]
     check_weights(paths)
     return paths
@@ -160,28 +217,31 @@ def check_weights(paths: Iterable[Path]) -> None:
         raise ModelFilesError(f"damaged weights: {'; '.join(damaged)}. Copy them again.")
 
 
-def hub_pipeline(settings: ModelSettings) -> Path:
+def hub_pipeline(settings: ModelSettings, part: Elsewhere | None = None) -> Path:
     """Return the folder in the hub's cache that holds the pipeline, after fetching what it lacks.
+
+    part: what of it comes from elsewhere, as `without` takes it.
 
     Raises:
         HubError: files cannot be fetched, or the repository has none that are read.
         ModelFilesError: weights in the cache are damaged.
     """
     commit = hub.resolve_commit(settings.id, settings.revision)
-    files = hub_pipeline_files(settings.id, commit)
+    files = hub_pipeline_files(settings.id, commit, part)
     folder = hub.fetch(settings.id, commit, files.loaded)
     check_weights(folder / name for name in files.loaded)
     return folder
 
 
-def hub_pipeline_files(hub_id: str, commit: str) -> PipelineFiles:
+def hub_pipeline_files(hub_id: str, commit: str, part: Elsewhere | None = None) -> PipelineFiles:
     """Return which files of a hub repository its pipeline consists of; fetches its index only.
 
     Raises:
         HubError: the repository cannot be read, or holds no pipeline of safetensors.
     """
     index = model_index(hub.fetch(hub_id, commit, ["model_index.json"]))
-    return _complete(pipeline_files(index, hub.files_at(hub_id, commit)), hub_id, commit)
+    files = without(pipeline_files(index, hub.files_at(hub_id, commit)), part)
+    return _complete(files, hub_id, commit)
 
 
 #: What open_clip calls its files, and those it keeps of a tokenizer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.captured import captured_inputs, example_call
 from dipgo_core.config import ModelSettings
-from dipgo_core.errors import ModelFilesError
+from dipgo_core.errors import ModelFilesError, UnknownModelError
 from dipgo_core.families import (
     Family,
     call_options,
@@ -28,7 +28,8 @@ from dipgo_core.families import (
 )
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hub import listed, resolve_commit
-from dipgo_core.model_files import hub_pipeline, model_folder, model_index, weights_digest
+from dipgo_core.model_base import Elsewhere, base_of, elsewhere, model_folder, single_file
+from dipgo_core.model_files import DENOISERS, hub_network, hub_pipeline, model_index, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -98,20 +99,18 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
         ModelFilesError: files are missing or cannot be read.
         UnknownModelError: no family uses the pipeline's class.
     """
-    folder = model_folder(settings.id)
-    if folder is None:
-        settings = replace(settings, revision=resolve_commit(settings.id, settings.revision))
-        folder = hub_pipeline(settings)
+    settings = _at_commits(settings)
     digest = weights_digest(settings)  # also finds missing files
+    base = base_of(settings)
+    part = None if base is None else elsewhere(settings)
+    folder = pipeline_folder(base or settings, part)
     try:
-        name = _pipeline_class(settings.id, folder)
-        family = family_of(name, _component_classes(folder))
-        pipe = getattr(diffusers, name).from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            **_networks(folder, getattr(torch, settings.dtype)),
-            **_NO_SAFETY_CHECKER.get(family.name, {}),
-        )
+        pipe = _built(settings, folder, part)
+    except NotImplementedError as error:  # of a single file: weights that were never filled
+        raise ModelFilesError(
+            f"{settings.id} lacks weights of the pipeline that its base describes ({error}); is it "
+            "whole, and `base` a model of its kind?"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFilesError(
             f"{settings.id} cannot be loaded from {folder}: {error}\nCopy the model again."
@@ -119,12 +118,72 @@ def load_model(settings: ModelSettings, *, device: str = "cpu") -> LoadedModel:
     return loaded_model(pipe.to(device), settings, weights_sha256=digest)
 
 
+def _at_commits(settings: ModelSettings) -> ModelSettings:
+    """Return the settings with the commits that revisions on the hub are now."""
+    base = base_of(settings)
+    if base is not None and model_folder(base.id) is None:
+        commit = resolve_commit(base.id, base.revision)
+        settings = replace(settings, base=f"{base.id}@{commit}")
+    if single_file(settings.id) is None and model_folder(settings.id) is None:
+        settings = replace(settings, revision=resolve_commit(settings.id, settings.revision))
+    return settings
+
+
+def pipeline_folder(settings: ModelSettings, part: Elsewhere | None = None) -> Path:
+    """Return the folder of a saved pipeline, fetched from the hub as far as it is needed.
+
+    part: what of it comes from elsewhere.
+    """
+    return model_folder(settings.id) or hub_pipeline(settings, part)
+
+
+def _built(settings: ModelSettings, folder: Path, part: Elsewhere | None) -> Any:
+    """Build the pipeline from its folder, and from what replaces parts of that."""
+    name = _pipeline_class(settings.id, folder)
+    family = family_of(name, _component_classes(folder))
+    pipeline, dtype = getattr(diffusers, name), getattr(torch, settings.dtype)
+    unchecked = _NO_SAFETY_CHECKER.get(family.name, {})
+    file = single_file(settings.id)
+    if file is not None:
+        options = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
+        return _whole(pipeline.from_single_file(str(file), **options, **unchecked), settings.id)
+    networks = _networks(folder, dtype, but=DENOISERS if part == "denoiser" else ())
+    if part == "denoiser":
+        own = model_folder(settings.id) or hub_network(settings.id, settings.revision)
+        networks[family.denoiser_attribute] = _network(
+            own, getattr(diffusers, family.denoiser), dtype
+        )
+    return pipeline.from_pretrained(str(folder), use_safetensors=True, **networks, **unchecked)
+
+
+def _whole(pipe: Any, model_id: str) -> Any:
+    """Return a pipeline read from a single file, if that had all its weights, with them in memory
+    of their own: mapped ones lie as the file has them, and round otherwise than those of a folder.
+
+    Raises:
+        ModelFilesError: tensors are missing; names component and tensors.
+    """
+    for name, component in pipe.components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        if missing := sorted(n for n, tensor in component.state_dict().items() if tensor.is_meta):
+            raise ModelFilesError(
+                f"{model_id} lacks {len(missing)} tensors of {name}: {listed(missing)}. Is it "
+                "whole, and `base` a model of its kind?"
+            )
+        for tensor in (*component.parameters(), *component.buffers()):
+            tensor.data = tensor.data.clone()
+    return pipe
+
+
 _NO_SAFETY_CHECKER: dict[str, dict[str, Any]] = {
     "sd": {"safety_checker": None, "requires_safety_checker": False}
 }
 
 
-def _networks(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+def _networks(
+    folder: Path, dtype: torch.dtype, *, but: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Return a saved pipeline's networks, by component; the libraries would fill what a file lacks
     with random weights, or leave it without any.
 
@@ -134,7 +193,7 @@ def _networks(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     classes = {
         name: getattr(_LIBRARIES[origin[0]], origin[1], None)
         for name, origin in model_index(folder).items()
-        if isinstance(origin, list) and origin[0] in _LIBRARIES
+        if isinstance(origin, list) and origin[0] in _LIBRARIES and name not in but
     }
     return {
         name: _network(folder / name, found, dtype)
@@ -170,6 +229,11 @@ def _pipeline_class(model_id: str, folder: Path) -> str:
         raise ModelFilesError(
             f"{model_id}: model_index.json names the pipeline {name!r}; only those of diffusers "
             "are loaded, and no code that comes with a model is ever run"
+        )
+    if not hasattr(diffusers, name):
+        raise UnknownModelError(
+            f"{model_id}: diffusers {diffusers.__version__} has no pipeline {name!r}; it may need "
+            "another version"
         )
     return name
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dipgo_core import hub
+from dipgo_core.config import ModelSettings
 from dipgo_core.errors import (
     DipgoError,
     EvaluationError,
@@ -35,7 +36,8 @@ from dipgo_core.evaluation.scorers import Scorer, scorer_of
 from dipgo_core.families import find_family, find_known
 from dipgo_core.families.sizes import ModelSizes
 from dipgo_core.items import Item
-from dipgo_core.model_files import model_folder, model_index, weights_digest
+from dipgo_core.model_base import base_of, model_folder, single_file
+from dipgo_core.model_files import model_index, weights_digest
 from dipgo_core.model_sizes import scorer_bytes, sizes_of
 from dipgo_core.zoo import ZOO_MODELS, reference_statistics_path
 from orchestrator.records import content_key
@@ -85,7 +87,8 @@ def items_of_blob(data: bytes) -> tuple[Item, ...]:
 class ModelFacts:
     """Facts of one model. reference: as in a protocol; reference_value: where it lies.
 
-    folder: the local folder that the sweep file names as the model, from the root, None for others.
+    folder: the local folder or file that the sweep file names as the model, from the root, None for
+    others; base_folder: the same of its base.
     Where it lies decides no result and is in no key: its weights are. sizes: of its networks, None
     where nobody tells; scorer_bytes: of the networks that judge images, by name.
     """
@@ -99,6 +102,7 @@ class ModelFacts:
     reference: str = "dense"
     reference_value: str = ""
     folder: str | None = None
+    base_folder: str | None = None
     sizes: ModelSizes | None = None
     scorer_bytes: Mapping[str, int | None] = field(default_factory=dict)
 
@@ -203,8 +207,13 @@ def _needs_hub(model: SweepModel, source: PromptSource) -> bool:
 
 
 def _on_hub(model: SweepModel) -> bool:
-    model_id = model.settings.id
+    model_id = _whole(model).id
     return hub.is_hub_id(model_id) and model_folder(model_id) is None
+
+
+def _whole(model: SweepModel) -> ModelSettings:
+    """Return where a model's configs are: its base, or itself."""
+    return base_of(model.settings) or model.settings
 
 
 def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) -> ModelFacts | None:
@@ -247,7 +256,8 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
         reference=reference[0],
         reference_value=reference[1],
         folder=_local_folder(model),
-        sizes=sizes_of(model.settings.id, pipeline_folder(model), find_family(model.family)),
+        base_folder=_local_base(model),
+        sizes=sizes_of(model.settings.id, _sized_folder(model), find_family(model.family)),
         scorer_bytes={name: scorer_bytes(name) for name in scorer_names(model).values()},
     )
 
@@ -339,14 +349,24 @@ def config_files(model: SweepModel) -> tuple[str, ...]:
 
 
 def _local_folder(model: SweepModel) -> str | None:
-    known = find_known(model.settings.id)
-    folder = model_folder(model.settings.id) if known is None else None
+    if find_known(model.settings.id) is not None:
+        return None
+    place = single_file(model.settings.id) or model_folder(model.settings.id)
+    return None if place is None else str(place.absolute())
+
+
+def _local_base(model: SweepModel) -> str | None:
+    """Return a base that is a folder here, from the root."""
+    base = base_of(model.settings)
+    if base is None or find_known(base.id) is not None:
+        return None
+    folder = model_folder(base.id)
     return None if folder is None else str(folder.absolute())
 
 
 def pipeline_folder(model: SweepModel) -> Path | None:
     """Return where a model's configs lie here: its folder, or the hub's cache if it holds them."""
-    settings = model.settings
+    settings = _whole(model)
     folder = model_folder(settings.id)
     if folder is not None:
         return folder
@@ -355,6 +375,11 @@ def pipeline_folder(model: SweepModel) -> Path | None:
     if cached is None or not all((cached / name).is_file() for name in config_files(model)):
         return None
     return cached
+
+
+def _sized_folder(model: SweepModel) -> Path | None:
+    """Return the folder whose weights are the model's; those of a base are not."""
+    return None if base_of(model.settings) is not None else pipeline_folder(model)
 
 
 def class_names(model: SweepModel) -> dict[int, tuple[str, ...]]:

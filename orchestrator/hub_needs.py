@@ -7,23 +7,25 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dipgo_core import hub
+from dipgo_core.config import ModelSettings
 from dipgo_core.errors import HubError
 from dipgo_core.evaluation.image_reward_files import hub_files
 from dipgo_core.evaluation.metrics import Role
 from dipgo_core.evaluation.scorers import hub_revisions, hub_scorer
 from dipgo_core.families import Scorers
+from dipgo_core.model_base import Elsewhere, base_of, elsewhere, model_folder, single_file
 from dipgo_core.model_files import (
     hub_network_files,
     hub_pipeline_files,
-    model_folder,
     model_index,
     network_files,
     pipeline_files,
+    without,
 )
 from orchestrator.facts import scorer_names
 from orchestrator.sweep_settings import PromptSource, SweepFile, SweepModel
 
-NeedKind = Literal["model", "scorer", "prompts", "vocabulary"]
+NeedKind = Literal["model", "denoiser", "scorer", "prompts", "vocabulary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class HubNeed:
     """One repository that a sweep needs. users: ``model: field``, each place that asks for it.
 
     role: of a scorer. file: the one file of a prompt set; None: the package datasets reads it.
+    elsewhere: what of a model's base comes from elsewhere.
     """
 
     kind: NeedKind
@@ -38,6 +41,7 @@ class HubNeed:
     revision: str | None
     role: Role | None = None
     file: str | None = None
+    elsewhere: Elsewhere | None = None
     users: tuple[str, ...] = ()
 
     @property
@@ -65,8 +69,8 @@ class HubNeed:
             HubError: the repository cannot be read, or lacks what is needed of it.
         """
         if self.kind == "model":
-            return hub_pipeline_files(self.id, commit).loaded
-        if self.kind == "scorer" and self.role != "image_reward":
+            return hub_pipeline_files(self.id, commit, self.elsewhere).loaded
+        if self.kind == "denoiser" or (self.kind == "scorer" and self.role != "image_reward"):
             return hub_network_files(self.id, commit).loaded
         return () if self.file is None else (self.file,)
 
@@ -79,13 +83,13 @@ class HubNeed:
             return True
         if self.file is not None:
             return self.file in names
-        if self.kind == "scorer":
+        if self.kind in ("scorer", "denoiser"):
             folder = hub.snapshot_folder(self.id, commit or "")
             return not network_files(names, folder).missing
         if commit is None or "model_index.json" not in names:
             return False
         index = model_index(hub.snapshot_folder(self.id, commit))
-        return not pipeline_files(index, names).missing
+        return not without(pipeline_files(index, names), self.elsewhere).missing
 
 
 #: Revisions and what they resolve to, by `revision_key`.
@@ -116,9 +120,13 @@ def hub_needs(sweep: SweepFile) -> tuple[HubNeed, ...]:
 
 
 def _needs_of(model: SweepModel) -> Iterator[tuple[str, HubNeed]]:
-    settings = model.settings
-    if model_folder(settings.id) is None:
-        yield "id", HubNeed(kind="model", id=settings.id, revision=settings.revision)
+    settings, base = model.settings, base_of(model.settings)
+    if single_file(settings.id) is None and model_folder(settings.id) is None:
+        kind: NeedKind = "model" if base is None else "denoiser"
+        yield "id", HubNeed(kind=kind, id=settings.id, revision=settings.revision)
+    if base is not None and model_folder(base.id) is None:
+        part = elsewhere(settings)
+        yield "base", HubNeed(kind="model", id=base.id, revision=base.revision, elsewhere=part)
     for role, name in scorer_names(model).items():
         if hub_scorer(name):
             yield from _scorer_needs(role, name)
@@ -172,6 +180,7 @@ def with_commits(sweep: SweepFile, commits: Commits) -> SweepFile:
 def _pinned(model: SweepModel, commits: Commits) -> SweepModel:
     settings = model.settings
     commit = commits.get(revision_key(settings.id, settings.revision, "model"))
+    base = pinned_base(settings, commits)
     evaluate = replace(
         model.evaluate,
         scorers=_pinned_scorers(model, commits),
@@ -182,10 +191,19 @@ def _pinned(model: SweepModel, commits: Commits) -> SweepModel:
     )
     return replace(
         model,
-        settings=replace(settings, revision=commit) if commit else settings,
+        settings=replace(settings, revision=commit or settings.revision, base=base),
         evaluate=evaluate,
         calibration=calibration,
     )
+
+
+def pinned_base(settings: ModelSettings, commits: Commits) -> str | None:
+    """Return a model's base as a sweep file writes it, with its commit if that is known."""
+    base = base_of(settings)
+    if base is None:
+        return settings.base
+    commit = commits.get(revision_key(base.id, base.revision, "model"))
+    return f"{base.id}@{commit}" if commit else settings.base
 
 
 def _pinned_scorers(model: SweepModel, commits: Commits) -> Scorers:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
@@ -29,6 +29,10 @@ _SCORING = ("torchmetrics", "torch-fidelity", "torchvision")
 
 #: A race reads a few arrays and computes for seconds.
 _RACE = TaskResources()
+
+
+#: The options that say where a model lies here, and what they replace.
+_LOCAL: Final = {"model_folder": "id", "model_base": "base"}
 
 
 @cache
@@ -356,6 +360,10 @@ class ModelTasks:
         again = fit.run.checkpoint_calls
         return {**_held(fit), "memory": {"images_at_once": split, "checkpoint_calls": again}}
 
+    def _where(self) -> dict[str, str]:
+        places = {"model_folder": self.facts.folder, "model_base": self.facts.base_folder}
+        return {name: place for name, place in places.items() if place is not None}
+
     def _task(
         self,
         kind: TaskKind,
@@ -372,12 +380,13 @@ class ModelTasks:
             else getattr(self.sweep.resources, "evaluate" if kind == "statistics" else kind)
         )
         model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
-        folder = self.facts.folder
-        where = {} if folder is None else {"model_folder": folder}
+        where = self._where()
+        for name, place in where.items():  # what lies where decides nothing, its weights do
+            model[_LOCAL[name]] = Path(place).name
         return Task(
             kind=kind,
             inputs={
-                "model": model if folder is None else {**model, "id": Path(folder).name},
+                "model": model,
                 "sampler": sampler.to_json(),
                 "versions": numerics_versions(kind),
                 **inputs,

@@ -18,6 +18,7 @@ from orchestrator.hub_needs import (
     Commits,
     HubNeed,
     hub_needs,
+    pinned_base,
     pinned_scorer,
     resolve_needs,
     revision_key,
@@ -173,6 +174,9 @@ class _Editor:
     ) -> Iterator[Edit]:
         key = revision_key(model.settings.id, model.settings.revision, "model")
         tree: dict[str, str | Tree] = {"revision": commits[key]} if key in commits else {}
+        base = pinned_base(model.settings, commits)
+        if base is not None and base != model.settings.base:
+            tree["base"] = base
         if scorers:
             tree["overrides"] = {"evaluate": {"scorers": scorers}}
         if not tree:

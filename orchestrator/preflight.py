@@ -14,7 +14,8 @@ from dipgo_core.evaluation.image_reward_files import WEIGHTS, check_reward
 from dipgo_core.evaluation.inception_files import INCEPTION, inception_file
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.evaluation.scorers import MODEL_TYPES, check_inputs, model_type_of
-from dipgo_core.model_files import NETWORK_CONFIGS, check_weights, model_folder
+from dipgo_core.model_base import base_of, model_folder
+from dipgo_core.model_files import NETWORK_CONFIGS, check_weights
 from orchestrator.facts import (
     ModelFacts,
     config_files,
@@ -116,7 +117,7 @@ def _absent(need: HubNeed, commits: Commits) -> list[str]:
 
 def _configs(model: SweepModel) -> list[str]:
     """Fetch what facts of a hub model are read from; return why that fails."""
-    settings = model.settings
+    settings = base_of(model.settings) or model.settings
     if model_folder(settings.id) is not None or not hub.is_commit(settings.revision):
         return []
     commit = str(settings.revision)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_core.config import SamplerSettings
-from dipgo_core.errors import UnknownModelError, nearest
+from dipgo_core.errors import ModelFilesError, UnknownModelError, nearest
 from dipgo_core.families import (
     FAMILIES,
     KNOWN_MODELS,
@@ -21,6 +21,8 @@ from dipgo_core.families import (
     find_known,
 )
 from dipgo_core.families.fallback import own_sampler
+from dipgo_core.hub import split_id
+from dipgo_core.model_base import is_file_name, is_partial, needs_base, single_file
 from orchestrator.sweep_file.context import HUB_ID, Context
 from orchestrator.sweep_issues import Issues
 from orchestrator.yaml_source import Node
@@ -28,7 +30,8 @@ from orchestrator.yaml_source import Node
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What is known of a model before anything is loaded. `id` opens from the current folder."""
+    """What is known of a model before anything is loaded. `id` and `base` open from the current
+    folder; base: ``owner/name@revision`` on the hub, None where the id is a whole pipeline."""
 
     id: str
     family: Family
@@ -36,10 +39,15 @@ class Identity:
     scorers: Scorers
     bundled: bool = False
     hub: bool = False
+    base: str | None = None
 
 
-def identify(node: Node, family: str | None, issues: Issues, context: Context) -> Identity | None:
-    """Return what the id at `node` names; `family` is the one the entry gives, if any."""
+def identify(
+    node: Node, family: str | None, issues: Issues, context: Context, base: Node | None = None
+) -> Identity | None:
+    """Return what the id at `node` names; `family` and `base` are those the entry gives, if any."""
+    if base is not None or is_file_name(str(node.value)):
+        return _on_base(node, base, family, issues, context)
     name = str(node.value)
     known = find_known(name)
     if known is not None:
@@ -57,6 +65,43 @@ def identify(node: Node, family: str | None, issues: Issues, context: Context) -
         issues.add(node.issue(rule))
         return None
     return _of_family(name, find_family(family), hub=True)
+
+
+def _on_base(
+    node: Node, base: Node | None, family: str | None, issues: Issues, context: Context
+) -> Identity | None:
+    """Return a single file, or a denoiser alone, with what its base is."""
+    name = str(node.value)
+    if base is None:
+        issues.add(node.issue(needs_base(name)))
+        return None
+    hub_id, revision = split_id(str(base.value))
+    rest = identify(replace(base, value=hub_id), family, issues, context)
+    found = context.locate(name)
+    here = found is not None or is_file_name(name) or name.startswith((".", "/", "~"))
+    try:
+        file = single_file(found or name)
+    except ModelFilesError as error:
+        issues.add(node.issue(str(error)))
+        return None
+    if rest is None:
+        return None
+    if is_partial(rest.id):
+        issues.add(base.issue(f"{rest.id} is no whole pipeline itself"))
+        return None
+    if file is None and not here and not HUB_ID.fullmatch(name):
+        issues.add(node.issue(f"{name!r} is no file of safetensors, folder or hub id (owner/name)"))
+        return None
+    whole = rest.id if revision is None else f"{rest.id}@{revision}"
+    known = find_known(name)
+    return replace(
+        rest,
+        id=found or name,
+        base=whole,
+        hub=not here,
+        bundled=False,
+        sampler=rest.sampler if known is None else known.sampler,
+    )
 
 
 def _known(known: KnownModel, node: Node, family: str | None, issues: Issues) -> Identity:

@@ -11,6 +11,8 @@ from typing import Final, get_args
 from dipgo_core.config import DType, ModelSettings, SamplerSettings
 from dipgo_core.families import FAMILIES, KNOWN_MODELS, calls_of
 from dipgo_core.families.fallback import named_fallback
+from dipgo_core.hub import is_hub_id
+from dipgo_core.model_base import base_of
 from dipgo_core.postprocess import kept_share
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
@@ -23,7 +25,12 @@ from orchestrator.sweep_file.fields import (
 )
 from orchestrator.sweep_file.identity import Identity, identify
 from orchestrator.sweep_file.overrides import merge
-from orchestrator.sweep_file.pins import check_model_pin, check_prompt_pin, check_scorer_pins
+from orchestrator.sweep_file.pins import (
+    check_base_pin,
+    check_model_pin,
+    check_prompt_pin,
+    check_scorer_pins,
+)
 from orchestrator.sweep_file.prompts import check_splits
 from orchestrator.sweep_file.sampler import read_samplers
 from orchestrator.sweep_file.search import SearchSection, read_search
@@ -137,7 +144,13 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         _check_targets(nodes["targets"], read.targets, sampler, issues)
     several = isinstance(fields.place("sampler").value, tuple)
     names = _names(None if several else name, name or _stem(identity.id), samplers)
-    settings = ModelSettings(id=identity.id, revision=revision, dtype=dtype, resolution=resolution)
+    settings = ModelSettings(
+        id=identity.id,
+        revision=revision,
+        dtype=dtype,
+        resolution=resolution,
+        base=identity.base,
+    )
     return [
         SweepModel(
             name=model_name,
@@ -172,10 +185,14 @@ def _context(identity: Identity, name: str | None, folder: Path) -> Context:
 def _identity(fields: Fields, issues: Issues, context: Context) -> Identity | None:
     hint = f"a bundled model ({_BUNDLED}), a hub id or a folder"
     name = fields.need("id", text(), "", hint=hint)
+    base = fields.maybe("base", text())
     given = fields.child("family")
     family = None if given is None else _family(given, issues)
     unclear = not name or (given is not None and family is None)
-    return None if unclear else identify(fields.place("id"), family, issues, context)
+    if unclear:
+        return None
+    where = None if base is None else fields.place("base")
+    return identify(fields.place("id"), family, issues, context, where)
 
 
 def _family(node: Node, issues: Issues) -> str | None:
@@ -204,6 +221,9 @@ def _check_revision(
         fields.issues.add(place.issue(f"only models on the hub have one, {identity.id} is local"))
     if identity.hub and not allow_unpinned:
         check_model_pin(place, fields.node.path, revision, fields.issues)
+    base = base_of(ModelSettings(id=identity.id, base=identity.base))
+    if base is not None and not allow_unpinned and is_hub_id(base.id):
+        check_base_pin(fields.place("base"), fields.node.path, base, fields.issues)
 
 
 def _resolution(fields: Fields, identity: Identity | None) -> int | None:

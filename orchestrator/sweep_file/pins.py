@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dipgo_core.config import ModelSettings
 from dipgo_core.evaluation.metrics import roles_of
 from dipgo_core.evaluation.scorers import hub_revisions, hub_scorer
 from dipgo_core.hub import is_commit, split_id
@@ -16,6 +17,13 @@ def check_model_pin(place: Node, path: str, revision: str | None, issues: Issues
     """Report a model whose revision is no commit."""
     if not is_commit(revision):
         issues.add(place.issue(_rule(place, revision), path=join(path, "revision")))
+
+
+def check_base_pin(place: Node, path: str, base: ModelSettings, issues: Issues) -> None:
+    """Report the base of a model, written or meant by default, whose revision is no commit."""
+    if not is_commit(base.revision):
+        rule = f"{_rule(place, base.revision)} (as base: {base.id}@<commit>)"
+        issues.add(place.issue(rule, path=join(path, "base")))
 
 
 def check_prompt_pin(section: Node, source: PromptSource, issues: Issues) -> None:

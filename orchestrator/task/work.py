@@ -73,6 +73,7 @@ class Work:
         wanted = dict(self.task.inputs["model"])
         planned = wanted.pop("weights_sha256")
         wanted["id"] = self.task.options.get("model_folder", wanted["id"])
+        wanted["base"] = self.task.options.get("model_base", wanted["base"])
         model = loaded(json.dumps(wanted, sort_keys=True), self.device)
         if model.weights_sha256 != planned:
             raise ModelFilesError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import DDIM, tiny_dit, tiny_model, tiny_sd
 
-from dipgo_core.errors import EvaluationError
+from dipgo_core.errors import EvaluationError, SamplingError
 from dipgo_core.evaluation.generate import generate, to_uint8
 from dipgo_core.evaluation.protocol import image_seed
 from dipgo_core.gates import GateTable
@@ -137,7 +137,7 @@ def test_few_steps_and_no_guidance_are_honoured(model: LoadedModel) -> None:
 
 
 def test_label_models_need_labels() -> None:
-    with pytest.raises(EvaluationError, match="conditioned on class labels, but 'a cat' has none"):
+    with pytest.raises(SamplingError, match="conditioned on class labels, but 'a cat' has none"):
         next(generate(tiny_model(tiny_dit()), [Item("a cat")], [1], DDIM))
 
 
