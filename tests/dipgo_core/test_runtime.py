@@ -400,3 +400,32 @@ def test_a_saved_subnet_applies_to_a_fresh_pipeline(sd: LoadedModel, tmp_path: A
     fresh, loaded = tiny_model(tiny_sd()), SubNet.load(tmp_path / "subnet.json")
     with apply_subnet(fresh.pipe, loaded):
         assert torch.equal(images(fresh, **loaded.call_kwargs()), expected)
+
+
+# images that are not finite -----------------------------------------------------------------------
+
+
+def test_latents_that_are_not_finite_name_denoiser_and_dtype(sd: LoadedModel) -> None:
+    broken = tiny_model(tiny_sd())
+    broken.denoiser.conv_out.bias.data.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    subnet = mixed(sd)
+    set_sampler(broken, DDIM)
+    with (
+        apply_subnet(broken.pipe, subnet),
+        pytest.raises(SubNetError, match=r"UNet2DConditionModel of tiny in float32.*bfloat16"),
+    ):
+        images(broken)
+
+
+def test_images_that_are_not_finite_name_the_autoencoder(sd: LoadedModel) -> None:
+    broken = tiny_model(tiny_sd())
+    broken.pipe.vae.post_quant_conv.bias.data.fill_(float("inf"))
+    subnet = mixed(sd)
+    set_sampler(broken, DDIM)
+    with (
+        apply_subnet(broken.pipe, subnet),
+        pytest.raises(
+            SubNetError, match="AutoencoderKL of tiny in float32.*the SubNet has no part"
+        ),
+    ):
+        images(broken)
