@@ -1,5 +1,6 @@
 # What a contributor and CI run. Every target may be run again: what is done is skipped.
 #   make demo   the quickstart sweep, from nothing to Pareto fronts
+#   make rehearse  the flagship sweeps (SD, transformers) on shrunk models, to their fronts
 #   make check  formatting, lint, types, walls between modules      make test  all tests but the marked ones
 
 VENV ?= .venv
@@ -14,7 +15,10 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-cluster check format bench clean
+# REHEARSE_ARGS: such as sd_family, or --folder /tmp/rehearsal to go on where it ended.
+REHEARSE_ARGS ?=
+
+.PHONY: install demo rehearse test test-cluster check format bench clean
 
 install: $(INSTALLED)
 
@@ -28,6 +32,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+rehearse: $(INSTALLED)
+	$(BIN)/python scripts/rehearse.py $(REHEARSE_ARGS)
 
 # Exit code 5 of pytest: no test carries the marker yet.
 test-cluster: $(INSTALLED)

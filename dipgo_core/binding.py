@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,10 +20,21 @@ from dipgo_core.subnet import SubNet, config_sha256
 
 
 def deciding_config(configured: Any) -> dict[str, Any]:
-    """Return the config fields that decide the output: arguments of the class, as JSON values."""
+    """Return the config fields that decide the output: arguments of the class, as JSON values.
+
+    JSON has no infinity: a default of infinity (bounds that bound nothing) is left out.
+    """
     accepted = inspect.signature(type(configured).__init__).parameters
-    config = {k: v for k, v in configured.config.items() if k in accepted and k[0] != "_"}
+    config = {
+        name: value
+        for name, value in configured.config.items()
+        if name in accepted and name[0] != "_" and not _unbounded(value, accepted[name].default)
+    }
     return cast(dict[str, Any], json.loads(json.dumps(config, sort_keys=True, default=list)))
+
+
+def _unbounded(value: Any, default: Any) -> bool:
+    return isinstance(value, float) and math.isinf(value) and value == default
 
 
 def subnet_of(

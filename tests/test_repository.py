@@ -52,7 +52,7 @@ def test_ci_is_executable_and_calls_make() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "demo", "test", "test-cluster", "check", "bench", "clean"]
+    "target", ["install", "demo", "rehearse", "test", "test-cluster", "check", "bench", "clean"]
 )
 def test_makefile_has_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

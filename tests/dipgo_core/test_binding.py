@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import diffusers
@@ -31,3 +33,11 @@ def test_deciding_config_leaves_foreign_and_private_fields_out() -> None:
     assert "skip_prk_steps" in scheduler.config
     assert deciding_config(scheduler) == deciding_config(tiny_scheduler())
     assert not any(key.startswith("_") for key in deciding_config(tiny_unet()))
+
+
+def test_deciding_config_is_json_where_a_bound_is_infinite() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    assert scheduler.config.lambda_min_clipped == -math.inf
+    config = json.loads(json.dumps(deciding_config(scheduler), allow_nan=False))
+    again = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    assert again.config.lambda_min_clipped == -math.inf

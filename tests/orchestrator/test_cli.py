@@ -117,7 +117,7 @@ def test_fault_of_our_own_shows_a_traceback_and_advice(
 # --- sweep files ---
 
 
-@pytest.mark.parametrize("name", ["quickstart", "tiny_full", "sd_family"])
+@pytest.mark.parametrize("name", ["quickstart", "tiny_full", "sd_family", "transformer_family"])
 def test_validate_accepts_the_sweeps_of_the_repository(name: str) -> None:
     assert call("validate", str(ROOT / "sweeps" / f"{name}.yaml")) == ExitCode.DONE
 
