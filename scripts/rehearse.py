@@ -34,10 +34,12 @@ FLAGSHIPS: Final[Mapping[str, tuple[str, ...]]] = {
     "transformer_family": ("dit", "pixart", "sd35", "flux"),
 }
 
+#: Calls a run: the fewest of which each file's highest target leaves one.
+CALLS: Final[Mapping[str, int]] = {"sd_family": 5, "transformer_family": 4}
+
 #: Those whose folder does not say how small its images are to be.
 SIZED: Final = ("pixart", "flux")
 
-CALLS: Final = 5  # the fewest of which a target of 0.8 leaves one
 SEARCH_STEPS: Final = 2
 CALIBRATION_IMAGES: Final = 2
 IMAGES: Final = 8  # the fewest that give every metric an interval
@@ -99,12 +101,12 @@ class Stage:
         yield f"search.steps={SEARCH_STEPS}"
         yield f"latency={LATENCY}"
         for index, name in enumerate(FLAGSHIPS[flagship]):
+            yield f"models.{index}.sampler.steps={CALLS[flagship]}"
             yield from self._model_overrides(f"models.{index}", name)
 
     def _model_overrides(self, place: str, name: str) -> Iterator[str]:
         yield f"{place}.id={self.model(name)}"
         yield f"{place}.revision=null"
-        yield f"{place}.sampler.steps={CALLS}"
         if name in SIZED:
             yield f"{place}.resolution={shrunk.PIXELS}"
         if name == "dit":
