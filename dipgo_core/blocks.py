@@ -263,6 +263,11 @@ def _run_traced(twin: nn.Module, trace: _Trace, inputs: Mapping[str, Any]) -> _T
     try:
         with torch.enable_grad(), torch.device("meta"), trace.counter:
             output = twin(**{name: _as_traced_input(v) for name, v in inputs.items()})
+    except (NotImplementedError, RuntimeError) as error:
+        raise TraceError(
+            f"{type(twin).__name__} cannot be traced without weights: {error}. Its forward may "
+            "look at values, of which a tensor on the meta device has none"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

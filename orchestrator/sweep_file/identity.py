@@ -134,6 +134,13 @@ def _in_folder(folder: str, node: Node, family: str | None, issues: Issues) -> I
         return None
     if family not in (None, found.name):
         issues.add(node.issue(f"{folder} is of family {found.name}, not {family}"))
+    if pipeline in found.pipelines[found.searchable :]:
+        rule = (
+            f"{pipeline} makes images of more than a prompt; search the model of "
+            f"{' or '.join(found.pipelines[: found.searchable])}: its SubNets run in {pipeline} too"
+        )
+        issues.add(node.issue(rule))
+        return None
     if found.name in FAMILIES:
         return _of_family(folder, found, hub=False)
     sampler = own_sampler(components.get("scheduler", ""))

@@ -349,6 +349,18 @@ def test_find_blocks_refuses_an_unknown_granularity() -> None:
         find_blocks(Toy(), inputs=toy_inputs(), granularity="head")
 
 
+class Peeking(Toy):
+    """A denoiser whose forward looks at values."""
+
+    def forward(self, sample: Tensor, extra: dict[str, Tensor] | None = None) -> Tensor:
+        return super().forward(sample * sample.sum().item(), extra)
+
+
+def test_find_blocks_says_why_a_denoiser_cannot_be_traced() -> None:
+    with pytest.raises(TraceError, match=r"Peeking cannot be traced .*may look at values"):
+        find_blocks(Peeking(), inputs=toy_inputs())
+
+
 def test_find_blocks_takes_named_modules_only() -> None:
     graph = find_blocks(Toy(), inputs=toy_inputs(), names=("layers.0", "layers.2"))
     assert graph.producers == ((2,), (INPUT,), (1,))

@@ -190,6 +190,14 @@ def test_pipeline_in_no_family_has_no_layers(load: Load) -> None:
     assert issue.endswith("take block, got layer")
 
 
+def test_pipeline_that_takes_more_than_a_prompt_is_not_searched(load: Load) -> None:
+    Path("inpaint").mkdir()
+    Path("inpaint/model_index.json").write_text('{"_class_name": "FluxInpaintPipeline"}')
+    issues = issues_of(load, SMALL.replace("tiny-sd", "./inpaint"))
+    assert "FluxInpaintPipeline makes images of more than a prompt" in issues[0]
+    assert "search the model of FluxPipeline" in issues[0]
+
+
 def test_pipeline_whose_noise_scheduler_has_no_name_is_refused(load: Load) -> None:
     auraflow(Path("aura"), "DEISMultistepScheduler")
     issues = issues_of(load, AURA.replace("GRANULARITY", "block"))
