@@ -47,6 +47,15 @@ class _Place:
     outlines: dict[int, Tensors] = field(default_factory=dict)  # of outputs nobody will look at
 
 
+@dataclass
+class _Chain:
+    """Blocks computed one after the other on a residual stream, to be cached as one change."""
+
+    first: int
+    start: Tensors
+    outputs: Tensors
+
+
 class GatedCalls:
     """Policy that follows a gate table: computes live blocks, reuses caches for all others.
 
@@ -130,13 +139,15 @@ class GatedCalls:
             outputs = compute()
             if not residual and self._is_whole:
                 self._place.outlines[index] = outlined(outputs)
-            if row.stores[index]:
-                self._put(index, _subtracted(outputs, streams) if residual else _cloned(outputs))
+            if row.stores[index] and residual:
+                self._put_change(index, streams, outputs)
+            elif row.stores[index]:
+                self._put(index, _cloned(outputs))
             return outputs
         if row.reads[index]:
             cached = self._take(index)
             if residual:
-                return _added(streams, cached)
+                return _added(streams, cached) if cached else streams
             return cached if row.frees[index] else _cloned(cached)
         return streams if residual else self._dead(index)
 
@@ -158,6 +169,7 @@ class GatedCalls:
         place.call = call
         self._place = place
         self._index += 1
+        self._chain: _Chain | None = None
         self._row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
         return self._row
 
@@ -167,6 +179,27 @@ class GatedCalls:
                 "the denoiser's sample changed its shape in a call that was to be skipped, after "
                 "the ControlNet had been left out; keep guidance as it is, or guess_mode off"
             )
+
+    def _put_change(self, index: int, streams: Tensors, outputs: Tensors) -> None:
+        """Cache what blocks add to the stream: one change for all that are reused together.
+
+        The first of them then makes the change, the others pass their streams on. Where something
+        else changed the stream between two blocks (a ControlNet), they are cached apart.
+        """
+        joins, chain = self._row.joins, self._chain
+        if joins[index] and chain is not None and _same(streams, chain.outputs):
+            chain.outputs = outputs
+            self._put(index, ())
+        else:
+            self._end_chain()
+            self._chain = _Chain(index, streams, outputs)
+        if index + 1 == len(joins) or not joins[index + 1]:
+            self._end_chain()
+
+    def _end_chain(self) -> None:
+        if (chain := self._chain) is not None:
+            self._chain = None
+            self._put(chain.first, _subtracted(chain.outputs, chain.start))
 
     def _put(self, index: int, tensors: Tensors) -> None:
         self._place.cached[index] = tensors
@@ -194,6 +227,10 @@ class GatedCalls:
         if not self._roomy:
             return outline
         return tuple(None if t is None else t.new_empty(t.shape) for t in outline)
+
+
+def _same(tensors: Tensors, others: Tensors) -> bool:
+    return all(a is b for a, b in zip(tensors, others, strict=True))
 
 
 def signature_of(sample: Tensor) -> Signature:

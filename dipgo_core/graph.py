@@ -52,13 +52,15 @@ class Row:
 
     computes: run now. stores: run now, and a later call reads the output. reads: not run, the
     cached output is taken. frees: taken for the last time. A block that neither computes nor reads
-    is dead: nobody looks at its output.
+    is dead: nobody looks at its output. joins: stored as one change with the block before it, since
+    all later calls that reuse the one reuse the other.
     """
 
     computes: tuple[bool, ...]
     stores: tuple[bool, ...]
     reads: tuple[bool, ...]
     frees: tuple[bool, ...]
+    joins: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -135,25 +137,55 @@ class BlockGraph:
         self.check(gates)
         everything = np.ones(self.num_blocks, dtype=np.bool_)
         nothing = ~everything
-        later = nothing  # which outputs a later call reads before they are computed again
+        # for each output, the calls that read it before it is computed again
+        readers: list[tuple[int, ...]] = [()] * self.num_blocks
         rows, whole = list[Row](), list[Row]()
-        for keep in gates.keep[::-1]:
+        for call, keep in reversed(list(enumerate(gates.keep))):
             live, reads = self.live(keep), self.reads(keep)
-            rows.append(_row(live, live & later, reads, reads & ~later))
-            whole.append(_row(everything, later, nothing, nothing))
-            later = reads | (later & ~live)
+            later = np.array([bool(calls) for calls in readers])
+            stores, joins = live & later, self._joins(readers)
+            rows.append(_row(live, stores, reads, reads & ~later, joins & _paired(stores)))
+            whole.append(_row(everything, later, nothing, nothing, joins & _paired(later)))
+            readers = [
+                (call, *calls) if reads[n] else () if live[n] else calls
+                for n, calls in enumerate(readers)
+            ]
         return Schedule(tuple(rows[::-1]), tuple(whole[::-1]))
+
+    def _joins(self, readers: Sequence[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
+        """Return which blocks go on a residual stream together with the block before them."""
+        return np.array(
+            [n in self._continued and readers[n] == readers[n - 1] for n in range(self.num_blocks)]
+        )
+
+    @cached_property
+    def _continued(self) -> frozenset[int]:
+        """Blocks that alone read the block before them, both of residual reuse."""
+        consumers = [n for producers in self.producers for n in producers]
+        return frozenset(
+            n
+            for n in range(2, self.num_blocks)
+            if self.blocks[n].reuse is self.blocks[n - 1].reuse is Reuse.RESIDUAL
+            and n - 1 in self.producers[n]
+            and consumers.count(n - 1) == 1
+        )
 
     def peak_cache(self, gates: GateTable, sizes: Sequence[int]) -> int:
         """Return the most bytes that are cached at once in a run of all calls.
 
         sizes: bytes that each block's output takes, [0] those of the prediction.
         """
-        held = peak = 0
+        held, peak, cached = 0, 0, dict[int, int]()
         schedule = self.schedule(gates)
         for row in (schedule.whole[0], *schedule.rows[1:]):
+            first = 0
             for n in (*range(1, self.num_blocks), 0):  # the prediction comes last
-                held += sizes[n] * (row.stores[n] - row.frees[n])
+                first = first if row.joins[n] else n
+                if row.stores[n] and not (*row.joins, False)[n + 1]:
+                    cached[first] = sizes[n]
+                    held += sizes[n]
+                if row.frees[n]:
+                    held -= cached.pop(n, 0)
                 peak = max(peak, held)
         return peak
 
@@ -233,6 +265,13 @@ class BlockGraph:
             ),
             producers=tuple(tuple(p) for p in data["producers"]),
         )
+
+
+def _paired(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which entries are set together with the one before them."""
+    before = np.zeros_like(flags)
+    before[1:] = flags[:-1]
+    return np.logical_and(flags, before)
 
 
 def _row(*columns: npt.NDArray[np.bool_]) -> Row:

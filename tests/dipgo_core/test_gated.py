@@ -207,3 +207,41 @@ def test_a_spared_call_cannot_be_computed_after_all() -> None:
     assert calls.spares()
     with pytest.raises(SubNetError, match="ControlNet had been left out"):
         forward(calls, torch.zeros(2, 4))
+
+
+def on_stream(calls: GatedCalls, between: float = 0.0) -> Tensor:
+    """One forward whose blocks add their number to a stream; something else may add in between."""
+
+    def denoiser() -> Tensors:
+        stream = SAMPLE
+        for index in (1, 2, 3):
+            before = stream
+            out = calls.block(index, (before,), lambda i=index, b=before: (b + i,))  # type: ignore[misc]
+            assert out[0] is not None
+            stream = out[0] + between if between and index == 2 else out[0]
+        return (stream,)
+
+    (output,) = calls.denoiser(SAMPLE, 5, denoiser)
+    assert output is not None
+    return output
+
+
+def test_blocks_reused_together_are_cached_as_one_change() -> None:
+    """Oracle: 1 + 2 + 3, whichever of them are reused; block 3 is reused longer than the others."""
+    calls = gated(["1111", "1001", "1110", "1000"], Reuse.RESIDUAL)
+    held = []
+    for call in range(4):
+        calls.start_call(call)
+        assert torch.equal(on_stream(calls), SAMPLE + 6)
+        held.append({n: bool(tensors) for n, tensors in calls._place.cached.items()})
+    assert held == [{1: True, 2: False}, {3: True}, {1: True, 2: False, 3: True}, {}]
+    assert calls.peak_cache_bytes == 2 * SAMPLE.numel() * 4
+
+
+def test_what_is_added_between_blocks_is_not_cached_with_them() -> None:
+    """Oracle: blocks add 6, a ControlNet 10 between blocks 2 and 3, then 20."""
+    calls = gated(["1111", "1000"], Reuse.RESIDUAL)
+    calls.start_call(0)
+    assert torch.equal(on_stream(calls, between=10.0), SAMPLE + 16)
+    calls.start_call(1)
+    assert torch.equal(on_stream(calls, between=20.0), SAMPLE + 26)

@@ -158,7 +158,7 @@ def test_gated_runs_equal_the_naive_ones(model: LoadedModel, seed: int) -> None:
     with apply_subnet(model.pipe, subnet_for(model, rows)):
         pruned = images(model)
     with naive_run(model.pipe, model.denoiser, block_graph(model), rows):
-        assert torch.equal(pruned, images(model))
+        torch.testing.assert_close(pruned, images(model))  # changes are summed in another order
 
 
 @contextmanager
