@@ -4,7 +4,7 @@ At granularity `layer` a single-stream block is one layer: its attention and fee
 by side into one output projection, and what could be gated of the feed-forward alone are bare
 linear modules, which adapters (LoRA) replace.
 
-Configs from memory of the published ones (FLUX.1-dev is gated).
+FLUX.1-dev is gated: its config as public copies of it have it.
 """
 
 from __future__ import annotations

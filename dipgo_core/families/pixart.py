@@ -1,6 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: a transformer with cross-attention to T5.
 
-Configs from memory of the published ones; the MACs they give are those of the method's description.
+Configs as public copies have them; the MACs of PixArt-alpha are those measured for the method.
 """
 
 from __future__ import annotations

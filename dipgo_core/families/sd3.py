@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer over text and image streams, three text encoders.
 
-Configs from memory of the published ones (the repositories are gated).
+The published repositories are gated: configs as several public copies of them agree.
 """
 
 from __future__ import annotations
