@@ -91,25 +91,40 @@ def call_bytes(
 ) -> dict[str, int]:
     """Return what one denoiser call holds; both arguments are called among fake tensors.
 
-    inputs: keyword arguments of the call, as many rows as wanted. forward: at most without
-    gradients, caches not counted. cache: kept for the next call under soft gates. saved: with
-    gradients, until its backward pass; backward: at most during that.
+    inputs: keyword arguments of the call, as many rows as wanted, the latents first. forward: at
+    most without gradients, caches not counted. cache: kept for the next call under soft gates.
+    saved: with gradients, until its backward pass; backward: at most during that, if the call is
+    computed again in it.
     """
-    policy = SoftGates(graph, checkpointing=False)
-    policy.start(torch.ones(2, graph.num_blocks, requires_grad=True), Repeat(None))
+    kept, again = (SoftGates(graph, checkpointing=on) for on in (False, True))
+    for policy in (kept, again):
+        policy.start(torch.ones(2, graph.num_blocks, requires_grad=True), Repeat(None))
     with fake_tensors(dtype):
         denoiser, arguments = make().eval().requires_grad_(False), inputs()
         with torch.no_grad(), LiveBytes() as dense:
             denoiser(**arguments)
-        with _installed(denoiser, graph, policy):
-            denoiser(**arguments)
-            cache = _size_of(policy.cache)
-            with LiveBytes() as live:
-                policy.start_call(1)
-                output = denoiser(**arguments, return_dict=False)[0]
-                saved = live.live
-                output.sum().backward()
-    return {"forward": dense.peak, "cache": cache, "saved": saved, "backward": live.peak}
+        next(iter(arguments.values())).requires_grad_(True)  # as what the call before has made
+        saved, _ = _second_call(denoiser, graph, kept, arguments)
+        _, backward = _second_call(denoiser, graph, again, arguments)
+        cache = _size_of(kept.cache)
+    return {"forward": dense.peak, "cache": cache, "saved": saved, "backward": backward}
+
+
+def _second_call(
+    denoiser: nn.Module, graph: BlockGraph, policy: SoftGates, arguments: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the bytes of a call that has a cache: after it, and at most up to its gradients."""
+    handle = install(denoiser, graph, policy)
+    try:
+        denoiser(**arguments)
+        with LiveBytes() as live:
+            policy.start_call(1)
+            output = denoiser(**arguments, return_dict=False)[0]
+            saved = int(live.live)
+            output.sum().backward()
+    finally:
+        handle.remove()
+    return saved, int(live.peak)
 
 
 def denoiser_rows(family: Family, config: Config, tokens: int, rows: int) -> dict[str, Any]:
@@ -155,15 +170,6 @@ def _differentiated(vae: Any, latents: tuple[int, ...]) -> int:
         images = vae.decode(torch.zeros(latents, requires_grad=True), return_dict=False)[0]
         ssim_loss(images, torch.zeros(images.shape)).backward()  # type: ignore[no-untyped-call]
     return int(live.peak)
-
-
-@contextmanager
-def _installed(denoiser: nn.Module, graph: BlockGraph, policy: SoftGates) -> Iterator[None]:
-    handle = install(denoiser, graph, policy)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _size_of(nested: Any) -> int:

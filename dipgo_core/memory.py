@@ -196,7 +196,8 @@ def search_need(load: Load, search: Search, run: Run) -> Need:
         parts["caches between calls"] = round(search.calls * rows * call.cache)
         parts["activations"] = round(max(rows * call.backward, decoded))
     else:
-        parts["activations of all calls"] = round(search.calls * rows * call.saved)
+        differentiated = search.calls - 1  # the first call has no gates, and so no gradients
+        parts["activations of all calls"] = round(differentiated * rows * call.saved)
         parts["activations"] = round(max(rows * (call.backward - call.saved), decoded))
     return Need(parts=parts)
 
@@ -270,7 +271,9 @@ def _with_scorers(load: Load, parts: Mapping[str, int]) -> Need:
 
 def _first_that_fits(ways: Iterator[tuple[Run, Need]], limit: int | None) -> Fit:
     """Return the first way that fits, or may fit where not all is known; else the last."""
+    tried: list[Fit] = []
     for run, need in ways:
-        if need.fits(limit) is not False:
+        tried.append(Fit(run=run, need=need, limit=limit))
+        if tried[-1].fits is not False:
             break
-    return Fit(run=run, need=need, limit=limit)
+    return tried[-1]

@@ -1,4 +1,4 @@
-"""How large a model is, from its facts or the headers of its weights; nothing is loaded. No torch."""
+"""How large a model is, from its facts or the headers of its weights. No torch."""
 
 from __future__ import annotations
 

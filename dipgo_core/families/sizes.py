@@ -23,7 +23,8 @@ class CallSizes:
     """Bytes of one denoiser call, one row (one image without guidance) in 16 bit.
 
     forward: at most without gradients, caches not counted. cache: what soft gates keep for the next
-    call. saved: with gradients, until its backward pass; backward: at most during that.
+    call. saved: with gradients, until its backward pass; backward: at most during that, if the call
+    is computed again in it.
     """
 
     forward: int

@@ -110,18 +110,22 @@ def run(
 def plan(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would compute, and what is in the store already."""
     from orchestrator.cli.sweeps import open_results
-    from orchestrator.cli.tables import print_plan
+    from orchestrator.cli.tables import print_memory, print_plan
+    from orchestrator.facts import refusal
     from orchestrator.preflight import not_here
 
     results = open_results(file, override or [])
     missing = not_here(results.sweep)
     if as_json:
         print_json({**results.plan.to_json(), "not_here": missing})
-        return
-    print_plan(results)
-    if missing:
+    else:
+        print_plan(results)
+        print_memory(results.plan.memory)
+    if missing and not as_json:
         say(f"not on this machine yet (`dipgo-sweep prefetch {file}` tells sizes):", stderr=True)
         say("\n".join(f"  {line}" for line in missing), stderr=True)
+    if results.plan.too_large:
+        raise refusal(results.sweep, results.plan.too_large)
 
 
 @app.command()
@@ -272,6 +276,47 @@ def generate(
     if dense is not None:
         say(f"dense {dense.seconds:.2f} s, SubNet {pruned.seconds:.2f} s (one call)", stderr=True)
     say(str(output))
+
+
+@app.command()
+def bench(
+    subnet: Annotated[
+        str, typer.Option(help="A file that `export` wrote, or a hub id that holds one.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="ID|FOLDER", help="Where its model lies [default: the SubNet's id]."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option()] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, metavar="PIXELS", help="[default: the model's own]")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text, or the number of a class.")] = None,
+    min_runs: Annotated[int, typer.Option(min=2, help="Pairs that count, at least.")] = 10,
+    min_seconds: Annotated[float, typer.Option(min=0, help="Time they take, at least.")] = 5.0,
+    max_warmup: Annotated[int, typer.Option(min=0, help="Pairs before, at most.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: PyTorch's].")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks, of the dense model too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a SubNet against its dense model on this machine, side by side; needs no sweep."""
+    from orchestrator.cli.bench import Asked, bench_json, print_bench, run_bench
+
+    asked = Asked(
+        subnet, model, device, dtype, batch_size, resolution, prompt, min_runs, min_seconds,
+        max_warmup, threads, compile,
+    )  # fmt: skip
+    found = run_bench(asked)
+    if as_json:
+        print_json(bench_json(asked, found))
+    else:
+        print_bench(asked, found)
 
 
 @app.command()

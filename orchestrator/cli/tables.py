@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dipgo_core.memory import Fit
 from orchestrator.cli.show import print_table, say
 from orchestrator.headlines import Headline
+from orchestrator.memory import GB, MemoryRow
 from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table, name_at_target
 from orchestrator.points import ResolvedPoint
@@ -53,6 +55,28 @@ def print_plan(results: Results) -> None:
     )
     print_table(title, ("tasks", "in all", "in the store"), rows, right=("in all", "in the store"))
     say(f"{len(plan['tasks']) - plan['cached']} tasks to do; storage {results.store.url}")
+
+
+def print_memory(rows: Sequence[MemoryRow]) -> None:
+    """Print what each kind of work is estimated to hold of a GPU; alike searches in one line."""
+    lines = [
+        (row.model, row.kind, row.label, _gigabytes(row.fit), "; ".join(row.choices), row.basis)
+        for row in rows
+    ]
+    columns = ("model", "task", "of", "peak GB", "run so that it fits", "estimated from")
+    print_table(
+        "GPU memory, estimated (docs/memory.md)",
+        columns,
+        list(dict.fromkeys(lines)),
+        right=("peak GB",),
+    )
+
+
+def _gigabytes(fit: Fit) -> str:
+    """Return the estimate, as a lower bound where not all is known, of what the GPU has."""
+    need = f"{'over ' if fit.need.unknown else ''}{fit.need.total / GB:.1f}"
+    there = "" if fit.limit is None else f" of {fit.limit / GB:.1f}"
+    return f"{need}{there}{' (too large)' if fit.fits is False else ''}"
 
 
 def status_json(results: Results) -> dict[str, Any]:
