@@ -18,12 +18,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dipgo_core.blocks import meta_inputs
 from dipgo_core.decoding import Decoding, scale_factor, set_decoding
 from dipgo_core.families import Config, Family
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import install
 from dipgo_core.losses import ssim_loss
+from dipgo_core.meta import meta_inputs
 from dipgo_core.repeat import Repeat
 from dipgo_core.supernet import SoftGates
 

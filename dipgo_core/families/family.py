@@ -61,8 +61,9 @@ class Family:
     pipelines: classes of diffusers; the first `searchable` make images from a prompt or label
     alone, in the others a SubNet runs as well. blocks, layers: fnmatch patterns of module names
     inside the denoiser, at each granularity; no blocks: entries of its module lists, found in a
-    call of the pipeline. streams: by such a pattern, the forward's argument that each output continues,
-    in the order of the outputs; modules of other patterns are reused by output, not by residual.
+    call of the pipeline. streams: by such a pattern, the forward's argument that each output
+    continues, in the order of the outputs; modules of other patterns are reused by output, not by
+    residual.
     call_options: further arguments of the stock call. schedulers: the noise schedulers that fit.
     custom: arguments of the stock call for schedules of one's own. schedule: what the stock call
     hands to ``set_timesteps``. latent_side: of what the model is made for; size_multiple: of the

@@ -15,12 +15,13 @@ import torch
 from tiny import tiny_transformer, tiny_unet
 from torch import Tensor, nn
 
-from dipgo_core.blocks import GRANULARITIES, find_blocks, known_graph, meta_copy
+from dipgo_core.blocks import GRANULARITIES, find_blocks, known_graph
 from dipgo_core.config import Granularity
 from dipgo_core.errors import TraceError
 from dipgo_core.families import family_of_pipeline, find_known
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import INPUT, BlockGraph, Reuse
+from dipgo_core.meta import meta_copy
 from dipgo_core.pipelines import graph_of
 from dipgo_core.zoo.shrunk import build
 
