@@ -83,8 +83,12 @@ class GatedCalls:
         self.peak_cache_bytes = 0
         self.restart()
 
-    def restart(self) -> None:
-        """Forget everything; the run's first row is found when its denoiser is called."""
+    def restart(self, plan: GatePlan | None = None) -> None:
+        """Forget everything; the run's first row is found when its denoiser is called.
+
+        plan: to follow from now on, if another.
+        """
+        self._plan = self._plan if plan is None else plan
         self._places: list[_Place] = []
         self._held = 0
         self._call: int | None = None

@@ -8,6 +8,7 @@ So pipelines, and threads, may share a denoiser.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from dipgo_core.hooks import (
     install,
     is_installed,
 )
+from dipgo_core.jumps import Jumps, jumps_for
 from dipgo_core.pipelines import LoadedModel, graph_of
 from dipgo_core.repeat import repeat_of
 from dipgo_core.sampling import timesteps_of
@@ -73,6 +75,7 @@ class _Run:
 
     handle: SubNetHandle
     gates: GatedCalls
+    jumps: Jumps | None
 
 
 _RUN: ContextVar[_Run | None] = ContextVar("dipgo_run", default=None)
@@ -94,9 +97,10 @@ class SubNetHandle:
         self._attribute = attribute
         self._denoiser = denoiser
         self._scheduler = pipe.scheduler
-        self._plan = GatePlan.of(graph, subnet.gates)
+        self._plan = self._computed_plan = GatePlan.of(graph, subnet.gates)
+        self._computed: list[int] | None = None  # set where skipped calls may be jumped over
         self._compiler: Interceptor = directly
-        self._blocks = graph.names[1:]
+        self._graph = graph
         self._hooks: HookHandle = attach(denoiser, graph, self._current, self._compute)
         self._methods = [
             MethodHook(pipe.scheduler, "set_timesteps", self._on_set_timesteps),
@@ -117,10 +121,10 @@ class SubNetHandle:
         return self._hooks.num_blocks
 
     @contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self, jumps: Jumps | None = None) -> Iterator[None]:
         """Arm the gates while the block lasts: one sampling run, for loops of one's own.
 
-        A call of the pipeline does this by itself.
+        A call of the pipeline does this by itself. jumps: over the skipped calls, as it may make.
 
         Raises:
             SubNetMismatchError: denoiser or noise scheduler were replaced after apply_subnet.
@@ -135,12 +139,30 @@ class SubNetHandle:
             first_call=self._first_call,
             roomy=hasattr(self._pipe, "adapter"),  # T2I adapters add to what dead blocks return
         )
-        token = _RUN.set(_Run(self, gates))
+        token = _RUN.set(_Run(self, gates, jumps))
         try:
             yield
         finally:
             _RUN.reset(token)
+            if jumps is not None:
+                jumps.restore()
             self.peak_cache_bytes = gates.peak_cache_bytes
+
+    def fuse(self) -> Self:
+        """Make one step of the noise scheduler of each run of skipped calls, where that is equal.
+
+        DDIM with equally spaced timesteps and no noise of its own, Euler, and Euler by flow
+        matching; in pipelines that make images from prompts or labels alone, and in calls without
+        callbacks. Anything else runs as before. Equal means: but for rounding.
+        """
+        family = find_family(self._subnet.model["family"])
+        table = self._graph.close(self._subnet.gates)
+        computed = table.keep[:, 0].nonzero()[0].tolist()
+        stock = self._class.__name__ in family.pipelines[: family.searchable]
+        if stock and len(computed) < table.num_calls:
+            self._computed = computed
+            self._computed_plan = GatePlan.of(self._graph, GateTable(table.keep[computed]))
+        return self
 
     def compile(self, **options: Any) -> Self:
         """Compute the blocks by compiled code from now on; gates stay in Python between them.
@@ -176,15 +198,29 @@ class SubNetHandle:
     ) -> None:
         self.remove()
 
-    def _current(self) -> GatedCalls | None:
+    def jumps_of(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the jumps that a call of the pipeline may make over its skipped calls, or None."""
+        if self._computed is None:
+            return None
+        bound = inspect.signature(call).bind(self._pipe, *args, **kwargs)
+        bound.apply_defaults()
+        return jumps_for(self._scheduler, self._computed, bound.arguments)
+
+    def _run(self) -> _Run | None:
         run = _RUN.get()
-        return run.gates if run is not None and run.handle is self else None
+        return run if run is not None and run.handle is self else None
+
+    def _current(self) -> GatedCalls | None:
+        run = self._run()
+        return None if run is None else run.gates
 
     def _compute(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._compiler(original, args, kwargs)
 
     def _check_parts(self) -> None:
-        check_uncompiled(getattr(self._pipe, self._attribute), self._attribute, self._blocks)
+        check_uncompiled(
+            getattr(self._pipe, self._attribute), self._attribute, self._graph.names[1:]
+        )
         for name, known in (("scheduler", self._scheduler), (self._attribute, self._denoiser)):
             if getattr(self._pipe, name) is not known:
                 raise SubNetMismatchError(
@@ -196,15 +232,19 @@ class SubNetHandle:
         self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         result = original(*args, **kwargs)
-        if (gates := self._current()) is not None:
+        if (run := self._run()) is not None:
             check_timesteps(self._scheduler, self._subnet)
-            gates.restart()
+            shortened = run.jumps is not None and run.jumps.shorten()
+            run.gates.restart(self._computed_plan if shortened else self._plan)
         return result
 
     def _on_step(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = original(*args, **kwargs)
-        if (gates := self._current()) is not None:
-            gates.advance()
+        run = self._run()
+        if run is None:
+            return original(*args, **kwargs)
+        jumps = run.jumps
+        result = original(*args, **kwargs) if jumps is None else jumps.step(original, args, kwargs)
+        run.gates.advance()
         return result
 
     def _first_call(self, timestep: Any) -> int:
@@ -267,7 +307,7 @@ def _armed(cls: type) -> type:
         handle = vars(self).get(_APPLIED)
         if handle is None:  # another object of this class: `type(pipe)(**pipe.components)`
             return call(self, *args, **kwargs)
-        with handle.run():
+        with handle.run(handle.jumps_of(call, args, kwargs)):
             return call(self, *args, **kwargs)
 
     members = {"__call__": gated_call, "__module__": cls.__module__, "__doc__": cls.__doc__}
