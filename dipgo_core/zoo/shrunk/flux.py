@@ -1,4 +1,4 @@
-"""FLUX.1-dev, shrunk: 4 + 8 blocks for 19 + 38, width 16 for 3072."""
+"""FLUX.1-dev, shrunk: 4 + 8 blocks for 19 + 38, width 8 for 3072."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_flux() -> FluxPipeline:
         in_channels=4 * LATENT_CHANNELS,
         num_layers=4,
         num_single_layers=8,
-        num_attention_heads=2,
+        num_attention_heads=1,
         attention_head_dim=8,
         joint_attention_dim=T5_WIDTH,
         pooled_projection_dim=CLIP_WIDTH,
