@@ -14,8 +14,8 @@ from torch import Tensor
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph, Reuse, Row
-from dipgo_core.hooks import Tensors
 from dipgo_core.repeat import Repeat
+from dipgo_core.structures import Tensors
 
 #: Shape, dtype and device.
 Signature = tuple[Any, ...]
@@ -23,18 +23,28 @@ Signature = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class GatePlan:
-    """A gate table made ready to run: its rows by liveness, and what each block's reuse means."""
+    """A gate table made ready to run: its rows by liveness, and what each block's reuse means.
+
+    has_dead: some call has blocks that only look as if they had run.
+    """
 
     names: tuple[str, ...]
     residual: tuple[bool, ...]
     rows: tuple[Row, ...]
     whole: tuple[Row, ...]
+    has_dead: bool
 
     @classmethod
     def of(cls, graph: BlockGraph, gates: GateTable) -> GatePlan:
         schedule = graph.schedule(gates)
         residual = tuple(block.reuse is Reuse.RESIDUAL for block in graph.blocks)
-        return cls(graph.names, residual, schedule.rows, schedule.whole)
+        dead = (
+            not (residual[n] or row.computes[n] or row.reads[n])
+            for row in schedule.rows
+            for n in range(1, graph.num_blocks)
+            if row.computes[0]
+        )
+        return cls(graph.names, residual, schedule.rows, schedule.whole, any(dead))
 
 
 @dataclass
@@ -63,6 +73,8 @@ class GatedCalls:
     place is computed whole the first time, after a call it was left out of, and whenever its
     sample has another shape, dtype or device than before.
 
+    leaves_blocks_alone: whether `block` has nothing to do in the present forward.
+
     first_call: gives the row a run starts with from the timestep its denoiser gets. roomy: dead
     blocks return memory that may be written to, not one element seen at every index.
     """
@@ -81,6 +93,7 @@ class GatedCalls:
         self._roomy = roomy
         self._held = 0
         self.peak_cache_bytes = 0
+        self.leaves_blocks_alone = False
         self.restart()
 
     def restart(self, plan: GatePlan | None = None) -> None:
@@ -174,8 +187,10 @@ class GatedCalls:
         self._place = place
         self._index += 1
         self._chain: _Chain | None = None
-        self._row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
-        return self._row
+        self._row = row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
+        learns = self._is_whole and self._plan.has_dead  # what dead blocks will look like
+        self.leaves_blocks_alone = all(row.computes) and not any(row.stores[1:]) and not learns
+        return row
 
     def _check_fed(self) -> None:
         if self._spared:

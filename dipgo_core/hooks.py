@@ -10,19 +10,17 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dipgo_core.errors import SubNetError, TraceError
 from dipgo_core.graph import BlockGraph
+from dipgo_core.structures import Structure, Tensors, flatten
 
 logger = logging.getLogger(__name__)
 
-Tensors = tuple[Tensor | None, ...]
 Forward = Callable[..., Any]
 #: Gets the original forward, its positional and its keyword arguments; returns the module's output.
 Interceptor = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
@@ -48,93 +46,6 @@ class Policy(Protocol):
 Current = Callable[[], Policy | None]
 
 
-class Structure(Protocol):
-    """How an output is built around its tensors."""
-
-    def rebuild(self, tensors: Tensors) -> Any:
-        """Return an output of this structure.
-
-        Raises:
-            TraceError: another number of tensors.
-        """
-
-
-@dataclass(frozen=True)
-class PlainStructure:
-    """A tensor, or a tuple of tensors (None among them) or of such tuples: no pytree is walked.
-
-    widths: how many tensors each entry has, None where it is one itself; None for a lone tensor.
-    """
-
-    widths: tuple[int | None, ...] | None
-
-    def rebuild(self, tensors: Tensors) -> Any:
-        if self.widths is None:
-            _check_count(tensors, 1)
-            return tensors[0]
-        _check_count(tensors, sum(1 if width is None else width for width in self.widths))
-        output, start = list[Any](), 0
-        for width in self.widths:
-            end = start + (1 if width is None else width)
-            output.append(tensors[start] if width is None else tensors[start:end])
-            start = end
-        return tuple(output)
-
-
-@dataclass(frozen=True)
-class TreeStructure:
-    """Any other output: dicts, lists, model outputs."""
-
-    spec: pytree.TreeSpec
-    constants: tuple[Any, ...]  # leaves that are no tensors, None where a tensor belongs
-
-    def rebuild(self, tensors: Tensors) -> Any:
-        _check_count(tensors, len(self.constants))
-        leaves = [
-            constant if tensor is None else tensor
-            for tensor, constant in zip(tensors, self.constants, strict=True)
-        ]
-        return pytree.tree_unflatten(leaves, self.spec)
-
-
-_TENSOR = PlainStructure(None)
-
-
-def flatten(output: Any) -> tuple[Tensors, Structure]:
-    """Return the tensors of an output (None where a leaf is no tensor), and its structure."""
-    if isinstance(output, Tensor):
-        return (output,), _TENSOR
-    if type(output) is tuple:
-        plain = _flatten_tuple(output)
-        if plain is not None:
-            return plain
-    leaves, spec = pytree.tree_flatten(output)
-    tensors = tuple(leaf if isinstance(leaf, Tensor) else None for leaf in leaves)
-    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return tensors, TreeStructure(spec, constants)
-
-
-def _flatten_tuple(output: tuple[Any, ...]) -> tuple[Tensors, Structure] | None:
-    tensors, widths = list[Tensor | None](), list[int | None]()
-    for entry in output:
-        if entry is None or isinstance(entry, Tensor):
-            tensors.append(entry)
-            widths.append(None)
-        elif type(entry) is tuple and all(isinstance(part, Tensor) for part in entry):
-            tensors.extend(entry)
-            widths.append(len(entry))
-        else:
-            return None
-    return tuple(tensors), PlainStructure(tuple(widths))
-
-
-def _check_count(tensors: Tensors, expected: int) -> None:
-    if len(tensors) != expected:
-        raise TraceError(
-            f"a policy returned {len(tensors)} tensors where the module returns {expected}"
-        )
-
-
 class MethodHook:
     """One wrapped method of one instance; `remove()` puts back exactly what was there."""
 
@@ -148,7 +59,7 @@ class MethodHook:
 
         @functools.wraps(original)  # keeps the signature visible to inspect
         def method(*args: Any, **kwargs: Any) -> Any:
-            if not self._active or torch.compiler.is_compiling():  # no gates in compiled code
+            if not self._active or torch.compiler.is_dynamo_compiling():  # no gates there
                 return original(*args, **kwargs)
             return intercept(original, args, kwargs)
 
@@ -278,27 +189,33 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
             f"{type(denoiser).__name__} has gates installed already; call remove() on the first "
             "handle"
         )
-    return _hooked(denoiser, graph, lambda: policy, always=True)
+    return _hooked(denoiser, graph, lambda: policy, lambda: policy, always=True)
 
 
 def attach(
-    denoiser: nn.Module, graph: BlockGraph, current: Current, compute: Interceptor = directly
+    denoiser: nn.Module,
+    graph: BlockGraph,
+    current: Current,
+    of_blocks: Current | None = None,
+    compute: Interceptor = directly,
 ) -> HookHandle:
     """Let the policy that `current` gives decide each forward; where it gives none, nothing does.
 
     Hooks of several owners may lie on one denoiser, as long as one at a time has a policy.
-    compute: computes the blocks that a policy has computed.
+    of_blocks: the same for the blocks alone. compute: computes the blocks that a policy has
+    computed.
 
     Raises:
         TraceError: a block of the graph is not a module of this denoiser.
     """
-    return _hooked(denoiser, graph, current, compute, always=False)
+    return _hooked(denoiser, graph, current, of_blocks or current, compute, always=False)
 
 
 def _hooked(
     denoiser: nn.Module,
     graph: BlockGraph,
     current: Current,
+    of_blocks: Current,
     compute: Interceptor = directly,
     *,
     always: bool,
@@ -306,7 +223,7 @@ def _hooked(
     intercepts = {"": _denoiser_interceptor(denoiser, current)}
     for index, block in enumerate(graph.blocks[1:], start=1):
         module = named_module(denoiser, block.name)
-        intercepts[block.name] = _block_interceptor(module, index, graph, current, compute)
+        intercepts[block.name] = _block_interceptor(module, index, graph, of_blocks, compute)
     hooks = {
         name: (MethodHook(named_module(denoiser, name), "forward", intercept), intercept)
         for name, intercept in intercepts.items()

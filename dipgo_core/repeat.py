@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipgo_core.hooks import Tensors
+from dipgo_core.structures import Tensors
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,12 +32,9 @@ from dipgo_core.hooks import (
     HookHandle,
     Interceptor,
     MethodHook,
-    Structure,
-    Tensors,
     argument_reader,
     attach,
     directly,
-    flatten,
     install,
     is_installed,
 )
@@ -45,6 +42,7 @@ from dipgo_core.jumps import Jumps, jumps_for
 from dipgo_core.pipelines import LoadedModel, graph_of
 from dipgo_core.repeat import repeat_of
 from dipgo_core.sampling import timesteps_of
+from dipgo_core.structures import Structure, Tensors, flatten
 from dipgo_core.subnet import SubNet
 
 logger = logging.getLogger(__name__)
@@ -101,7 +99,9 @@ class SubNetHandle:
         self._computed: list[int] | None = None  # set where skipped calls may be jumped over
         self._compiler: Interceptor = directly
         self._graph = graph
-        self._hooks: HookHandle = attach(denoiser, graph, self._current, self._compute)
+        self._hooks: HookHandle = attach(
+            denoiser, graph, self._current, self._current_of_blocks, self._compute
+        )
         self._methods = [
             MethodHook(pipe.scheduler, "set_timesteps", self._on_set_timesteps),
             MethodHook(pipe.scheduler, "step", self._on_step),
@@ -213,6 +213,11 @@ class SubNetHandle:
     def _current(self) -> GatedCalls | None:
         run = self._run()
         return None if run is None else run.gates
+
+    def _current_of_blocks(self) -> GatedCalls | None:
+        gates = self._current()
+        idle = gates is not None and gates.leaves_blocks_alone and self._compiler is directly
+        return None if idle else gates
 
     def _compute(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._compiler(original, args, kwargs)

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.graph import BlockGraph, Reuse
-from dipgo_core.hooks import HookHandle, Tensors, install
+from dipgo_core.hooks import HookHandle, install
 from dipgo_core.pipelines import LoadedModel
 from dipgo_core.repeat import Repeat, RepeatAt, repeat_of
 from dipgo_core.sampling import Batch, noise_scheduler, rollout
+from dipgo_core.structures import Tensors
 
 Keep = npt.NDArray[np.bool_]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dipgo_core.errors import SearchError
 from dipgo_core.graph import INPUT
-from dipgo_core.hooks import Tensors, install
+from dipgo_core.hooks import install
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.repeat import Repeat, repeat_of
 from dipgo_core.sampling import noise_scheduler, rollout
@@ -30,6 +30,7 @@ from dipgo_core.search.calibration import (
     draw_items,
 )
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
+from dipgo_core.structures import Tensors
 
 #: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
 EXHAUSTIVE_CALLS: Final = 11

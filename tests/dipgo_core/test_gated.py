@@ -15,8 +15,8 @@ from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gated import GatedCalls, GatePlan
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import Block, BlockGraph, Reuse
-from dipgo_core.hooks import Tensors
 from dipgo_core.repeat import Repeat
+from dipgo_core.structures import Tensors
 
 SAMPLE = torch.zeros(1, 4)
 
@@ -245,3 +245,15 @@ def test_what_is_added_between_blocks_is_not_cached_with_them() -> None:
     assert torch.equal(on_stream(calls, between=10.0), SAMPLE + 16)
     calls.start_call(1)
     assert torch.equal(on_stream(calls, between=20.0), SAMPLE + 26)
+
+
+def test_calls_that_compute_all_and_keep_nothing_leave_blocks_alone() -> None:
+    """The first call of the second table shows what its dead block 2 will have to look like."""
+    alone = []
+    for rows in (["1111", "1111", "1110"], ["1111", "1101", "1111", "1111"]):
+        calls = gated(rows)
+        for call in range(len(rows)):
+            calls.start_call(call)
+            forward(calls)
+            alone.append(calls.leaves_blocks_alone)
+    assert alone == [False, False, False, False, False, True, True]

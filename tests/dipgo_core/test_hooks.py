@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dipgo_core.errors import SubNetError, TraceError
 from dipgo_core.graph import Block, BlockGraph, Reuse
-from dipgo_core.hooks import Tensors, install, is_hooked
+from dipgo_core.hooks import install, is_hooked
+from dipgo_core.structures import Tensors
 
 SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x,

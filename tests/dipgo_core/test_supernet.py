@@ -13,11 +13,12 @@ from torch import Tensor
 from dipgo_core.config import SamplerSettings
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph, Reuse
-from dipgo_core.hooks import Tensors, install, is_hooked
+from dipgo_core.hooks import install, is_hooked
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, block_graph
 from dipgo_core.repeat import repeat_of
 from dipgo_core.sampling import Batch, noise_scheduler, rollout
+from dipgo_core.structures import Tensors
 from dipgo_core.supernet import Mixture, SuperNet
 
 ITEMS = (Item("a red cat", 3), Item("the blue moon", 5))
