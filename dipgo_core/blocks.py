@@ -1,13 +1,14 @@
 """Blocks of a denoiser, and who reads whom: found by tracing one forward on the meta device.
 
-Every block's outputs and every input of the denoiser get an identity autograd function as a tag.
-Walking the autograd graph back from each block's inputs, and from the denoiser's output, ends at
-the nearest tags: those are the producers.
+Every block's outputs and every input of the denoiser get a tag. Walking the autograd graph back
+from each block's inputs, and from the denoiser's output, ends at the nearest tags: those are the
+producers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, cast, get_args
@@ -16,7 +17,7 @@ from weakref import WeakKeyDictionary
 import diffusers
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from dipgo_core.config import Granularity
@@ -26,31 +27,10 @@ from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.hooks import Forward, Interceptor, MethodHook, bind_arguments, named_module
 from dipgo_core.macs import MacsCounter
 from dipgo_core.meta import meta_copy, meta_inputs
+from dipgo_core.tags import nodes_of, producers_of, tagged, tagged_input
 
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 _UNET_PATTERNS = FAMILIES["sd"].blocks
-
-
-class _Tag(torch.autograd.Function):
-    """Identity that leaves its number in the autograd graph."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, number: int) -> Tensor:
-        ctx.number = number
-        return tensor.clone()  # a view would refuse in-place additions by the next module
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("tags are read, never differentiated")
-
-
-def _tag(value: Any, number: int) -> Any:
-    def tag(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return _Tag.apply(leaf, number)
-        return leaf
-
-    return pytree.tree_map(tag, value)
 
 
 @dataclass
@@ -80,6 +60,8 @@ def find_blocks(
 ) -> BlockGraph:
     """Trace a meta-device copy of `denoiser` into its block graph; the weights are not read.
 
+    A forward that looks at values is traced once more as it is, if the inputs have values.
+
     inputs: keyword arguments of one batch-1 forward (meta or real). names: modules to gate;
     by default the blocks of a U-Net, else the entries of the denoiser's own module lists.
     streams: by pattern of names, the arguments that the outputs continue (None: shapes tell).
@@ -91,7 +73,14 @@ def find_blocks(
     twin = meta_copy(denoiser)
     names = tuple(names) if names is not None else block_names(twin)
     declared = None if streams is None else _declared(names, streams)
-    trace = _run_traced(twin, _Trace(names, declared, MacsCounter()), inputs)
+    try:
+        trace = _run_traced(twin, _Trace(names, declared, MacsCounter()), inputs)
+    except _NoValues:
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            raise
+        fresh = _Trace(names, declared, MacsCounter())
+        trace = _run_traced(denoiser, fresh, inputs, real=True)
     return _assemble(type(denoiser).__name__, granularity, trace)
 
 
@@ -209,41 +198,49 @@ def _fits(name: str, pattern: str) -> bool:
     return name.count(".") == pattern.count(".") and fnmatch(name, pattern)
 
 
-def _run_traced(twin: nn.Module, trace: _Trace, inputs: Mapping[str, Any]) -> _Trace:
-    for module in twin.modules():
-        if isinstance(module, nn.Embedding):  # integer inputs reach the output through these
-            module.weight.requires_grad_(True)
+class _NoValues(TraceError):
+    """A forward looks at values, of which a tensor on the meta device has none."""
+
+
+def _run_traced(
+    denoiser: nn.Module, trace: _Trace, inputs: Mapping[str, Any], *, real: bool = False
+) -> _Trace:
+    """Run one forward; real: with weights and values, else with neither."""
     hooks = [
-        MethodHook(named_module(twin, name), "forward", _tagging(trace, number))
+        MethodHook(named_module(denoiser, name), "forward", _tagging(trace, number))
         for number, name in enumerate(trace.names, start=1)
     ]
+    place = nullcontext() if real else torch.device("meta")
     try:
-        with torch.enable_grad(), torch.device("meta"), trace.counter:
-            output = twin(**{name: _as_traced_input(v) for name, v in inputs.items()})
+        with _only_embeddings_differ(denoiser), torch.enable_grad(), place, trace.counter:
+            output = denoiser(**{k: tagged_input(v, real=real) for k, v in inputs.items()})
     except (NotImplementedError, RuntimeError) as error:
-        raise TraceError(
-            f"{type(twin).__name__} cannot be traced without weights: {error}. Its forward may "
-            "look at values, of which a tensor on the meta device has none"
-        ) from error
+        raise _NoValues(f"{type(denoiser).__name__} cannot be traced: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    trace.consumed[0] = _nodes(output)
+    trace.consumed[0] = nodes_of(output)
     trace.elements[0] = _elements(output)
     return trace
 
 
-def _as_traced_input(value: Any) -> Any:
-    """A meta-device, differentiable, tagged copy of one argument."""
+@contextmanager
+def _only_embeddings_differ(denoiser: nn.Module) -> Iterator[None]:
+    """Let the autograd graph reach back to inputs and embeddings, and keep no activation for it.
 
-    def prepare(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if not leaf.is_floating_point():
-            return leaf.to("meta")
-        return torch.empty(leaf.shape, device="meta", requires_grad=True)
-
-    return _tag(pytree.tree_map(prepare, value), INPUT)
+    Integer inputs reach the output through embeddings; other weights are no input.
+    """
+    before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
+    denoiser.requires_grad_(False)
+    for module in denoiser.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(True)
+    try:
+        with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+            yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def _tagging(trace: _Trace, number: int) -> Interceptor:
@@ -253,14 +250,14 @@ def _tagging(trace: _Trace, number: int) -> Interceptor:
                 f"block {trace.names[number - 1]} runs twice in one forward, so one gate cannot "
                 "decide it; name finer or coarser modules"
             )
-        trace.consumed[number] = _nodes((args, kwargs))
+        trace.consumed[number] = nodes_of((args, kwargs))
         trace.order.append(number)
         with trace.counter.owned_by(number):
             output = original(*args, **kwargs)
         arguments = bind_arguments(original, args, kwargs)
         trace.streams[number] = _streams_of(trace, number, arguments, output)
         trace.elements[number] = _elements(output)
-        return _tag(output, number)
+        return tagged(output, number)
 
     return intercept
 
@@ -310,31 +307,6 @@ def _elements(output: Any) -> int:
     return sum(leaf.numel() for leaf in leaves.values())
 
 
-def _nodes(value: Any) -> list[Node]:
-    leaves = pytree.tree_leaves(value)
-    return [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn]
-
-
-def _producers(starts: Sequence[Node]) -> set[int]:
-    """Walk back to the nearest tags; a leaf that is reached untagged counts as an input."""
-    found: set[int] = set()
-    seen: set[Node] = set()
-    stack = list(starts)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        number = getattr(node, "number", None)
-        if number is not None:
-            found.add(number)
-        elif node.name().endswith("AccumulateGrad"):
-            found.add(INPUT)
-        else:
-            stack.extend(following for following, _ in node.next_functions if following is not None)
-    return found
-
-
 def _assemble(denoiser: str, granularity: str, trace: _Trace) -> BlockGraph:
     position = {number: place for place, number in enumerate(trace.order, start=1)}
     idle = [name for n, name in enumerate(trace.names, start=1) if n not in position]
@@ -343,7 +315,7 @@ def _assemble(denoiser: str, granularity: str, trace: _Trace) -> BlockGraph:
     position |= {INPUT: INPUT}
 
     def producers(number: int) -> tuple[int, ...]:
-        return tuple(sorted(position[p] for p in _producers(trace.consumed[number])))
+        return tuple(sorted(position[p] for p in producers_of(trace.consumed[number])))
 
     unet = any(_fits(name, pattern) for name in trace.names for pattern in _UNET_PATTERNS)
     by_shape = trace.declared is None and unet  # a U-Net's blocks cut their inputs all the same

@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,9 +358,21 @@ class Peeking(Toy):
         return super().forward(sample * sample.sum().item(), extra)
 
 
-def test_find_blocks_says_why_a_denoiser_cannot_be_traced() -> None:
-    with pytest.raises(TraceError, match=r"Peeking cannot be traced .*may look at values"):
-        find_blocks(Peeking(), inputs=toy_inputs())
+def test_find_blocks_traces_a_forward_that_looks_at_values_with_values() -> None:
+    """Oracle: the same forward that does not look."""
+    toy = Peeking()
+    toy.layers[0].requires_grad_(False)
+    inputs = {"sample": torch.ones(1, 4), "extra": {"shift": torch.ones(1, 4)}}
+    graph = find_blocks(toy, inputs=inputs)
+    assert graph == replace(find_blocks(Toy(), inputs=inputs), denoiser="Peeking")
+    assert [p.requires_grad for p in toy.parameters()] == [False] * 2 + [True] * 4
+    assert all("forward" not in vars(layer) for layer in toy.layers)
+
+
+def test_find_blocks_says_why_a_denoiser_without_values_cannot_be_traced() -> None:
+    meta = {"sample": torch.ones(1, 4, device="meta")}
+    with pytest.raises(TraceError, match=r"Peeking cannot be traced: .*meta"):
+        find_blocks(Peeking(), inputs=meta)
 
 
 def test_find_blocks_takes_named_modules_only() -> None:
