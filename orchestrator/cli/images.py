@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipgo_core.config import DType, ModelSettings, SamplerSettings
-from dipgo_core.errors import ConfigError, UnknownModelError
-from dipgo_core.families import NOISE_SCHEDULERS, Family
+from dipgo_core.config import DType, ModelSettings
+from dipgo_core.errors import ConfigError
+from dipgo_core.families import Family, call_options
 from dipgo_core.subnet import SubNet
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def generate_images(
         DipgoError: the model cannot be loaded, or the prompt is no class of a class-conditional
             model.
     """
+    from dipgo_core.binding import scheduler_of
     from dipgo_core.pipelines import load_model
     from dipgo_core.runtime import apply_subnet
-    from dipgo_core.sampling import set_sampler
     from orchestrator.cli.quiet import silence_loading
 
     silence_loading()
@@ -44,8 +44,13 @@ def generate_images(
         id=subnet.model["id"], revision=subnet.model.get("revision"), dtype=dtype
     )
     model = load_model(settings, device=device)
-    set_sampler(model, sampler_of(subnet))
-    arguments = {**condition(model.family, model.pipe, prompt), **subnet.call_kwargs()}
+    model.pipe.scheduler = scheduler_of(subnet)
+    arguments = {
+        **condition(model.family, model.pipe, prompt),
+        **model.size_arguments,
+        **call_options(model.family, model.settings.id),
+        **subnet.call_kwargs(),
+    }
     dense = timed(lambda: call(model, arguments, seed)) if compare else None
     with apply_subnet(model.pipe, subnet):
         pruned = timed(lambda: call(model, arguments, seed))
@@ -64,25 +69,6 @@ def timed(make: Callable[[], Any]) -> Generated:
     start = time.perf_counter()
     image = make()
     return Generated(image, time.perf_counter() - start)
-
-
-def sampler_of(subnet: SubNet) -> SamplerSettings:
-    """Return the settings that install the SubNet's noise scheduler.
-
-    Raises:
-        UnknownModelError: the SubNet was made for a noise scheduler that is not supported.
-    """
-    wanted = subnet.sampler["scheduler"]
-    names = [name for name, known in NOISE_SCHEDULERS.items() if known.cls == wanted]
-    if not names:
-        classes = ", ".join(known.cls for known in NOISE_SCHEDULERS.values())
-        raise UnknownModelError(f"no noise scheduler {wanted!r} here; supported are {classes}")
-    return SamplerSettings(
-        scheduler=names[0],
-        steps=int(subnet.sampler["steps"]),
-        guidance_scale=float(subnet.sampler["guidance_scale"]),
-        spacing=subnet.sampler["config"].get("timestep_spacing"),
-    )
 
 
 def condition(family: Family, pipe: Any, prompt: str) -> dict[str, Any]:

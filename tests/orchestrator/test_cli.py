@@ -28,6 +28,7 @@ COMMANDS = [
     "export",
     "generate",
     "models",
+    "bench",
     "pin",
     "prefetch",
     "ui",
@@ -164,6 +165,22 @@ def test_plan_counts_searches_once_for_all_targets(capsys: pytest.CaptureFixture
     three = call_json(capsys, "plan", QUICKSTART, "--json")
     assert one["searches"] == three["searches"]
     assert three["evaluations"] == 3 * one["evaluations"]
+
+
+def test_plan_shows_memory_and_what_is_done_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = "resources={search: {gpus: 1, gpu_memory_gb: 24}}"
+    rows = call_json(capsys, "plan", QUICKSTART, "-o", gpu, "--json")["memory"]
+    searches = [row for row in rows if row["kind"] == "search"]
+    assert {row["gpu_bytes"] for row in searches} == {24_000_000_000}
+    assert all(row["fits"] for row in searches) and all(row["parts"] for row in rows)
+    assert call("plan", QUICKSTART, "-o", gpu) == ExitCode.DONE
+    assert "of 24.0" in capsys.readouterr().out
+
+
+def test_plan_refuses_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = "resources={search: {gpus: 1, gpu_memory_gb: 1}}"  # the driver's context alone takes it
+    assert call("plan", QUICKSTART, "-o", gpu) not in (ExitCode.DONE, ExitCode.USAGE)
+    assert "needs about 1." in capsys.readouterr().err
 
 
 def test_status_of_a_new_sweep_has_nothing_done(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,32 +9,13 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from dipgo_core.errors import ConfigError, TargetError, UnknownModelError
-from dipgo_core.families import FAMILIES, NOISE_SCHEDULERS
-from dipgo_core.subnet import SubNet
+from dipgo_core.errors import ConfigError, TargetError
+from dipgo_core.families import FAMILIES
 from orchestrator.cli.exporting import choose_point
-from orchestrator.cli.images import condition, sampler_of, save_image, side_by_side
+from orchestrator.cli.images import condition, save_image, side_by_side
 from orchestrator.cli.sweeps import Results
 
 DIT, SD = FAMILIES["dit"], FAMILIES["sd"]
-
-
-def subnet(scheduler: str, spacing: str = "leading") -> SubNet:
-    config = {"timestep_spacing": spacing}
-    sampler = {"scheduler": scheduler, "config": config, "steps": 10, "guidance_scale": 3}
-    return cast(SubNet, SimpleNamespace(sampler=sampler))
-
-
-@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
-def test_sampler_of_a_subnet_names_its_scheduler(name: str) -> None:
-    settings = sampler_of(subnet(NOISE_SCHEDULERS[name].cls, "trailing"))
-    assert NOISE_SCHEDULERS[settings.scheduler].cls == NOISE_SCHEDULERS[name].cls
-    assert (settings.steps, settings.guidance_scale, settings.spacing) == (10, 3.0, "trailing")
-
-
-def test_sampler_of_an_unknown_scheduler_lists_the_known() -> None:
-    with pytest.raises(UnknownModelError, match="DDIMScheduler"):
-        sampler_of(subnet("LCMScheduler"))
 
 
 def test_condition_of_a_text_model_is_the_prompt() -> None:

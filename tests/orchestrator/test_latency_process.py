@@ -62,6 +62,7 @@ def latency_task(store: FolderStore, **changes: Any) -> Task:
     gates[1::2] = False
     inputs = {
         "model": {**model.settings.to_json(), "weights_sha256": model.weights_sha256},
+        "granularity": "block",
         "sampler": SAMPLER,
         "dense_sampler": SAMPLER,
         "keep": list(GateTable(gates).to_strings()),
