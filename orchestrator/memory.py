@@ -18,7 +18,13 @@ from dipgo_core.evaluation.protocol import Split
 from dipgo_core.families import find_known, num_calls
 from dipgo_core.memory import Fit, Load, Search, checkpoints, fit_generation, fit_search
 from orchestrator.facts import ModelFacts
-from orchestrator.methods import STEP_MASKS, search_label, searches, step_mask_search
+from orchestrator.methods import (
+    STEP_MASKS,
+    granularities,
+    search_label,
+    searches,
+    step_mask_search,
+)
 from orchestrator.records import TaskKind
 from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
 
@@ -30,6 +36,11 @@ _LATENT: Final = 8
 _KINDS: Final[tuple[TaskKind, ...]] = ("reference", "search", "evaluate", "latency")
 #: Pipelines that decode in float32 if the autoencoder asks for it and the rest is float16.
 _UPCASTING: Final = ("sdxl",)
+
+
+def gigabytes(size: int) -> str:
+    """Return a size in 10^9 bytes, in as many digits as tell small ones apart."""
+    return f"{size / GB:.{1 if size >= GB else 3}f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +80,12 @@ class MemoryRow:
     def problem(self) -> str:
         """What does not fit, by how much, and what to do about it."""
         need, limit = self.fit.need, self.fit.limit or 0
-        parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in need.parts.items())
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.parts.items())
         tried = f" ({'; '.join(self.choices)})" if self.choices else ""
         return (
-            f"{self.model}: {self.kind} ({self.label}) needs about {need.total / GB:.1f} GB of GPU "
-            f"memory{tried}, there are {limit / GB:.1f}: {parts}. {_NEXT[self.kind]}"
+            f"{self.model}: {self.kind} ({self.label}) needs about {gigabytes(need.total)} GB of "
+            f"GPU memory{tried}, there are {gigabytes(limit)}: {parts}, and a margin. "
+            f"{_NEXT[self.kind]}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +207,7 @@ class ModelLoads:
             model=self.model.name,
             kind=kind,
             what=what,
-            label=f"{label} images" if isinstance(what, int) else label,
+            label=f"batch of {label}" if isinstance(what, int) else label,
             asked=asked,
             fit=fit,
             basis=self._basis,
@@ -219,7 +231,8 @@ class ModelLoads:
 
     @property
     def _granularity(self) -> Granularity:
-        return self.model.searches()[0].granularity
+        """The finer one of those that are searched: it keeps more caches."""
+        return "layer" if "layer" in granularities(self.model) else "block"
 
     def _batch(self, split: Split) -> int:
         source = self.model.evaluate if split == "test" else self.model.calibration

@@ -59,7 +59,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             outputs=outcome.outputs,
             artifacts=outcome.artifacts,
             timings={"seconds": time.perf_counter() - began, "finished": time.time()},
-            host={**_host(work.device), **_gpu_memory(task, work.device)},
+            host={**_host(work.device), **gpu_memory(task, work.device)},
             versions=_versions(),
         )
         store.put_record(record)
@@ -75,7 +75,7 @@ def _host(device: str) -> Mapping[str, Any]:
     }
 
 
-def _gpu_memory(task: Task, device: str) -> Mapping[str, Any]:
+def gpu_memory(task: Task, device: str) -> Mapping[str, Any]:
     """Return the most this process held of a GPU during the task, beside what was estimated."""
     if device == "cpu" or task.kind == "latency":  # which another process measures
         return {}

@@ -303,6 +303,13 @@ def test_latency_takes_one_accelerator(load: Load) -> None:
     assert resources.evaluate.accelerator is None
 
 
+def test_gpu_memory_is_handed_down_like_gpus(load: Load) -> None:
+    text = "resources: {evaluate: {gpus: 1, gpu_memory_gb: 24}, search: {gpus: 1}}"
+    resources = load(SMALL + text).resources
+    assert resources.reference.gpu_memory_gb == resources.latency.gpu_memory_gb == 24
+    assert resources.search.gpu_memory_gb is None
+
+
 # --- the grid ------------------------------------------------------------------------------------
 
 
@@ -348,6 +355,10 @@ BROKEN = [
     ("latency: {batch_size: [8, 8]}", "6:27: latency.batch_size.1: is listed twice: 8"),
     ("resources: {latency: {accelerator: A100}}", "6:36: resources.latency.accelerator: is a type"),
     ("resources: {search: {accelerator: A100}}", "6:22: resources.search.accelerator: unknown key"),
+    (
+        "resources: {search: {gpu_memory_gb: 24}}",
+        "6:37: resources.search.gpu_memory_gb: is memory of a GPU, but the tasks take none",
+    ),
     ("resources: {search: {gpu: 1}}", "6:22: resources.search.gpu: unknown key"),
     ("resources: {search: {gpus: -1}}", "6:28: resources.search.gpus: must be a number, at least"),
     ("search: {steps: '500'}", "6:17: search.steps: must be a whole number, at least 1, got the"),

@@ -9,7 +9,7 @@ import pytest
 
 from dipgo_core.errors import DeviceError
 from dipgo_core.evaluation import nvml
-from dipgo_core.evaluation.device import clock_mhz, device_name
+from dipgo_core.evaluation.device import clock_mhz, device_name, gpu_memory_bytes
 from dipgo_core.evaluation.nvml import open_gpu
 
 
@@ -46,6 +46,9 @@ class FakeDriver:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         return self._told(handle, 5000)
 
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return self._told(handle, SimpleNamespace(total=80_000_000_000))
+
     def _told(self, handle: str, value: Any) -> Any:
         if handle == "MIG-two":
             raise NotSupported("Not Supported")
@@ -65,6 +68,7 @@ def test_gpu_tells_what_it_is_asked() -> None:
     assert (gpu.name(), gpu.sm_clock_mhz(), gpu.busy_percent()) == ("NVIDIA Fast", 1410, 37)
     assert gpu.compute_pids() == {1, 7}
     assert gpu.energy_mj() == 5000
+    assert gpu.memory_bytes() == gpu_memory_bytes() == 80_000_000_000
     assert clock_mhz("cuda", gpu) == 1410
 
 

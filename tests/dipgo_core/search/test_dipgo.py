@@ -171,3 +171,35 @@ def test_needed_gates_are_those_whose_flip_matters():
 
 def test_registry_knows_both_strategies():
     assert set(STRATEGIES) == {"dipgo", "best_step_mask"}
+
+
+def gradients(problem: SearchProblem) -> list[torch.Tensor]:
+    """Return how one search step moved each weight of the pruner."""
+    before = next(search_gates(replace(problem, settings=replace(SETTINGS, learning_rate=0.0))))
+    after = next(search_gates(problem))
+    names = [name for name in after.state() if name.startswith("pruner.")]
+    return [after.state()[name] - before.state()[name] for name in names]
+
+
+def test_search_splits_a_batch_without_changing_its_gradient(problem):
+    """The loss is a mean over images, so gradients of equal parts average to that of all."""
+    settings = replace(SETTINGS, warmup_steps=0, learning_rate=1.0, weight_decay=0.0)
+    whole = replace(problem, settings=settings)
+    split = replace(whole, images_at_once=1)
+    assert any(bool(moved.abs().max() > 0) for moved in gradients(whole))
+    for one, other in zip(gradients(whole), gradients(split), strict=True):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_search_refuses_parts_that_are_not_equal(problem):
+    with pytest.raises(SearchError, match="divisor"):
+        next(search_gates(replace(problem, images_at_once=3)))
+
+
+def test_search_moves_alike_whether_calls_are_computed_again(problem):
+    settings = replace(SETTINGS, warmup_steps=0, learning_rate=1.0)
+    kept, again = (
+        gradients(replace(problem, settings=settings, checkpoint_calls=on)) for on in (False, True)
+    )
+    for one, other in zip(kept, again, strict=True):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-3)
