@@ -248,7 +248,7 @@ def test_what_is_added_between_blocks_is_not_cached_with_them() -> None:
 
 
 def test_calls_that_compute_all_and_keep_nothing_leave_blocks_alone() -> None:
-    """The first call of the second table shows what its dead block 2 will have to look like."""
+    """The first call of the first table shows what its dead block 2 will have to look like."""
     alone = []
     for rows in (["1111", "1111", "1110"], ["1111", "1101", "1111", "1111"]):
         calls = gated(rows)
