@@ -15,6 +15,7 @@ from dipgo_core import hub
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.families import KNOWN_MODELS, Family
 from dipgo_core.families.sizes import ModelSizes, known_sizes
+from dipgo_core.model_base import single_file
 from dipgo_core.model_files import model_index, network_files, pipeline_files
 from dipgo_core.zoo import ZOO_MODELS, zoo_path
 
@@ -35,24 +36,44 @@ _FLOAT32: Final = 4
 def sizes_of(model_id: str, folder: Path | None, family: Family) -> ModelSizes | None:
     """Return what is known of a model's size; None for one that is neither known nor here.
 
-    folder: where its files lie. Of a model that is not known by name, what calls hold is that of a
-    known model of the family whose denoiser has as many parameters, and so the same topology;
-    without one, nobody knows it.
+    folder: where its files lie, unless the id is that of a single file. Of a model that is not known
+    by name, what calls hold is that of a known model of the family whose networks have as many
+    parameters, and so the same topology; without one, nobody knows it.
     """
     if model_id in known_sizes():
         return known_sizes()[model_id]
-    if folder is None:
-        return None
     try:
-        counted = component_parameters(folder)
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        if file := single_file(model_id):
+            return _found(family.name, *_counted_in(file), upcast=True)
+        return None if folder is None else _sizes_in(folder, family)
     except (OSError, ValueError, ModelFilesError, SafetensorError):
         return None
-    denoiser, decoder = counted[family.denoiser_attribute], counted["vae"]
+
+
+def _sizes_in(folder: Path, family: Family) -> ModelSizes:
+    counted = component_parameters(folder)
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     text = sum(n for name, n in counted.items() if name.startswith("text_encoder"))
-    like = _like(family.name, denoiser, decoder)
+    networks = (counted[family.denoiser_attribute], text, counted["vae"])
+    return _found(family.name, *networks, upcast=bool(vae.get("force_upcast", True)))
+
+
+#: What tensors of single files begin with: denoiser, text encoders, autoencoder.
+_PREFIXES: Final = (
+    ("model.diffusion_model.",),
+    ("cond_stage_model.", "conditioner.", "text_encoders."),
+    ("first_stage_model.",),
+)
+
+
+def _counted_in(file: Path) -> tuple[int, ...]:
+    """Return how many numbers a single file holds of denoiser, text encoders and autoencoder."""
+    return tuple(parameters_in(file, prefixes) for prefixes in _PREFIXES)
+
+
+def _found(family: str, denoiser: int, text: int, decoder: int, *, upcast: bool) -> ModelSizes:
+    like = _like(family, denoiser, decoder)
     found = known_sizes()[like] if like else _UNTRACED
-    upcast = bool(vae.get("force_upcast", True))
     return replace(found, denoiser=denoiser, text=text, decoder=decoder, upcast=upcast, like=like)
 
 
@@ -89,11 +110,11 @@ def component_parameters(folder: Path) -> Counter[str]:
     return counted
 
 
-def parameters_in(path: Path) -> int:
-    """Return how many numbers a safetensors file holds; its header is read alone."""
+def parameters_in(path: Path, prefixes: tuple[str, ...] = ("",)) -> int:
+    """Return how many numbers a safetensors file holds, in tensors whose names begin like this."""
     with safe_open(path, framework="numpy") as weights:
-        shapes = (weights.get_slice(name).get_shape() for name in weights.keys())  # noqa: SIM118
-        return sum(map(math.prod, shapes))
+        names = (name for name in weights.keys() if name.startswith(prefixes))  # noqa: SIM118
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def scorer_bytes(name: str) -> int | None:

@@ -11,7 +11,8 @@ CALLS, GUIDANCE, GB = 50, 7.5, 1e9
 
 
 def main() -> None:
-    print("| model | pixels | weights | caches | search | decoder computed again | one image made |")
+    columns = ("model", "pixels", "weights", "caches", "search", "decoder again", "one image")
+    print(f"| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     for known in KNOWN_MODELS:
         if not known.bundled:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import tiny_sd
 
 from dipgo_core.families import find_family
@@ -70,3 +72,13 @@ def test_scorers_are_known_counted_or_unknown() -> None:
     assert scorer_bytes("tiny-clip") == pytest.approx(2 * clip.stat().st_size, rel=0.1)  # float16
     assert scorer_bytes("facebook/dinov2-base@main") == 4 * 86_600_000
     assert scorer_bytes("some/scorer") is None
+
+
+def test_a_single_file_is_counted_by_the_names_of_its_tensors(tmp_path: Path) -> None:
+    """Tensors of no network of the pipeline, such as averaged weights, do not count."""
+    file = tmp_path / "model.safetensors"
+    prefixes = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "model_ema.")
+    tensors = {f"{name}x": np.zeros((n, 2)) for n, name in enumerate(prefixes, start=1)}
+    save_file(tensors, file)
+    sizes = sizes_of(str(file), None, SD)
+    assert sizes is not None and (sizes.denoiser, sizes.text, sizes.decoder) == (2, 4, 6)
