@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,20 +28,20 @@ class Bench:
 
     record: times, speed-ups, images a second, memory, energy, device and versions, as in a latency
     record. macs_speedup: dense / kept MACs of a run. peak_cache_bytes: the most that a run of the
-    SubNet keeps at once. compile: options of torch.compile, None where nothing was compiled.
+    SubNet keeps at once. fused: whether runs of skipped calls were one step where that is equal.
     """
 
     record: Mapping[str, Any]
     macs_speedup: Mapping[Convention, float]
     peak_cache_bytes: int
-    compile: Mapping[str, Any] | None
+    fused: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.record,
             "macs_speedup": dict(self.macs_speedup),
             "peak_cache_bytes": self.peak_cache_bytes,
-            "compile_options": None if self.compile is None else dict(self.compile),
+            "fused": self.fused,
         }
 
 
@@ -53,28 +52,27 @@ def bench(
     effort: Effort | None = None,
     item: Item = DEFAULT_ITEM,
     compile: Mapping[str, Any] | None = None,
+    fuse: bool = False,
 ) -> Bench:
     """Measure the pipeline with and without the SubNet, by the SubNet's own sampler.
 
     item: what all images of a batch show. compile: options of torch.compile; the dense side's
-    blocks are then compiled in the same way.
+    blocks are then compiled in the same way. fuse: jump over skipped calls, as
+    `SubNetHandle.fuse` does.
 
     Raises:
         SubNetMismatchError: the SubNet was made for another model or noise scheduler; the message
             says what works.
     """
     effort = effort or Effort()
-    pair = _Pair(model, subnet, (item,) * effort.batch_size, compile)
-    with pair.compiled():
-        record = measure_side_by_side(
-            model, PreparedRun(pair.dense), PreparedRun(pair.pruned), effort
-        )
-        peak = pair.peak_cache_bytes()
+    items = (item,) * effort.batch_size
+    pair = _Pair(model, subnet, items, compile=compile, fuse=fuse)
+    record = measure_side_by_side(model, PreparedRun(pair.dense), PreparedRun(pair.pruned), effort)
     return Bench(
-        record=record,
+        record={**record, "compile": "none" if compile is None else "torch.compile, by block"},
         macs_speedup=macs_speedups(subnet),
-        peak_cache_bytes=peak,
-        compile=compile,
+        peak_cache_bytes=pair.peak_cache_bytes(),
+        fused=fuse,
     )
 
 
@@ -88,48 +86,32 @@ def macs_speedups(subnet: SubNet) -> dict[Convention, float]:
 
 
 class _Pair:
-    """The two ways to call one pipeline.
-
-    Compiled code lives as long as a SubNet stays applied, so with `compile` both sides have one of
-    their own applied throughout (the dense side's keeps everything) on two pipelines of the same
-    parts. Without, the dense side is the plain pipeline.
-    """
+    """The two ways to call one pipeline: dense, and with the SubNet applied."""
 
     def __init__(
         self,
         model: LoadedModel,
         subnet: SubNet,
         items: Sequence[Item],
+        *,
         compile: Mapping[str, Any] | None,
+        fuse: bool,
     ) -> None:
-        self._model, self._subnet, self._items, self._options = model, subnet, items, compile
+        self._model, self._subnet, self._items = model, subnet, items
+        self._options, self._fuse = compile, fuse
         model.pipe.scheduler = scheduler_of(subnet)
-        self._twin = copy.copy(model.pipe) if compile is not None else model.pipe
-        self._kept: SubNetHandle | None = None
         apply_subnet(model.pipe, subnet).remove()  # refuses what does not fit before any run
 
     @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """Keep both sides applied and compiled while the block lasts, if that was asked for."""
-        if self._options is None:
-            yield
-            return
-        gates = GateTable.all_keep(self._subnet.gates.num_calls, self._subnet.gates.num_blocks)
-        whole = replace(self._subnet, gates=gates)
-        with apply_subnet(self._twin, whole) as dense:
-            dense.compile(**self._options)
-            with apply_subnet(self._model.pipe, self._subnet) as pruned:
-                pruned.compile(**self._options)
-                self._kept = pruned
-                yield
-
-    @contextmanager
     def dense(self) -> Iterator[Run]:
+        """Call the plain pipeline, or the one whose blocks are compiled and all computed."""
         arguments = self._arguments()
-        yield lambda: self._twin(**arguments)
+        with nullcontext() if self._options is None else self._compiled(self._whole):
+            yield lambda: self._model.pipe(**arguments)
 
     @contextmanager
     def pruned(self) -> Iterator[Run]:
+        """Call the pipeline with the SubNet."""
         arguments = self._arguments()
         with self._applied():
             yield lambda: self._model.pipe(**arguments)
@@ -141,10 +123,18 @@ class _Pair:
             self._model.pipe(**arguments)
             return handle.peak_cache_bytes
 
-    def _applied(self) -> AbstractContextManager[SubNetHandle]:
-        if self._kept is None:
-            return apply_subnet(self._model.pipe, self._subnet)
-        return nullcontext(self._kept)
+    def _applied(self) -> SubNetHandle:
+        handle = self._compiled(self._subnet)
+        return handle.fuse() if self._fuse else handle
+
+    def _compiled(self, subnet: SubNet) -> SubNetHandle:
+        handle = apply_subnet(self._model.pipe, subnet)
+        return handle if self._options is None else handle.compile(**self._options)
+
+    @property
+    def _whole(self) -> SubNet:
+        gates = self._subnet.gates
+        return replace(self._subnet, gates=GateTable.all_keep(gates.num_calls, gates.num_blocks))
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments of a call, its noise anew."""

@@ -287,6 +287,10 @@ def bench(
         str | None,
         typer.Option(metavar="ID|FOLDER", help="Where its model lies [default: the SubNet's id]."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="ID|FOLDER", help="Of a model that is one file (docs/hub.md)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option()] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
@@ -303,15 +307,30 @@ def bench(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks, of the dense model too.")
     ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="One step for each run of skipped calls (DDIM, Euler).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a SubNet against its dense model on this machine, side by side; needs no sweep."""
     from orchestrator.cli.bench import Asked, bench_json, print_bench, run_bench
 
     asked = Asked(
-        subnet, model, device, dtype, batch_size, resolution, prompt, min_runs, min_seconds,
-        max_warmup, threads, compile,
-    )  # fmt: skip
+        subnet=subnet,
+        model=model,
+        base=base,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        resolution=resolution,
+        prompt=prompt,
+        min_runs=min_runs,
+        min_seconds=min_seconds,
+        max_warmup=max_warmup,
+        threads=threads,
+        compile=compile,
+        fuse=fuse,
+    )
     found = run_bench(asked)
     if as_json:
         print_json(bench_json(asked, found))

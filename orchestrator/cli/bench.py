@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dipgo_core.config import DType, ModelSettings
@@ -19,22 +18,24 @@ if TYPE_CHECKING:
     from dipgo_core.pipelines import LoadedModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What is measured, as the command line says it."""
 
     subnet: str
-    model: str | None
-    device: str
-    dtype: DType
-    batch_size: int
-    resolution: int | None
-    prompt: str | None
-    min_runs: int
-    min_seconds: float
-    max_warmup: int
-    threads: int | None
-    compile: bool
+    model: str | None = None
+    base: str | None = None
+    device: str = "cpu"
+    dtype: DType = "float32"
+    batch_size: int = 1
+    resolution: int | None = None
+    prompt: str | None = None
+    min_runs: int = 10
+    min_seconds: float = 5.0
+    max_warmup: int = 20
+    threads: int | None = None
+    compile: bool = False
+    fuse: bool = False
 
 
 def run_bench(asked: Asked) -> Bench:
@@ -53,7 +54,7 @@ def run_bench(asked: Asked) -> Bench:
     silence_loading()
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
-    subnet = load_subnet(asked.subnet)
+    subnet = SubNet.from_pretrained(asked.subnet)
     _check_device(asked.device)
     model = load_model(settings_of(subnet, asked), device=asked.device)
     effort = Effort(
@@ -74,13 +75,8 @@ def run_bench(asked: Asked) -> Bench:
         effort=effort,
         item=_item(model, asked.prompt),
         compile={} if asked.compile else None,
+        fuse=asked.fuse,
     )
-
-
-def load_subnet(name: str) -> SubNet:
-    """Return the SubNet of a file, or of a repository on the hub."""
-    is_file = name.endswith(".json") or Path(name).is_file()
-    return SubNet.load(name) if is_file else SubNet.from_pretrained(name)
 
 
 def settings_of(subnet: SubNet, asked: Asked) -> ModelSettings:
@@ -90,6 +86,7 @@ def settings_of(subnet: SubNet, asked: Asked) -> ModelSettings:
         id=asked.model or subnet.model["id"],
         revision=revision,
         dtype=asked.dtype,
+        base=asked.base,
         resolution=asked.resolution,
     )
 
@@ -122,7 +119,7 @@ def bench_json(asked: Asked, found: Bench) -> dict[str, Any]:
 
 def print_bench(asked: Asked, found: Bench) -> None:
     """Print times of both sides, speed-ups beside that of MACs, and what they were measured on."""
-    record = found.record
+    record = found.to_json()
     rows = [
         _times("end to end, ms", record, ("dense_latency_ms", "latency_ms", "speedup")),
         *(
@@ -171,7 +168,11 @@ def _memory(memory: Mapping[str, Mapping[str, int | None]]) -> tuple[str, str, s
 
 def _print_conditions(record: Mapping[str, Any]) -> None:
     device = f"{record['device']}, {record['dtype']}, batch {record['batch_size']}"
-    print_wrapped("on", f"{device}, {record['threads']} CPU threads, compile: {record['compile']}")
+    print_wrapped(
+        "on",
+        f"{device}, {record['threads']} CPU threads, compile: {record['compile']}"
+        f"{', skipped calls jumped over' if record['fused'] else ''}",
+    )
     print_wrapped("attention", record["attention"])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     print_wrapped("versions", versions)

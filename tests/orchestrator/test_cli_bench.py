@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from dipgo_core.evaluation import side_by_side
 from dipgo_core.evaluation.load import undisturbed
 from dipgo_core.gates import GateTable
 from dipgo_core.pipelines import block_graph, load_model
+from dipgo_core.subnet import SubNet
 from orchestrator.cli import main
-from orchestrator.cli.bench import Asked, load_subnet, settings_of
+from orchestrator.cli.bench import Asked, settings_of
 
 TWO = SamplerSettings(scheduler="ddim", steps=2, guidance_scale=1.0)
 QUICK = ("--min-runs", "2", "--min-seconds", "0", "--max-warmup", "0")
@@ -83,17 +84,13 @@ def test_bench_without_a_gpu_says_so(
 
 def test_bench_without_its_file_says_who_writes_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("bench", "--subnet", "none.json") == 2
-    assert "dipgo-sweep export" in capsys.readouterr().err
+    assert "`dipgo-sweep export`" in capsys.readouterr().err
 
 
 def test_bench_loads_what_the_subnet_names_unless_told(subnet_file: str) -> None:
-    subnet = load_subnet(subnet_file)
-    asked = Asked(
-        subnet_file, None, "cpu", "float16", 1, None, None, 2, 0.0, 0, None, False
-    )  # fmt: skip
+    subnet = SubNet.load(subnet_file)
+    asked = Asked(subnet=subnet_file, dtype="float16")
     assert settings_of(subnet, asked) == ModelSettings(id="tiny-dit", dtype="float16")
-    elsewhere = Asked(
-        subnet_file, str(Path("here")), "cpu", "float16", 1, 64, None, 2, 0.0, 0, None, False
-    )  # fmt: skip
-    expected = ModelSettings(id="here", dtype="float16", resolution=64)
+    elsewhere = replace(asked, model="here", base="tiny-dit", resolution=64)
+    expected = ModelSettings(id="here", base="tiny-dit", dtype="float16", resolution=64)
     assert settings_of(subnet, elsewhere) == expected
