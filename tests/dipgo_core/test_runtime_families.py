@@ -75,14 +75,19 @@ def test_every_family_runs_its_gates(name: str, granularity: str) -> None:
     check(model, replace(model.family.sampler, steps=5, guidance_scale=3.0), granularity)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_runs_without_guidance(name: str) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "dit", "sd35"])
+def test_every_kind_of_family_runs_without_guidance(name: str) -> None:
     model = shrunk_model(name)
     check(model, replace(model.family.sampler, steps=4, guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm++2m", "euler", "heun", "unipc", "lcm"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+EPSILON = [(n, "epsilon") for n in ("ddim", "pndm", "dpm++2m", "euler", "heun", "unipc", "lcm")]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"),
+    [*EPSILON, *((name, "v_prediction") for name in ("ddim", "dpm++2m", "euler", "heun"))],
+)
 def test_every_noise_scheduler_runs_its_rows(scheduler: str, prediction: str) -> None:
     model = tiny_model(tiny_sd(tiny_scheduler(prediction_type=prediction)))
     check(model, replace(DDIM, scheduler=scheduler, steps=6, spacing=None))
@@ -115,3 +120,27 @@ def test_gates_follow_where_timesteps_depend_on_the_resolution() -> None:
         pruned = latents(large, sampler)
     with naive_run(large.pipe, large.denoiser, graph, table.to_strings()):
         assert torch.equal(pruned, latents(large, sampler))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("flux", {"negative_prompt": ["dog", "dog"], "true_cfg_scale": 3.0}),
+        ("sd35", {"skip_guidance_layers": [1, 2], "skip_layer_guidance_stop": 0.8}),
+    ],
+)
+def test_pipelines_that_call_the_denoiser_twice_a_step(name: str, more: dict[str, Any]) -> None:
+    """True guidance of FLUX; SD3's guidance by skipped layers, which comes late and ends early."""
+    model = shrunk_model(name)
+    sampler = replace(model.family.sampler, steps=6, guidance_scale=3.0)
+    graph = block_graph(model)
+    table = random_table(graph, len(set_sampler(model, sampler)), seed=1)
+
+    def run() -> Tensor:
+        arguments = {**call_arguments(model, ITEMS, (1, 2), sampler), **more}
+        return torch.as_tensor(model.pipe(**{**arguments, "output_type": "latent"}).images)
+
+    with apply_subnet(model.pipe, subnet_of(model, graph, sampler, table)):
+        pruned = run()
+    with naive_run(model.pipe, model.denoiser, graph, table.to_strings()):
+        torch.testing.assert_close(pruned, run(), atol=1e-4, rtol=1e-4)
