@@ -123,8 +123,13 @@ class Search:
 # making images -----------------------------------------------------------------------------------
 
 
-def generation_need(load: Load, run: Run, gated: Granularity | None = None) -> Need:
-    """Return what it takes to make images; gated: at which granularity a SubNet keeps caches."""
+def generation_need(
+    load: Load, run: Run, gated: Granularity | None = None, *, decodes: bool = True
+) -> Need:
+    """Return what it takes to make images, or latents alone where nothing is decoded.
+
+    gated: at which granularity a SubNet keeps caches.
+    """
     item = _ITEM[load.dtype]
     upcast = load.pipeline_upcasts and _upcasts(load)
     parts = _weights(load, decoder_item=4 if upcast else item)
@@ -134,9 +139,10 @@ def generation_need(load: Load, run: Run, gated: Granularity | None = None) -> N
     rows = run.images * load.rows * load.area * item / _CALLS
     images = 1 if run.decoding.slicing else run.images
     one = decode.tiled if run.decoding.tile else decode.forward
-    decoded = images * one * load.area * (4 if upcast else item) / _DECODE
+    decoded = images * one * load.area * (4 if upcast else item) / _DECODE if decodes else 0
     parts["activations"] = round(max(rows * call.forward, decoded))
-    parts["images"] = 2 * 4 * 3 * load.side**2 * run.images  # in floating point, and rounded
+    if decodes:
+        parts["images"] = 2 * 4 * 3 * load.side**2 * run.images  # in floating point, and rounded
     if gated:
         parts["caches"] = round(rows * call.cache)
     return _with_scorers(load, parts)
@@ -149,16 +155,18 @@ def fit_generation(
     *,
     gated: Granularity | None = None,
     fixed: bool = False,
+    decodes: bool = True,
     tile: int | None = None,
 ) -> Fit:
     """Return the fastest way to make images that fits, at most so many at a time.
 
     fixed: neither their number nor how they are decoded may change (they decide the result).
-    tile: as in `Decoding`, where images are decoded in tiles.
+    decodes: False for latents alone. tile: as in `Decoding`, where images are decoded in tiles.
     """
     asked = Run(images=images, decoding=Decoding(tile=tile))
     ways = [asked] if fixed else [asked, *_smaller(asked)]
-    return _first_that_fits(((way, generation_need(load, way, gated)) for way in ways), limit)
+    needs = ((way, generation_need(load, way, gated, decodes=decodes)) for way in ways)
+    return _first_that_fits(needs, limit)
 
 
 def _smaller(asked: Run) -> Iterator[Run]:

@@ -36,7 +36,7 @@ _FLOAT32: Final = 4
 def sizes_of(model_id: str, folder: Path | None, family: Family) -> ModelSizes | None:
     """Return what is known of a model's size; None for one that is neither known nor here.
 
-    folder: where its files lie, unless the id is that of a single file. Of a model that is not known
+    folder: where its files lie, unless the id is that of a single file. Of a model not known
     by name, what calls hold is that of a known model of the family whose networks have as many
     parameters, and so the same topology; without one, nobody knows it.
     """

@@ -7,7 +7,8 @@ image does not fit otherwise, and is part of the protocol and so of the keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -104,6 +105,18 @@ class MemoryRow:
         }
 
 
+def without_repetition(rows: Iterable[MemoryRow]) -> tuple[MemoryRow, ...]:
+    """Return one row for those that differ in their label alone, which tells how many there are."""
+    alike: dict[str, list[MemoryRow]] = {}
+    for row in rows:
+        told = {name: value for name, value in row.to_json().items() if name != "label"}
+        alike.setdefault(json.dumps(told), []).append(row)
+    return tuple(
+        replace(first, label=f"{first.label}, and {len(others)} like it") if others else first
+        for first, *others in alike.values()
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelMemory:
     """How the tasks of one model are run. tile: side of the tiles that all of them decode in."""
@@ -185,8 +198,10 @@ class ModelLoads:
         return self._row(kind, what, images, fit)
 
     def _search(self, settings: SearchSettings, tile: int | None) -> MemoryRow:
-        if settings.strategy == STEP_MASKS:  # no gradients; its batch decides its result
-            return self._generation("search", settings, settings.batch_size, tile=tile, fixed=True)
+        if settings.strategy == STEP_MASKS:  # compares latents; its batch decides its result
+            images, limit = settings.batch_size, self._limit("search")
+            fit = fit_generation(self._load, images, limit, fixed=True, decodes=False)
+            return self._row("search", settings, images, fit)
         calls = num_calls(self.model.sampler.scheduler, self.model.sampler.steps)
         search = Search(
             images=settings.batch_size,

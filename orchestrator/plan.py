@@ -11,7 +11,7 @@ from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.facts import ModelFacts
-from orchestrator.memory import MemoryRow
+from orchestrator.memory import MemoryRow, without_repetition
 from orchestrator.methods import (
     CALIBRATED,
     Method,
@@ -163,7 +163,7 @@ class Plan:
         to_do = {(task.model, task.kind) for task in self.tasks if task.state != "cached"}
         return tuple(
             row.problem
-            for row in self.memory
+            for row in without_repetition(self.memory)
             if row.fit.fits is False and (row.model, row.kind) in to_do
         )
 

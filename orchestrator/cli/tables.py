@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dipgo_core.memory import Fit
 from orchestrator.cli.show import print_table, say
 from orchestrator.headlines import Headline
-from orchestrator.memory import GB, MemoryRow
+from orchestrator.memory import GB, MemoryRow, without_repetition
 from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table, name_at_target
 from orchestrator.points import ResolvedPoint
@@ -58,16 +58,16 @@ def print_plan(results: Results) -> None:
 
 
 def print_memory(rows: Sequence[MemoryRow]) -> None:
-    """Print what each kind of work is estimated to hold of a GPU; alike searches in one line."""
+    """Print what each kind of work is estimated to hold of a GPU."""
     lines = [
         (row.model, row.kind, row.label, _gigabytes(row.fit), "; ".join(row.choices), row.basis)
-        for row in rows
+        for row in without_repetition(rows)
     ]
     columns = ("model", "task", "of", "peak GB", "run so that it fits", "estimated from")
     print_table(
         "GPU memory, estimated (docs/memory.md)",
         columns,
-        list(dict.fromkeys(lines)),
+        lines,
         right=("peak GB",),
     )
 

@@ -20,7 +20,7 @@ from orchestrator.memory import GB, with_gpu_memory
 from orchestrator.plan import Plan, build_plan
 from orchestrator.records import Task
 from orchestrator.store import FolderStore
-from orchestrator.sweep_settings import Resources, SearchGrid, SweepFile, TaskResources
+from orchestrator.sweep_settings import Baseline, Resources, SearchGrid, SweepFile, TaskResources
 from tests.orchestrator.tiny_sweep import Listener, tiny_facts, tiny_sweep
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -141,3 +141,20 @@ def test_rows_are_json() -> None:
     row = json.loads(json.dumps(plan_of(sdxl_sweep(80)).to_json()))["memory"][0]
     assert row["kind"] == "reference" and row["fits"] is True and row["gpu_bytes"] == 80 * GB
     assert sum(row["parts"].values()) < row["estimated_bytes"]
+
+
+def test_searches_that_need_the_same_are_told_once() -> None:
+    sweep = small(6)
+    (model,) = sweep.models
+    grid = SearchGrid(axes={**model.grid.axes, "seed": (0, 1, 2)})
+    lines = plan_of(replace(sweep, models=(replace(model, grid=grid),))).too_large
+    (line,) = [line for line in lines if "dipgo" in line]
+    assert "like it" in line
+
+
+def test_a_search_for_step_masks_decodes_nothing() -> None:
+    sweep = sdxl_sweep(80)
+    (model,) = sweep.models
+    masks = replace(model, baselines=(Baseline(name="best_step_mask"),))
+    rows = {row.label: row for row in plan_of(replace(sweep, models=(masks,))).memory}
+    assert "images" not in rows["best_step_mask"].fit.need.parts
