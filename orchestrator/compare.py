@@ -256,7 +256,9 @@ def matching_points(
 
 
 def _way(point: ResolvedPoint) -> str:
-    names = ("method", "strategy", "loss", "seed", "target", "variant", "sampler")
+    names = ["method", "strategy", "loss", "seed", "target", "variant", "sampler"]
+    if point.method in ("search", "random"):  # others keep or skip whole calls
+        names.append("granularity")
     return content_key({name: canonical(getattr(point, name)) for name in names})
 
 

@@ -26,7 +26,8 @@ COUNTS = (
     *(f"calibration_{metric}" for metric in CALIBRATION_METRICS),
 )
 PARAMS = (
-    *("model", "model_id", "method", "strategy", "target", "seed", "variant", "name", "device"),
+    *("model", "model_id", "method", "strategy", "granularity", "target", "seed", "variant"),
+    *("name", "device"),
 )
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 

@@ -14,7 +14,8 @@ from orchestrator.report.measured import columns_of
 
 #: Columns of points.csv; image figures, gains and standings follow, as far as they were measured.
 COLUMNS = (
-    "key", "model", "model_id", "method", "name", "strategy", "target", "seed", "variant", "state",
+    "key", "model", "model_id", "method", "name", "strategy", "granularity", "target",
+    "seed", "variant", "state",
     "measured_under", "n_images", "pruned_ratio", "macs", "macs_speedup", "device",
     "latency_usable",
     "latency_note", "latency_ms", "latency_ms_low", "latency_ms_high", "speedup", "speedup_low",

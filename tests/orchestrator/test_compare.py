@@ -22,6 +22,7 @@ from orchestrator.compare import (
     Side,
     compare_all,
     compare_sides,
+    matching_points,
     side_of_point,
     side_of_subnet,
 )
@@ -185,6 +186,15 @@ def test_file_that_says_nothing_of_its_protocol_is_refused(
     subnet = export_subnet(pick(results, "search"), results.store.records(), results.sweep)
     with pytest.raises(ConfigError, match="export the SubNet again"):
         side_of_subnet(replace(subnet, provenance={}), "old.json")
+
+
+def test_points_match_by_granularity_only_where_gates_are_searched(results: Results) -> None:
+    """A whole call skipped is the same of blocks and of layers; a searched SubNet is not."""
+    points = [point for point in results.points if point.model == "tiny"]
+    layers = [replace(point, granularity="layer") for point in points]
+    methods = {ours.method for ours, _ in matching_points(points, layers)}
+    assert methods == {"dense", "uniform"}
+    assert len(matching_points(points, points)) == len(points)
 
 
 def test_sweeps_are_compared_by_matching_points_of_different_stores(
