@@ -119,7 +119,8 @@ def test_gates_follow_where_timesteps_depend_on_the_resolution() -> None:
     with apply_subnet(large.pipe, subnet):
         pruned = latents(large, sampler)
     with naive_run(large.pipe, large.denoiser, graph, table.to_strings()):
-        assert torch.equal(pruned, latents(large, sampler))
+        naive = latents(large, sampler)
+    torch.testing.assert_close(pruned, naive, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
