@@ -208,6 +208,22 @@ def test_parts_of_blocks_may_be_compiled(sd: LoadedModel) -> None:
     assert counters["graph_break"] == {}
 
 
+def test_another_precision_and_layout_before_or_after(dit: LoadedModel, sd: LoadedModel) -> None:
+    """Oracle: eager runs of the same; the blocks are compiled anew and then no more."""
+    for model, change in (
+        (dit, lambda pipe: pipe.to(torch.float64)),
+        (sd, lambda pipe: pipe.unet.to(memory_format=torch.channels_last)),
+    ):
+        with compiled(model, random_subnet(model)):
+            images(model)
+            change(model.pipe)
+            again = images(model)
+            with dynamo.config.patch(error_on_recompile=True):
+                torch.testing.assert_close(images(model), again)
+        with apply_subnet(model.pipe, random_subnet(model)):
+            torch.testing.assert_close(images(model), again)
+
+
 def test_two_subnets_on_one_denoiser_compile_their_own(dit: LoadedModel) -> None:
     """Oracle: each alone. Hooks of the other, at another granularity, are no part of the code."""
     other = type(dit.pipe)(**dit.pipe.components)
