@@ -6,7 +6,7 @@ Everything here is pure and differentiable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ class Repeat:
     """
 
     schedule: Tensor | None
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def at(self, sample: Tensor, timestep: Any) -> RepeatAt:
         """Return how to repeat at one call: `sample` and `timestep` are what the denoiser gets."""
         if self.schedule is None:
             return RepeatAt(sample, None)
-        return RepeatAt(sample, alpha_bar(self.schedule, timestep).to(sample.device))
+        device = sample.device
+        if device not in self._copies:  # so that no call waits for the device
+            self._copies[device] = self.schedule.to(device)
+        return RepeatAt(sample, alpha_bar(self._copies[device], timestep))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +74,11 @@ def noise_schedule(scheduler: Any) -> Tensor | None:
 
 
 def alpha_bar(schedule: Tensor, timestep: Any) -> Tensor:
-    """Return alpha-bar at a timestep: a number, or a tensor of them, one an image.
+    """Return alpha-bar at a timestep: a number, or a tensor of them, one an image.  # (1 or B,)
 
     Between whole timesteps sigma is interpolated linearly, as EulerDiscreteScheduler does.
     """
-    timestep = torch.as_tensor(timestep, device=schedule.device)
+    timestep = torch.as_tensor(timestep, device=schedule.device).reshape(-1)
     if not timestep.is_floating_point():
         return schedule[timestep]
     low = timestep.floor().clamp(0, len(schedule) - 1)
@@ -89,7 +93,7 @@ def to_epsilon(prediction: Tensor, sample: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return sqrt(alpha-bar) v + sqrt(1 - alpha-bar) x, at least in float32.  # like prediction
 
     sample: what the denoiser was given, of unit variance; a learned variance behind v stays.
-    alpha_bar: of one timestep, or one an image.
+    alpha_bar: of one timestep, or one an image; a number or (1 or B,).
     """
     velocity, noisy, rest = _parts(prediction, sample)
     signal, noise = _roots(alpha_bar, velocity)
@@ -115,5 +119,5 @@ def _parts(prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Roots in the schedule's own precision, as the noise schedulers take them."""
     signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    shape = (-1, *[1] * (like.ndim - 1)) if alpha_bar.ndim else ()
+    shape = (-1, *[1] * (like.ndim - 1))
     return signal.to(like).reshape(shape), noise.to(like).reshape(shape)

@@ -37,7 +37,7 @@ def test_alpha_bar_between_timesteps_is_that_of_euler() -> None:
     """Oracle: the sigmas of EulerDiscreteScheduler at fractional timesteps."""
     euler = diffusers.EulerDiscreteScheduler.from_config(tiny_scheduler().config)
     euler.set_timesteps(7, device="cpu")
-    found = torch.stack([alpha_bar(euler.alphas_cumprod, t) for t in euler.timesteps])
+    found = torch.cat([alpha_bar(euler.alphas_cumprod, t) for t in euler.timesteps])
     assert any(t != int(t) for t in euler.timesteps.tolist())
     assert torch.allclose(found, 1 / (euler.sigmas[:-1] ** 2 + 1), rtol=1e-4)
 
