@@ -97,6 +97,12 @@ def timed_call(call: Run, scheduler: Any, denoiser: nn.Module, watch: Stopwatch)
     return Timed(whole.total_ms, loop_ms)
 
 
+def _entry(denoiser: nn.Module) -> str:
+    """Return the method that calls of a module enter by: compiled code is not looked into."""
+    compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
+    return "_compiled_call_impl" if compiled else "forward"
+
+
 @contextmanager
 def _loop_marks(scheduler: Any, denoiser: nn.Module, watch: Stopwatch) -> Iterator[list[Any]]:
     """Collect the beginning of the loop, then the end of its last step so far."""
@@ -113,7 +119,7 @@ def _loop_marks(scheduler: Any, denoiser: nn.Module, watch: Stopwatch) -> Iterat
         return result
 
     hooks = [
-        MethodHook(denoiser, "forward", on_forward),
+        MethodHook(denoiser, _entry(denoiser), on_forward),
         MethodHook(scheduler, "step", on_step),
     ]
     try:

@@ -76,6 +76,26 @@ def test_loop_of_a_real_pipeline_lies_inside_the_call() -> None:
     assert 0 < found.loop_ms < found.total_ms
 
 
+def test_loop_of_a_compiled_denoiser_has_its_first_call_too() -> None:
+    """Oracle: the same, not compiled; timing it again compiles nothing anew."""
+    ticks, found = Ticks(), []
+    denoiser = nn.Linear(2, 2)
+    scheduler = SimpleNamespace(step=lambda: ticks.pass_(1))
+
+    def call() -> None:
+        for _ in range(3):
+            denoiser(torch.zeros(1, 2))
+            ticks.pass_(10)
+            scheduler.step()
+
+    for compiled in (False, True):
+        if compiled:
+            denoiser.compile(backend="eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found += [timed_call(call, scheduler, denoiser, ticks).loop_ms for _ in range(2)]
+    assert found == [33.0] * 4
+
+
 class FakeEvent:
     """A CUDA event of a device that is ahead by a millisecond at every record."""
 
