@@ -2,7 +2,8 @@
 
 The files are changed by `-o` only: paths (models, prompts, scorers, results), images (how many, how
 large, how many latency times), steps (of samplers and searches). Ends with exit code 1 if a task
-failed, or a model lacks a front with its dense run, every baseline and its searched points.
+failed, or a model lacks a front with its dense run, every baseline and its searched points. The
+files run side by side, each on one core: a latency bears as much beside it on two cores.
 
     python scripts/rehearse.py [--folder FOLDER] [--executor ray] [sd_family] [transformer_family]
 """
@@ -18,7 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,6 +82,10 @@ class Stage:
     def model(self, name: str) -> Path:
         return self.folder / "models" / name
 
+    def log(self, flagship: str) -> Path:
+        """Return where the output of a run goes."""
+        return self.folder / f"{flagship}.log"
+
     def command(self, verb: str, flagship: str, *options: str) -> list[str]:
         """Return a command line about a flagship file with this stage's overrides."""
         settings = [word for item in self.overrides(flagship) for word in ("-o", item)]
@@ -88,8 +95,8 @@ class Stage:
 
     def overrides(self, flagship: str) -> Iterator[str]:
         """Yield what differs from the sweep file: paths, images, steps."""
-        yield f"storage={self.folder / 'results'}"
-        yield f"tracking.uri=sqlite:///{self.folder / 'mlflow.db'}"
+        yield f"storage={self.folder / flagship}"
+        yield f"tracking.uri=sqlite:///{self.folder / flagship}.db"
         yield f"evaluate.scorers={{features: tiny-features, clip: {self.clip}}}"
         yield f"evaluate.prompts={{file: {self.prompts}, column: Prompt, rows: {IMAGES}}}"
         yield f"evaluate.images={IMAGES}"
@@ -127,17 +134,22 @@ def write_stage(stage: Stage, flagships: Sequence[str]) -> None:
 def rehearse(stage: Stage, flagship: str) -> list[str]:
     """Run one sweep file, print what came of it, and return what is wrong."""
     started = time.monotonic()
-    ran = call(stage.command("run", flagship, "--executor", stage.executor))
-    problems = [] if ran.returncode == 0 else [f"{flagship}: run ended with {ran.returncode}"]
+    with stage.log(flagship).open("w") as log:
+        command = stage.command("run", flagship, "--executor", stage.executor)
+        code = call(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    problems = [] if code == 0 else [f"{flagship}: run ended with exit code {code}"]
     sweep, results = (_read(stage, verb, flagship) for verb in ("validate", "pareto"))
     if sweep is None or results is None:
-        return [*problems, f"{flagship}: no results can be read"]
-    for model in sweep["models"]:
+        problems.append(f"{flagship}: no results can be read")
+    lines = []
+    for model in sweep["models"] if sweep and results else []:
         quality = sweep["objective"]["quality"]
         wanted = {"dense", "search", *(baseline["name"] for baseline in model["baselines"])}
         problems += judged(model["name"], quality, wanted, results)
-        say(summary(model["name"], quality, results))
-    say(f"{flagship}: {time.monotonic() - started:.0f} s, {len(problems)} problems")
+        lines.append(f"  {summary(model['name'], quality, results)}")
+    if problems:
+        lines += [stage.log(flagship).read_text(), *problems]
+    say("\n".join([f"{flagship}: {time.monotonic() - started:.0f} s", *lines]))
     return problems
 
 
@@ -216,8 +228,9 @@ def main() -> None:
         stage = Stage((arguments.folder or Path(temporary)).resolve(), arguments.executor)
         stage.folder.mkdir(parents=True, exist_ok=True)
         write_stage(stage, flagships)
-        problems = [line for flagship in flagships for line in rehearse(stage, flagship)]
-    say("\n".join(problems) or "every model has its front")
+        with ThreadPoolExecutor(len(flagships)) as pool:
+            problems = sum(pool.map(partial(rehearse, stage), flagships), [])
+    say(f"{len(problems)} problems" if problems else "every model has its front")
     sys.exit(1 if problems else 0)
 
 
