@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 SWEEP ?= sweeps/quickstart.yaml
 PYTHON ?=
 PYTEST_ARGS ?=
+# Test files are dealt out to so many processes, each on one thread.
+TEST_PROCESSES ?= 2
 
 # One thread a process: tests and Ray workers run side by side, more threads only get in their way.
 export OMP_NUM_THREADS ?= 1
@@ -31,7 +33,7 @@ demo: $(INSTALLED)
 	$(BIN)/dipgo-sweep run $(SWEEP)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 rehearse: $(INSTALLED)
 	$(BIN)/python scripts/rehearse.py $(REHEARSE_ARGS)

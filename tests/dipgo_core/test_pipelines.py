@@ -132,7 +132,7 @@ def test_load_model_says_what_to_do_without_network() -> None:
 
 
 def test_load_model_refuses_what_is_neither_folder_nor_id() -> None:
-    with pytest.raises(ModelFilesError, match="no bundled model, no folder or file here and no hub id"):
+    with pytest.raises(ModelFilesError, match="no bundled model, no folder or file here and no"):
         load_model(ModelSettings(id="tiny-sdd"))
 
 

@@ -120,7 +120,11 @@ Made = tuple[dict[str, Any], dict[str, bytes]]
 
 
 def _reference(inputs: Mapping[str, Any]) -> Made:
-    return {"graphs": {"block": GRAPH.to_json()}, "timesteps": list(range(901, 0, -100)), "forwards": 40}, {}
+    return {
+        "graphs": {"block": GRAPH.to_json()},
+        "timesteps": list(range(901, 0, -100)),
+        "forwards": 40,
+    }, {}
 
 
 def _statistics(inputs: Mapping[str, Any]) -> Made:

@@ -1,4 +1,4 @@
-"""How a worker runs a task in less memory: what the options say reaches the model and the search."""
+"""How a worker runs a task in less memory: what its options say reaches model and search."""
 
 from __future__ import annotations
 
