@@ -1,4 +1,4 @@
-"""Every family on its shrunk model: one loop, hard gates as trained, whole SubNets as the model."""
+"""Every family on its shrunk model: a rollout is the stock call, hard gates are the runtime."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import pytest
 import torch
 from tiny import gated_latents
 
-from dipgo_core.binding import subnet_of
 from dipgo_core.config import LossSettings, ModelSettings, SamplerSettings, SearchSettings
-from dipgo_core.evaluation.generate import generate
-from dipgo_core.families import calls_of, num_calls
+from dipgo_core.families import calls_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, block_graph, loaded_model
 from dipgo_core.postprocess import select
-from dipgo_core.runtime import apply_subnet
 from dipgo_core.sampling import Batch, call_arguments, decode, rollout, set_sampler
 from dipgo_core.search import SearchProblem
 from dipgo_core.search.dipgo import search_gates
@@ -66,50 +63,19 @@ def test_rollout_decodes_to_the_stock_pipelines_images(model: LoadedModel) -> No
     assert expected.std() > 0.01 and not torch.equal(expected[0], expected[1])
 
 
-def test_every_noise_scheduler_of_a_family_makes_the_calls_it_is_said_to(model) -> None:
-    for name in model.family.schedulers:
-        sampler = SamplerSettings(scheduler=name, steps=3, guidance_scale=3.0)
-        assert len(set_sampler(model, sampler)) == num_calls(name, 3)
-        final = rollout(model, Batch(ITEMS, SEEDS), sampler).detach()
-        assert torch.isfinite(final).all(), name
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_hard_gates_of_the_supernet_equal_the_runtime(model: LoadedModel, granularity: str) -> None:
     graph, sampler = block_graph(model, granularity), sampler_of(model)
     batch = Batch(ITEMS, SEEDS)
-    for seed in range(2):
-        table = random_table(graph, calls_of(sampler), seed)
-        gates = torch.tensor(table.keep, dtype=torch.float32).requires_grad_()
-        with SuperNet(model, graph, checkpointing=True) as supernet:
-            final = supernet.rollout(batch, sampler, gates)
-            final.square().sum().backward()
-        expected = gated_latents(model, graph, table, batch, sampler)
-        scale = expected.abs().max()
-        assert torch.allclose(final.detach() / scale, expected / scale, atol=1e-5)
-        assert gates.grad is not None and gates.grad.isfinite().all() and gates.grad[1:].any()
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_subnets_run_in_the_stock_pipeline_as_in_a_search(model, granularity: str) -> None:
-    graph, sampler = block_graph(model, granularity), sampler_of(model)
-    table = random_table(graph, calls_of(sampler), 5)
-    latents = gated_latents(model, graph, table, Batch(ITEMS, SEEDS), sampler)
-    with torch.no_grad():
-        expected = (decode(model, latents) * 255).round()
-    (batch,) = generate(model, ITEMS, SEEDS, sampler, gates=table, graph=graph)
-    assert (batch.images - expected).abs().max() <= 1
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_subnet_that_keeps_everything_is_the_model_bit_for_bit(model, granularity: str) -> None:
-    graph, sampler = block_graph(model, granularity), sampler_of(model)
-    expected = stock(model, sampler)
-    whole = GateTable.all_keep(calls_of(sampler), graph.num_blocks)
-    with apply_subnet(model.pipe, subnet_of(model, graph, sampler, whole)), torch.no_grad():
-        images = model.pipe(**call_arguments(model, ITEMS, SEEDS, sampler)).images
-    assert torch.equal(images, expected)
-    assert torch.equal(stock(model, sampler), expected)
+    table = random_table(graph, calls_of(sampler), seed=1)
+    gates = torch.tensor(table.keep, dtype=torch.float32).requires_grad_()
+    with SuperNet(model, graph, checkpointing=True) as supernet:
+        final = supernet.rollout(batch, sampler, gates)
+        final.square().sum().backward()
+    expected = gated_latents(model, graph, table, batch, sampler)
+    scale = expected.abs().max()
+    assert torch.allclose(final.detach() / scale, expected / scale, atol=1e-5)
+    assert gates.grad is not None and gates.grad.isfinite().all() and gates.grad[1:].any()
 
 
 def test_a_search_serves_targets(model: LoadedModel) -> None:
