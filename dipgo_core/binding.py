@@ -65,6 +65,8 @@ def subnet_of(
             "family": model.family.name,
             "id": model.settings.id,
             "revision": model.settings.revision,
+            "base": model.settings.base,
+            "resolution": model.settings.resolution,
             "denoiser": type(model.denoiser).__name__,
             "config": model_config,
             "config_sha256": config_sha256(model_config),

@@ -26,7 +26,7 @@ from dipgo_core.families import (
     find_known,
 )
 from dipgo_core.graph import BlockGraph
-from dipgo_core.model_base import model_folder
+from dipgo_core.model_base import model_folder, single_file
 from dipgo_core.model_files import model_index
 
 
@@ -102,6 +102,11 @@ def _check_resolution(resolution: int, own: int, family: Family) -> None:
 
 def _folder(model_id: str) -> Path:
     """Return the folder that holds a model's configs; those of a hub id are fetched if need be."""
+    if single_file(model_id) is not None:
+        raise ModelFilesError(
+            f"{model_id} is one file of weights: its graph is that of the model whose configs it "
+            "takes (its `base`); name that one"
+        )
     try:
         folder = model_folder(model_id)
         return _fetched(model_id) if folder is None else folder

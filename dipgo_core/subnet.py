@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dipgo_core.config import DType, ModelSettings
 from dipgo_core.errors import SubNetError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import Reuse
@@ -33,8 +34,8 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 class SubNet:
     """What a user deploys (``subnet.json``).
 
-    model: family, id, revision, denoiser, config, config_sha256; latent_side and tokens, the size
-    of the call that the MACs are counted for.
+    model: family, id, revision, base, resolution (as in ModelSettings), denoiser, config,
+    config_sha256; latent_side and tokens, the size of the call that the MACs are counted for.
     sampler: scheduler (class name), config, config_sha256, steps, custom (timesteps or sigmas given
     to the stock call instead), timesteps (one a row of keep), guidance_scale.
     macs: dense, kept, pruned_ratio, convention, paper.
@@ -63,6 +64,16 @@ class SubNet:
                 f"blocks has {len(self.block_names)} names, keep has {self.gates.num_blocks} "
                 "columns"
             )
+
+    def model_settings(self, dtype: DType = "float32") -> ModelSettings:
+        """Return the settings that load the model it was made for, in another precision perhaps."""
+        return ModelSettings(
+            id=str(self.model["id"]),
+            revision=self.model.get("revision"),
+            base=self.model.get("base"),
+            resolution=self.model.get("resolution"),
+            dtype=dtype,
+        )
 
     def call_kwargs(self) -> dict[str, Any]:
         """Return the arguments the pipeline must be called with: steps, or a list, and guidance."""

@@ -99,6 +99,11 @@ _REQUIRED: Final[dict[str, Rule]] = {
 }
 _OPTIONAL: Final[dict[str, Rule]] = {
     "model.revision": _TEXT_OR_NULL,
+    "model.base": _TEXT_OR_NULL,
+    "model.resolution": (
+        lambda value: value is None or _is_whole(value, 1),
+        "a whole number from 1 on, or null",
+    ),
     "model.latent_side": _STEPS,
     "model.tokens": _COUNT,
     "sampler.custom": (_is_custom, 'an object with a list of numbers "timesteps" or "sigmas"'),

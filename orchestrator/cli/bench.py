@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dipgo_core.config import DType, ModelSettings
@@ -81,14 +81,11 @@ def run_bench(asked: Asked) -> Bench:
 
 def settings_of(subnet: SubNet, asked: Asked) -> ModelSettings:
     """Return which weights are loaded: those the SubNet names, unless others are asked for."""
-    revision = subnet.model.get("revision") if asked.model is None else None
-    return ModelSettings(
-        id=asked.model or subnet.model["id"],
-        revision=revision,
-        dtype=asked.dtype,
-        base=asked.base,
-        resolution=asked.resolution,
-    )
+    named = subnet.model_settings(asked.dtype)
+    resolution = asked.resolution or named.resolution
+    if asked.model is None:
+        return replace(named, base=asked.base or named.base, resolution=resolution)
+    return replace(named, id=asked.model, revision=None, base=asked.base, resolution=resolution)
 
 
 def _check_device(device: str) -> None:
@@ -134,8 +131,7 @@ def print_bench(asked: Asked, found: Bench) -> None:
             "",
         ),
         _memory(record["memory"]),
-        ("MACs (all)", "", "", f"{found.macs_speedup['all']:.3f}"),
-        ("MACs (paper)", "", "", f"{found.macs_speedup['paper']:.3f}"),
+        *((f"MACs ({name})", "", "", f"{gain:.3f}") for name, gain in found.macs_speedup.items()),
     ]
     columns = ("", "dense", "SubNet", "speed-up")
     title = f"{asked.subnet}: median [95 % interval] of {record['latency_ms']['n']} pairs"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipgo_core.config import DType, ModelSettings
+from dipgo_core.config import DType
 from dipgo_core.errors import ConfigError
 from dipgo_core.families import Family, call_options
 from dipgo_core.subnet import SubNet
@@ -40,10 +40,7 @@ def generate_images(
     from orchestrator.cli.quiet import silence_loading
 
     silence_loading()
-    settings = ModelSettings(
-        id=subnet.model["id"], revision=subnet.model.get("revision"), dtype=dtype
-    )
-    model = load_model(settings, device=device)
+    model = load_model(subnet.model_settings(dtype), device=device)
     model.pipe.scheduler = scheduler_of(subnet)
     arguments = {
         **condition(model.family, model.pipe, prompt),

@@ -81,3 +81,10 @@ def test_torn_config_is_named(tmp_path: Path) -> None:
     (folder / "unet" / "config.json").write_text(json.dumps({})[:1])
     with pytest.raises(ModelFilesError, match="unet/config.json"):
         outline_of(str(folder))
+
+
+def test_single_file_points_to_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(ModelFilesError, match="one file of weights.*`base`"):
+        outline_of(str(path))

@@ -238,3 +238,10 @@ def test_files_and_folders_are_loaded_without_the_hub(tmp_path: Path) -> None:
     assert SubNet.from_pretrained(str(tmp_path / "subnet.json")) == small_subnet()
     with pytest.raises(SubNetError, match="no file, no folder .* and no repository"):
         SubNet.from_pretrained(tmp_path / "nothing" / "here" / "at all")
+
+
+def test_model_settings_are_those_it_was_made_with() -> None:
+    model = {**small_subnet().model, "base": "tiny-sd", "resolution": 64, "revision": "main"}
+    settings = replace(small_subnet(), model=model).model_settings("float16")
+    assert (settings.id, settings.revision) == (model["id"], "main")
+    assert (settings.base, settings.resolution, settings.dtype) == ("tiny-sd", 64, "float16")
