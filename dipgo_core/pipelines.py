@@ -239,8 +239,21 @@ def _pipeline_class(model_id: str, folder: Path) -> str:
 
 
 def _component_classes(folder: Path) -> dict[str, str]:
-    index = model_index(folder)
-    return {name: origin[1] for name, origin in index.items() if isinstance(origin, list)}
+    """Return the classes that a saved pipeline names, by component.
+
+    Raises:
+        ModelFilesError: one is of another library than diffusers and transformers.
+    """
+    index = model_index(folder).items()
+    origins = {name: origin for name, origin in index if isinstance(origin, list)}
+    for name, (library, *_) in origins.items():
+        own = library is None or library in _LIBRARIES or hasattr(diffusers.pipelines, library)
+        if not own or (folder / name / f"{library}.py").exists():
+            raise ModelFilesError(
+                f"{folder}: model_index.json takes {name} from {library!r}; only diffusers and "
+                "transformers are loaded, and no code that comes with a model is ever run"
+            )
+    return {name: origin[1] for name, origin in origins.items()}
 
 
 def loaded_model(pipe: Any, settings: ModelSettings, *, weights_sha256: str) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_load_model_reads_no_pickled_weights(folder: Path) -> None:
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelFilesError, match=r"vae/\*\.safetensors.*Only safetensors"):
+        load_model(ModelSettings(id=str(folder)))
+
+
+@pytest.mark.parametrize("library", ["own_code", "os"])
+def test_load_model_runs_no_code_that_comes_with_a_model(folder: Path, library: str) -> None:
+    """Nor does it import what happens to be installed under the name that a model gives."""
+    (folder / "scheduler" / "own_code.py").write_text("raise SystemExit('it ran')", "utf-8")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["scheduler"] = [library, "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ModelFilesError, match=f"scheduler from '{library}'.*no code"):
         load_model(ModelSettings(id=str(folder)))
 
 
