@@ -1,4 +1,4 @@
-"""A model's block graph from its configs alone: of known models, local folders and hub ids."""
+"""A model's block graph from its configs: of known models, local folders and hub ids."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from dipgo_core import hub
 from dipgo_core.blocks import trace_denoiser
+from dipgo_core.config import ModelSettings
 from dipgo_core.errors import ConfigError, HubError, ModelFilesError, UnknownModelError
 from dipgo_core.families import (
     FAMILIES,
@@ -28,6 +29,7 @@ from dipgo_core.families import (
 from dipgo_core.graph import BlockGraph
 from dipgo_core.model_base import model_folder, single_file
 from dipgo_core.model_files import model_index
+from dipgo_core.pipelines import block_graph, load_model
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ def outline_of(
 ) -> Outline:
     """Trace the denoiser of a known model, a local folder or a hub id, on the meta device.
 
+    Of a folder whose pipeline is in no family the weights are loaded as well, for one call of it
+    shows what its denoiser is given.
+
     resolution: side of the images in pixels; None: what the model is made for.
 
     Raises:
@@ -63,7 +68,9 @@ def outline_of(
         ConfigError: a resolution that the model cannot have.
     """
     known = find_known(model_id)
-    facts = _facts_of_known(known) if known is not None else _facts_of_folder(_folder(model_id))
+    if known is None and not _is_of_a_family(folder := _folder(model_id)):
+        return _outline_of_loaded(folder, granularity, resolution)
+    facts = _facts_of_folder(folder) if known is None else _facts_of_known(known)
     with torch.device("meta"):
         denoiser = getattr(diffusers, facts.family.denoiser).from_config(dict(facts.config))
     side = facts.family.latent_side(denoiser.config)
@@ -74,6 +81,16 @@ def outline_of(
         denoiser, facts.family, tokens=facts.tokens, side=side, granularity=granularity
     )
     return Outline(model_id, facts.family, side * facts.factor, graph)
+
+
+def _is_of_a_family(folder: Path) -> bool:
+    named = model_index(folder).get("_class_name")
+    return any(named in family.pipelines for family in FAMILIES.values())
+
+
+def _outline_of_loaded(folder: Path, granularity: str, resolution: int | None) -> Outline:
+    model = load_model(ModelSettings(id=str(folder), resolution=resolution))
+    return Outline(str(folder), model.family, model.resolution, block_graph(model, granularity))
 
 
 def _facts_of_known(known: KnownModel) -> _Facts:

@@ -41,7 +41,7 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the block graph of a model from its configs alone: no weights are read."""
+    """Draw the block graph of a model from its configs; no weights are read if it has a family."""
     from dipgo_core.outline import outline_of
     from orchestrator.cli.model_graph import graph_json, print_graph
     from orchestrator.cli.quiet import silence_loading

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from auraflow import tiny_auraflow
 
 from dipgo_core.binding import subnet_of
 from dipgo_core.captured import captured_inputs, example_call
@@ -19,31 +19,9 @@ from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, block_graph, load_model, loaded_model
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.sampling import Batch, call_arguments, decode, rollout, set_sampler
-from dipgo_core.zoo.shrunk.parts import autoencoder, seeded, t5_encoder, t5_tokenizer
 
 SAMPLER = SamplerSettings(scheduler="flow_match_euler", steps=4, guidance_scale=3.0)
 BATCH = Batch((Item("a cat"), Item("a dog")), (1, 2))
-
-
-def tiny_auraflow() -> Any:
-    words = t5_tokenizer(256)
-    transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pos_embed_max_size=16,
-    )
-    return diffusers.AuraFlowPipeline(
-        tokenizer=words,
-        text_encoder=t5_encoder(words, 2, width=16),
-        vae=autoencoder(1, sample_size=64),
-        transformer=seeded(transformer, 3),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
-    )
 
 
 @pytest.fixture(scope="module")

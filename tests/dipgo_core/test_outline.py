@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from auraflow import tiny_auraflow
 from fake_hub import FakeHub
 
 from dipgo_core.blocks import known_graph
@@ -88,3 +89,11 @@ def test_single_file_points_to_its_base(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ModelFilesError, match="one file of weights.*`base`"):
         outline_of(str(path))
+
+
+def test_pipeline_in_no_family_is_drawn_as_one_call_shows_it(tmp_path: Path) -> None:
+    """Oracle: two joint blocks and two single ones, as AuraFlow is built."""
+    tiny_auraflow().save_pretrained(tmp_path / "aura")
+    outline = outline_of(str(tmp_path / "aura"), resolution=64)
+    names = [f"{kind}_transformer_blocks.{i}" for kind in ("joint", "single") for i in (0, 1)]
+    assert outline.graph.names == ("", *names) and outline.resolution == 64
