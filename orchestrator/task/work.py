@@ -80,8 +80,9 @@ class Work:
                 f"the weights of {model.settings.id} are {model.weights_sha256[:16]}, planned with "
                 f"{planned[:16]}: they changed, or this worker has others. Run the sweep again"
             )
-        for autoencoder in (model.pipe.vae, model.decoder):
-            set_decoding(autoencoder, self._decoding)
+        set_decoding(model.pipe.vae, self._decoding)
+        if self.task.kind == "search":  # the only one that needs a decoder of its own
+            set_decoding(model.decoder, self._decoding)
         return model
 
     @property

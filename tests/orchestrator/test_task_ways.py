@@ -48,7 +48,7 @@ def test_tiles_come_from_the_inputs(plan: Plan, tmp_path: Path) -> None:
     task = first(plan, "reference")
     protocol = replace(Protocol.from_json(task.inputs["protocol"]), tile=16).to_json()
     tiled = replace(task, inputs={**task.inputs, "protocol": protocol})
-    assert work_of(tiled, tmp_path).model.decoder.tile_sample_min_size == 16
+    assert work_of(tiled, tmp_path).model.pipe.vae.tile_sample_min_size == 16
     assert tiled.key != task.key
     work_of(task, tmp_path).model  # noqa: B018  (whole again, for other tests)
 
