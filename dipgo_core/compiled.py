@@ -4,6 +4,8 @@ Gates stay in Python, between the blocks. What is compiled is a block's own forw
 SubNet has: the number of compilations is bounded by the kinds of blocks, not by the rows. Blocks of
 one class and the same parameters share a code object, other kinds have another: all variants of one
 code object count against the limit of recompilations (8), beyond which PyTorch falls back silently.
+Where most calls compute everything or nothing, those that compute everything run the whole denoiser
+as one more kind: it has no gate either.
 """
 
 from __future__ import annotations
@@ -69,6 +71,11 @@ class BlockCompiler:
         if compiled is None:
             compiled = self._by_module[module] = self._of_kind(_kind_of(original, module))
         return compiled(original, args, kwargs)
+
+    @staticmethod
+    def knows(original: Forward) -> bool:
+        """Return whether a forward is a module's own, not one wrapped by somebody (offloading)."""
+        return isinstance(getattr(unhooked(original), "__self__", None), nn.Module)
 
     def _of_kind(self, kind: Any) -> Forward:
         if kind not in self._by_kind:

@@ -25,7 +25,8 @@ Signature = tuple[Any, ...]
 class GatePlan:
     """A gate table made ready to run: its rows by liveness, and what each block's reuse means.
 
-    has_dead: some call has blocks that only look as if they had run.
+    has_dead: some call has blocks that only look as if they had run. seldom_mixed: in most calls
+    that are not skipped, no block has anything to do but run.
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class GatePlan:
     rows: tuple[Row, ...]
     whole: tuple[Row, ...]
     has_dead: bool
+    seldom_mixed: bool
 
     @classmethod
     def of(cls, graph: BlockGraph, gates: GateTable) -> GatePlan:
@@ -44,7 +46,10 @@ class GatePlan:
             for n in range(1, graph.num_blocks)
             if row.computes[0]
         )
-        return cls(graph.names, residual, schedule.rows, schedule.whole, any(dead))
+        computed = [row for row in schedule.rows if row.computes[0]]
+        plain = sum(map(_is_plain, computed))
+        whole = 2 * plain > len(computed)
+        return cls(graph.names, residual, schedule.rows, schedule.whole, any(dead), whole)
 
 
 @dataclass
@@ -189,7 +194,7 @@ class GatedCalls:
         self._chain: _Chain | None = None
         self._row = row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
         learns = self._is_whole and self._plan.has_dead  # what dead blocks will look like
-        self.leaves_blocks_alone = all(row.computes) and not any(row.stores[1:]) and not learns
+        self.leaves_blocks_alone = _is_plain(row) and not learns
         return row
 
     def _check_fed(self) -> None:
@@ -246,6 +251,10 @@ class GatedCalls:
         if not self._roomy:
             return outline
         return tuple(None if t is None else t.new_empty(t.shape) for t in outline)
+
+
+def _is_plain(row: Row) -> bool:
+    return all(row.computes) and not any(row.stores[1:])
 
 
 def _same(tensors: Tensors, others: Tensors) -> bool:

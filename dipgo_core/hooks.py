@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -189,41 +190,37 @@ def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandl
             f"{type(denoiser).__name__} has gates installed already; call remove() on the first "
             "handle"
         )
-    return _hooked(denoiser, graph, lambda: policy, lambda: policy, always=True)
+    deciding = Deciding(lambda: policy)
+    return _hooked(denoiser, graph, deciding, deciding, always=True)
 
 
-def attach(
-    denoiser: nn.Module,
-    graph: BlockGraph,
-    current: Current,
-    of_blocks: Current | None = None,
-    compute: Interceptor = directly,
-) -> HookHandle:
-    """Let the policy that `current` gives decide each forward; where it gives none, nothing does.
+@dataclass(frozen=True)
+class Deciding:
+    """Who decides the forwards of some modules, and how those that are to run are computed."""
+
+    current: Current
+    compute: Interceptor = directly
+
+
+def attach(denoiser: nn.Module, graph: BlockGraph, whole: Deciding, blocks: Deciding) -> HookHandle:
+    """Let the policies that `current` gives decide forwards; where it gives none, nothing does.
 
     Hooks of several owners may lie on one denoiser, as long as one at a time has a policy.
-    of_blocks: the same for the blocks alone. compute: computes the blocks that a policy has
-    computed.
+    whole: of the denoiser. blocks: of the graph's blocks.
 
     Raises:
         TraceError: a block of the graph is not a module of this denoiser.
     """
-    return _hooked(denoiser, graph, current, of_blocks or current, compute, always=False)
+    return _hooked(denoiser, graph, whole, blocks, always=False)
 
 
 def _hooked(
-    denoiser: nn.Module,
-    graph: BlockGraph,
-    current: Current,
-    of_blocks: Current,
-    compute: Interceptor = directly,
-    *,
-    always: bool,
+    denoiser: nn.Module, graph: BlockGraph, whole: Deciding, blocks: Deciding, *, always: bool
 ) -> HookHandle:
-    intercepts = {"": _denoiser_interceptor(denoiser, current)}
+    intercepts = {"": _denoiser_interceptor(denoiser, whole)}
     for index, block in enumerate(graph.blocks[1:], start=1):
         module = named_module(denoiser, block.name)
-        intercepts[block.name] = _block_interceptor(module, index, graph, of_blocks, compute)
+        intercepts[block.name] = _block_interceptor(module, index, graph, blocks)
     hooks = {
         name: (MethodHook(named_module(denoiser, name), "forward", intercept), intercept)
         for name, intercept in intercepts.items()
@@ -275,7 +272,7 @@ def argument_reader(
     return read
 
 
-def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
+def _denoiser_interceptor(denoiser: nn.Module, deciding: Deciding) -> Interceptor:
     structures: dict[Any, Structure] = {}  # by return_dict
     name = type(denoiser).__name__
     sample_of = argument_reader(denoiser.forward)
@@ -283,7 +280,7 @@ def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
     form_of = argument_reader(denoiser.forward, "return_dict")
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        policy = current()
+        policy = deciding.current()
         if policy is None:
             return original(*args, **kwargs)
         form = form_of(args, kwargs)
@@ -292,7 +289,7 @@ def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
 
         def compute() -> Tensors:
             nonlocal output, computed
-            output = original(*args, **kwargs)
+            output = deciding.compute(original, args, kwargs)
             computed, structures[form] = flatten(output)
             return computed
 
@@ -310,7 +307,7 @@ def _denoiser_interceptor(denoiser: nn.Module, current: Current) -> Interceptor:
 
 
 def _block_interceptor(
-    module: nn.Module, index: int, graph: BlockGraph, current: Current, run: Interceptor
+    module: nn.Module, index: int, graph: BlockGraph, deciding: Deciding
 ) -> Interceptor:
     block = graph.blocks[index]
     structure: Structure | None = None
@@ -318,7 +315,7 @@ def _block_interceptor(
 
     def intercept(original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal structure
-        policy = current()
+        policy = deciding.current()
         if policy is None:
             return original(*args, **kwargs)
         output: Any = None
@@ -326,7 +323,7 @@ def _block_interceptor(
 
         def compute() -> Tensors:
             nonlocal structure, output, computed
-            output = run(original, args, kwargs)
+            output = deciding.compute(original, args, kwargs)
             computed, structure = flatten(output)
             return computed
 

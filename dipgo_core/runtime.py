@@ -20,7 +20,7 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 
 from dipgo_core.binding import check_blocks, check_model, check_scheduler, check_timesteps
-from dipgo_core.compiled import block_compiler, check_uncompiled
+from dipgo_core.compiled import BlockCompiler, block_compiler, check_uncompiled
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.families import find_family
 from dipgo_core.finite import watched_decode
@@ -28,6 +28,7 @@ from dipgo_core.gated import GatedCalls, GatePlan, outlined, signature_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import (
+    Deciding,
     Forward,
     HookHandle,
     Interceptor,
@@ -100,7 +101,10 @@ class SubNetHandle:
         self._compiler: Interceptor = directly
         self._graph = graph
         self._hooks: HookHandle = attach(
-            denoiser, graph, self._current, self._current_of_blocks, self._compute
+            denoiser,
+            graph,
+            Deciding(self._current, self._compute_denoiser),
+            Deciding(self._current_of_blocks, self._compute),
         )
         self._methods = [
             MethodHook(pipe.scheduler, "set_timesteps", self._on_set_timesteps),
@@ -221,6 +225,16 @@ class SubNetHandle:
 
     def _compute(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._compiler(original, args, kwargs)
+
+    def _compute_denoiser(
+        self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute a call: by one piece of compiled code if no gate has a part in it."""
+        gates = self._current()
+        alone = gates is not None and gates.leaves_blocks_alone and self._plan.seldom_mixed
+        if alone and isinstance(self._compiler, BlockCompiler) and self._compiler.knows(original):
+            return self._compiler(original, args, kwargs)
+        return original(*args, **kwargs)
 
     def _check_parts(self) -> None:
         check_uncompiled(

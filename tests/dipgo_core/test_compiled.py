@@ -122,13 +122,29 @@ def test_blocks_of_one_kind_are_compiled_once(model: LoadedModel) -> None:
 
 def test_what_was_compiled_serves_the_next_subnet(dit: LoadedModel) -> None:
     subnet = random_subnet(dit)
+    sparse = GateTable(
+        np.roll(subnet.gates.keep, 1, axis=0) | (np.arange(LONG.steps) == 0)[:, None]
+    )
     with compiled(dit, subnet):
         images(dit)
-    graphs = counters["stats"]["unique_graphs"]
-    every = GateTable.all_keep(LONG.steps, subnet.gates.num_blocks)
-    with compiled(dit, replace(subnet, gates=every)):
+    with compiled(dit, replace(subnet, gates=sparse)), dynamo.config.patch(error_on_recompile=True):
         images(dit)
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_calls_that_compute_all_run_as_one_compiled_whole(model: LoadedModel) -> None:
+    """Oracle: eager runs; one graph, whoever of two SubNets was there first."""
+    graph = block_graph(model)
+    every = GateTable.all_keep(LONG.steps, graph.num_blocks)
+    third = GateTable.from_calls(range(0, LONG.steps, 3), LONG.steps, graph.num_blocks)
+    for gates in (every, third):
+        subnet = subnet_of(model, graph, LONG, gates)
+        with apply_subnet(model.pipe, subnet):
+            expected = images(model)
+        with compiled(model, subnet), dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(images(model), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["graph_break"] == {}
 
 
 @pytest.mark.slow
