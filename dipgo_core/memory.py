@@ -211,11 +211,15 @@ def search_need(load: Load, search: Search, run: Run) -> Need:
 
 
 def fit_search(load: Load, search: Search, limit: int | None, tile: int | None = None) -> Fit:
-    """Return the fastest way to run a search that fits; its batch is split, never changed."""
+    """Return the fastest way to run a search that fits; its batch is split, never changed.
+
+    Where nobody knows what calls hold, nothing is chosen: the search's own rule decides.
+    """
     plain = Decoding(checkpointing=tile is not None, tile=tile)
     asked = Run(images=search.images, decoding=plain)
     ways = [asked]
-    if limit is not None:
+    known = load.calls(search.granularity) is not None and load.decode is not None
+    if limit is not None and known:
         again = replace(asked, checkpoint_calls=True)
         both = replace(again, decoding=replace(plain, checkpointing=True))
         kept = replace(asked, checkpoint_calls=False)

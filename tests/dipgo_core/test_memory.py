@@ -141,5 +141,6 @@ def test_nothing_is_guessed_of_unknown_models() -> None:
     weights = replace(LOAD, sizes=replace(SIZES, calls={}))
     fit = fit_search(weights, SEARCH, 24 * GB)
     assert fit.fits is None and fit.need.unknown == ("activations",)
+    assert fit.run == Run(images=SEARCH.images)  # not even that all activations are kept
     assert fit_search(weights, SEARCH, 2 * GB).fits is False
     assert fit_generation(replace(LOAD, sizes=None), 4, 24 * GB).need.unknown == ("the model",)
