@@ -43,7 +43,7 @@ def _own_digest(settings: ModelSettings) -> str:
     folder = model_folder(settings.id)
     if folder is None:
         return _hub_name(settings)
-    return _digest(folder, check_pipeline(folder))
+    return _digest(folder, check_pipeline(folder), _settings_of(folder))
 
 
 def _denoiser_digest(settings: ModelSettings) -> str:
@@ -51,7 +51,7 @@ def _denoiser_digest(settings: ModelSettings) -> str:
     folder = model_folder(settings.id)
     if folder is None:
         return _hub_name(settings)
-    return _digest(folder, check_network(folder))
+    return _digest(folder, check_network(folder), "")
 
 
 def _rest_digest(base: ModelSettings) -> str:
@@ -59,7 +59,7 @@ def _rest_digest(base: ModelSettings) -> str:
     folder = model_folder(base.id)
     if folder is None:
         return _hub_name(base)
-    return _digest(folder, check_pipeline(folder, "denoiser"))
+    return _digest(folder, check_pipeline(folder, "denoiser"), _settings_of(folder))
 
 
 def _configs_digest(base: ModelSettings) -> str:
@@ -67,7 +67,7 @@ def _configs_digest(base: ModelSettings) -> str:
     folder = model_folder(base.id)
     if folder is None:
         return _hub_name(base)
-    return _digest(folder, check_pipeline(folder, "weights"))
+    return _digest(folder, check_pipeline(folder, "weights"), _settings_of(folder))
 
 
 def _hub_name(settings: ModelSettings) -> str:
@@ -108,15 +108,46 @@ def model_index(folder: Path) -> dict[str, Any]:
     """Return a saved pipeline's model_index.json.
 
     Raises:
-        ModelFilesError: the folder has none, or it is not JSON.
+        ModelFilesError: the folder has none, it is not JSON, or a component is no pair of library
+            and class.
     """
     try:
-        return cast(dict[str, Any], json.loads((folder / "model_index.json").read_text("utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelFilesError(
             f"{folder} is not a saved pipeline: model_index.json {error}. Point the id at the "
             "folder that `save_pretrained` wrote."
         ) from error
+    if not isinstance(index, dict):
+        raise ModelFilesError(f"{folder}: model_index.json is no mapping; copy the model again")
+    for name, origin in index.items():
+        if not name.startswith("_") and isinstance(origin, list) and not _is_origin(origin):
+            raise ModelFilesError(
+                f"{folder}: model_index.json has {json.dumps(origin)} as {name}; a component is a "
+                "library and a class, or null and null. Copy the model again."
+            )
+    return cast(dict[str, Any], index)
+
+
+def _is_origin(entry: list[Any]) -> bool:
+    return len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+
+
+def _settings_of(folder: Path) -> str:
+    """Return what a saved pipeline's model_index.json decides beside naming components: its class
+    and the arguments that are no networks, as canonical JSON."""
+    index = model_index(folder)
+    named = {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and not isinstance(value, list) and name not in _NO_SETTINGS
+    }
+    settings = {**named, "_class_name": index.get("_class_name")}
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+#: Names of labels, and what a pipeline warns of; the components that safety needs decide nothing.
+_NO_SETTINGS: Final = ("id2label", "requires_safety_checker")
 
 
 @dataclass(frozen=True)
@@ -391,8 +422,8 @@ def _fault(path: Path) -> str | None:
         return str(error)
 
 
-def _digest(folder: Path, files: Sequence[Path]) -> str:
-    total = hashlib.sha256()
+def _digest(folder: Path, files: Sequence[Path], settings: str) -> str:
+    total = hashlib.sha256(settings.encode())
     for path in files:
         total.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return total.hexdigest()

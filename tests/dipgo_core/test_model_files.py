@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import constants
+from single_file import write_single_file
+from tiny import tiny_sd
 
 from dipgo_core.config import ModelSettings
 from dipgo_core.errors import HubError, HubUnreachableError, ModelFilesError
@@ -84,6 +87,42 @@ def test_all_damaged_files_are_named_at_once(tiny_copy: Path) -> None:
     (tiny_copy / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ModelFilesError, match=r"unet/.*; .*vae/"):
         weights_digest(ModelSettings(id=str(tiny_copy)))
+
+
+def index_of(folder: Path, **changed: object) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changed}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "decides"),
+    [
+        ({"force_zeros_for_empty_prompt": False}, True),
+        ({"_class_name": "StableDiffusionImg2ImgPipeline"}, True),
+        ({"_diffusers_version": "0.1", "_name_or_path": "elsewhere"}, False),
+        ({"id2label": {"0": "cat"}, "requires_safety_checker": True}, False),
+    ],
+)
+def test_settings_of_the_pipeline_that_decide_images_are_in_its_digests(
+    tiny_copy: Path, change: dict[str, object], decides: bool
+) -> None:
+    network = str(tiny_copy / "text_encoder")
+    told = [ModelSettings(id=str(tiny_copy)), ModelSettings(id=network, base=str(tiny_copy))]
+    write_single_file(tiny_sd(), tiny_copy.parent / "one.safetensors")
+    told.append(ModelSettings(id=f"{tiny_copy.parent}/one.safetensors", base=str(tiny_copy)))
+    before = [weights_digest(settings) for settings in told]
+    index_of(tiny_copy, **change)
+    after = [weights_digest(settings) for settings in told]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [decides] * 3
+
+
+@pytest.mark.parametrize("origin", [["diffusers"], [], ["diffusers", 3], ["a", "B", "C"]])
+def test_component_that_is_no_pair_of_library_and_class_is_refused(
+    tiny_copy: Path, origin: list[object]
+) -> None:
+    index_of(tiny_copy, vae=origin)
+    with pytest.raises(ModelFilesError, match=r"as vae; a component is a library and a class"):
+        load_model(ModelSettings(id=str(tiny_copy)))
 
 
 def test_hub_model_is_loaded_at_its_commit_from_the_files_it_needs(fake_hub: FakeHub) -> None:
