@@ -194,11 +194,15 @@ def _few_steps(model: SweepModel, baseline: Baseline, target: float) -> Iterator
 
 
 def _with_steps(sampler: SamplerSettings, calls: int, spacing: Spacing | None) -> SamplerSettings:
-    """Return the same solver with as few steps as make so many calls, or more."""
+    """Return the same solver with as few steps as make so many calls, or more.
+
+    These may be more than the sampler's own, where trailing spacing cannot make those; the most
+    that a noise scheduler takes, it can.
+    """
     name = sampler.scheduler
     steps = next(
         steps
-        for steps in range(1, sampler.steps + 2)
+        for steps in range(1, NOISE_SCHEDULERS[name].max_steps + 1)
         if num_calls(name, steps) >= calls and steps_rule(name, steps, spacing) is None
     )
     return replace(sampler, steps=steps, spacing=spacing, timesteps=None, sigmas=None)

@@ -59,6 +59,18 @@ def test_few_steps_are_steps_that_trailing_spacing_can_make(scheduler: str) -> N
     assert calls_of(found) >= calls_of(model.sampler) / 2
 
 
+@pytest.mark.parametrize("steps", [61, 121, 122, 465, 998, 1000])
+def test_any_number_of_steps_has_fewest_that_trailing_spacing_can_make(steps: int) -> None:
+    """Such as 121: neither 121 nor 122 steps can be made, 123 can."""
+    model = model_with(
+        {"scheduler": "ddim", "steps": steps},
+        0.0,
+        baselines=(replace(LEADING, spacing=("trailing",)),),
+    )
+    (found,) = few_steps(model).values()
+    assert found.steps >= steps and steps_rule("ddim", found.steps, "trailing") is None
+
+
 def at_both(model: SweepModel) -> SweepModel:
     axes = {**model.grid.axes, "granularity": ("layer", "block")}
     return replace(model, grid=SearchGrid(axes=axes, losses=model.grid.losses))
