@@ -16,7 +16,7 @@ from typing import Any, Final
 from dipgo_core.config import Granularity, SearchSettings
 from dipgo_core.evaluation.device import gpu_memory_bytes
 from dipgo_core.evaluation.protocol import Split
-from dipgo_core.families import find_known, num_calls
+from dipgo_core.families import calls_of, find_known
 from dipgo_core.memory import Fit, Load, Search, checkpoints, fit_generation, fit_search
 from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
@@ -202,7 +202,7 @@ class ModelLoads:
             images, limit = settings.batch_size, self._limit("search")
             fit = fit_generation(self._load, images, limit, fixed=True, decodes=False)
             return self._row("search", settings, images, fit)
-        calls = num_calls(self.model.sampler.scheduler, self.model.sampler.steps)
+        calls = calls_of(self.model.sampler)
         search = Search(
             images=settings.batch_size,
             calls=calls,

@@ -17,7 +17,7 @@ from dipgo_core.evaluation.evaluate import (
 from dipgo_core.evaluation.metrics import FEATURE_ROLES, Role
 from dipgo_core.evaluation.reference import Reference, load_statistics
 from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
-from dipgo_core.families import num_calls
+from dipgo_core.families import calls_of
 from dipgo_core.subnet import SubNet
 from orchestrator.facts import reference_path
 from orchestrator.gains import stored_reference
@@ -136,8 +136,7 @@ _references: dict[Role, tuple[str, int, Reference]] = {}
 
 def _macs(work: Work, subnet: SubNet) -> dict[str, Any]:
     """Count against the dense run of the protocol, which may have more calls than this one."""
-    dense = SamplerSettings(**work.protocol.sampler)
-    calls = num_calls(dense.scheduler, dense.steps)
+    calls = calls_of(SamplerSettings(**work.protocol.sampler))
     counted = {}
     for convention in ("all", "paper"):
         whole = calls * work.graph.call_macs(convention)
