@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,24 @@ def _meta(value: Any) -> Any:
     return torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
 
 
-#: What hooks (ours, accelerate's, diffusers') leave on modules; a copy would call the original.
+#: What hooks (ours, accelerate's, diffusers') leave on modules; it would call the original.
 _ATTACHED = ("forward", "_dipgo_hooks", "_hf_hook", "_old_forward", "_diffusers_hook")
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
-    """Return a frozen float32 copy without storage and without anything hooked onto modules."""
+    """Return a frozen float32 copy without storage and without anything hooked onto modules.
+
+    The original is left as it is throughout: it may be running in another thread.
+    """
     storage = [*denoiser.parameters(), *denoiser.buffers()]
-    memo = {id(tensor): _without_storage(tensor) for tensor in storage}
-    attached = {
-        module: {name: vars(module).pop(name) for name in _ATTACHED if name in vars(module)}
-        for module in denoiser.modules()
-    }
-    try:
-        twin = copy.deepcopy(denoiser, cast(dict[int, Any], memo))
-    finally:
-        for module, attributes in attached.items():
-            vars(module).update(attributes)
+    memo: dict[int, Any] = {id(tensor): _without_storage(tensor) for tensor in storage}
+    for module in denoiser.modules():
+        attached = [vars(module)[name] for name in _ATTACHED if name in vars(module)]
+        memo |= {id(value): value for value in attached}  # not copied
+    twin = copy.deepcopy(denoiser, memo)
     for module in twin.modules():
+        for name in _ATTACHED:
+            vars(module).pop(name, None)
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return twin.eval()

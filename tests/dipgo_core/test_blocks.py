@@ -239,6 +239,21 @@ def test_meta_copy_shares_nothing_and_leaves_attachments_alone() -> None:
     assert not copied._forward_hooks
 
 
+def test_meta_copy_leaves_a_running_denoiser_as_it_is() -> None:
+    dit = tiny_transformer()
+    block = dit.transformer_blocks[0]
+    block.__dict__["forward"] = lambda *args, **kwargs: 1 / 0
+    before, during = dict(vars(block)), []
+
+    class Looking:
+        def __deepcopy__(self, memo: dict[int, Any]) -> None:
+            during.append(dict(vars(block)))
+
+    dit.__dict__["looking"] = Looking()
+    meta_copy(dit)
+    assert during == [before]
+
+
 # toy denoisers ------------------------------------------------------------------------------------
 
 
