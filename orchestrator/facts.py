@@ -1,20 +1,17 @@
-"""What a plan must know of the world: digests, prompts, scorers, image size. No torch."""
+"""What a plan must know of the world: digests, prompts, scorers. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dipgo_core import hub
-from dipgo_core.config import ModelSettings
 from dipgo_core.errors import (
     DipgoError,
     EvaluationError,
-    ModelFilesError,
     PreflightError,
     StoreError,
 )
@@ -33,13 +30,22 @@ from dipgo_core.evaluation.prompts import (
 from dipgo_core.evaluation.protocol import largest_kid_subset
 from dipgo_core.evaluation.reference import check_folder, check_statistics
 from dipgo_core.evaluation.scorers import Scorer, scorer_of
-from dipgo_core.families import find_family, find_known
+from dipgo_core.families import find_family
 from dipgo_core.families.sizes import ModelSizes
 from dipgo_core.items import Item
-from dipgo_core.model_base import base_of, model_folder, single_file
-from dipgo_core.model_files import model_index, weights_digest
+from dipgo_core.model_files import weights_digest
 from dipgo_core.model_sizes import scorer_bytes, sizes_of
 from dipgo_core.zoo import ZOO_MODELS, reference_statistics_path
+from orchestrator.model_places import (
+    KnownItems,
+    class_names,
+    image_size,
+    local_base,
+    local_folder,
+    on_hub,
+    size_key,
+    sized_folder,
+)
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import (
     Calibration,
@@ -51,7 +57,6 @@ from orchestrator.sweep_settings import (
 
 T = TypeVar("T")
 
-IMAGENET_CLASSES = 1000
 BUNDLED = "bundled"
 
 
@@ -105,11 +110,6 @@ class ModelFacts:
     base_folder: str | None = None
     sizes: ModelSizes | None = None
     scorer_bytes: Mapping[str, int | None] = field(default_factory=dict)
-
-
-#: What only the hub could tell when the sweep ran: by `items_key` digest and number of items, by
-#: `size_key` the side of the images.
-KnownItems = Mapping[str, Sequence[Any]]
 
 
 def gather_facts(
@@ -178,7 +178,7 @@ def known_items(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> dict[str, 
     known: dict[str, list[Any]] = {}
     for model in sweep.models:
         found = facts[model.name]
-        if _on_hub(model):
+        if on_hub(model):
             known[size_key(model)] = [found.height]
         for source, items in (
             (model.evaluate.prompts, found.test),
@@ -195,25 +195,10 @@ def items_key(model: SweepModel, source: PromptSource) -> str:
     return content_key([asdict(source), asdict(model.settings) if labelled else None])
 
 
-def size_key(model: SweepModel) -> str:
-    """Return what the size of a model's images is kept under."""
-    return content_key(["image_size", asdict(model.settings)])
-
-
 def _needs_hub(model: SweepModel, source: PromptSource) -> bool:
     """Return whether items are told by a data set on the hub, or by a model that is there."""
     labelled = find_family(model.family).conditioning == "label"
-    return source.kind == "hub" or (labelled and _on_hub(model))
-
-
-def _on_hub(model: SweepModel) -> bool:
-    model_id = _whole(model).id
-    return hub.is_hub_id(model_id) and model_folder(model_id) is None
-
-
-def _whole(model: SweepModel) -> ModelSettings:
-    """Return where a model's configs are: its base, or itself."""
-    return base_of(model.settings) or model.settings
+    return source.kind == "hub" or (labelled and on_hub(model))
 
 
 def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) -> ModelFacts | None:
@@ -255,9 +240,9 @@ def _facts(model: SweepModel, unread: KnownItems | None, problems: list[str]) ->
         scorers={role: scorer for role, scorer in scorers.items() if scorer is not None},
         reference=reference[0],
         reference_value=reference[1],
-        folder=_local_folder(model),
-        base_folder=_local_base(model),
-        sizes=sizes_of(model.settings.id, _sized_folder(model), find_family(model.family)),
+        folder=local_folder(model),
+        base_folder=local_base(model),
+        sizes=sizes_of(model.settings.id, sized_folder(model), find_family(model.family)),
         scorer_bytes={name: scorer_bytes(name) for name in scorer_names(model).values()},
     )
 
@@ -314,92 +299,6 @@ def _from_anywhere(role: Role, name: str) -> str:
 
 def _image_metrics(model: SweepModel) -> tuple[str, ...]:
     return tuple(metric for metric in model.evaluate.metrics if metric != "latency")
-
-
-def image_size(model: SweepModel, known: KnownItems | None = None) -> int:
-    """Return the side of the images in pixels: as the sweep file says, else as the model's files do
-    where they are here, else as it was when the sweep ran, or as models of its family have it.
-
-    Raises:
-        ModelFilesError: the model's configs cannot be read.
-    """
-    if model.settings.resolution is not None:
-        return model.settings.resolution
-    folder = pipeline_folder(model)
-    family = find_family(model.family)
-    if folder is not None:
-        denoiser = _config(folder / family.denoiser_attribute)
-        autoencoder = _config(folder / "vae")
-        if "block_out_channels" not in autoencoder:
-            raise ModelFilesError(
-                f"{folder / 'vae'}/config.json does not say how many pixels are a latent; give the "
-                "model's `resolution`"
-            )
-        factor: int = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-        return family.latent_side(denoiser) * factor
-    facts = find_known(model.settings.id)
-    default = facts.resolution if facts else family.resolution
-    return int((known or {}).get(size_key(model), [default])[0])
-
-
-def config_files(model: SweepModel) -> tuple[str, ...]:
-    """Return the files of a model that facts are read from; small ones."""
-    attribute = find_family(model.family).denoiser_attribute
-    return ("model_index.json", f"{attribute}/config.json", "vae/config.json")
-
-
-def _local_folder(model: SweepModel) -> str | None:
-    if find_known(model.settings.id) is not None:
-        return None
-    place = single_file(model.settings.id) or model_folder(model.settings.id)
-    return None if place is None else str(place.absolute())
-
-
-def _local_base(model: SweepModel) -> str | None:
-    """Return a base that is a folder here, from the root."""
-    base = base_of(model.settings)
-    if base is None or find_known(base.id) is not None:
-        return None
-    folder = model_folder(base.id)
-    return None if folder is None else str(folder.absolute())
-
-
-def pipeline_folder(model: SweepModel) -> Path | None:
-    """Return where a model's configs lie here: its folder, or the hub's cache if it holds them."""
-    settings = _whole(model)
-    folder = model_folder(settings.id)
-    if folder is not None:
-        return folder
-    commit = hub.cached_commit(settings.id, settings.revision)
-    cached = None if commit is None else hub.snapshot_folder(settings.id, commit)
-    if cached is None or not all((cached / name).is_file() for name in config_files(model)):
-        return None
-    return cached
-
-
-def _sized_folder(model: SweepModel) -> Path | None:
-    """Return the folder whose weights are the model's; those of a base are not."""
-    return None if base_of(model.settings) is not None else pipeline_folder(model)
-
-
-def class_names(model: SweepModel) -> dict[int, tuple[str, ...]]:
-    """Return what a label-conditioned model calls its classes; numbers without its files."""
-    folder = pipeline_folder(model)
-    index = model_index(folder) if folder is not None else {}
-    named = index.get("id2label") or {str(i): f"class {i}" for i in range(IMAGENET_CLASSES)}
-    return {
-        int(label): tuple(text.strip() for text in texts.split(","))
-        for label, texts in named.items()
-    }
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFilesError(f"{path} cannot be read ({error}); copy the model again") from error
-    return config
 
 
 def _item_set(

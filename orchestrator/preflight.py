@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,8 @@ from dipgo_core.evaluation.image_reward_files import WEIGHTS, check_reward
 from dipgo_core.evaluation.inception_files import INCEPTION, inception_file
 from dipgo_core.evaluation.lpips_files import BACKBONES, checked_backbone
 from dipgo_core.evaluation.scorers import MODEL_TYPES, check_inputs, model_type_of
-from dipgo_core.model_base import base_of, model_folder
 from dipgo_core.model_files import NETWORK_CONFIGS, check_weights
-from orchestrator.facts import (
-    ModelFacts,
-    config_files,
-    find_facts,
-    refusal,
-    scorer_names,
-)
+from orchestrator.facts import ModelFacts, find_facts, refusal, scorer_names
 from orchestrator.hub_needs import (
     Commits,
     HubNeed,
@@ -32,6 +26,7 @@ from orchestrator.hub_needs import (
     resolve_needs,
     with_commits,
 )
+from orchestrator.model_places import Configs, config_places
 from orchestrator.sweep_settings import SweepFile, SweepModel
 
 logger = logging.getLogger(__name__)
@@ -117,13 +112,16 @@ def _absent(need: HubNeed, commits: Commits) -> list[str]:
 
 def _configs(model: SweepModel) -> list[str]:
     """Fetch what facts of a hub model are read from; return why that fails."""
-    settings = base_of(model.settings) or model.settings
-    if model_folder(settings.id) is not None or not hub.is_commit(settings.revision):
-        return []
-    commit = str(settings.revision)
-    return _failure(
-        f"{model.name}: id", lambda: hub.fetch(settings.id, commit, config_files(model))
-    )
+    return [
+        line
+        for configs in config_places(model).all
+        if configs.on_hub and hub.is_commit(configs.settings.revision)
+        for line in _failure(f"{model.name}: {configs.field}", partial(_fetch, configs))
+    ]
+
+
+def _fetch(configs: Configs) -> None:
+    hub.fetch(configs.settings.id, str(configs.settings.revision), configs.files)
 
 
 def _check_need(need: HubNeed, commit: str) -> None:

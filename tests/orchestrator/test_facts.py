@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dipgo_core.config import ModelSettings
 from dipgo_core.errors import PreflightError, StoreError, SweepFileError
+from dipgo_core.pipelines import load_model, scale_factor
 from dipgo_core.zoo import zoo_path
 from orchestrator.facts import gather_facts, known_items, with_kept_items
 from orchestrator.sweep_file import SweepFile, load_sweep
@@ -58,6 +60,32 @@ def test_image_size_is_the_models_own_unless_the_file_says_another(
 ) -> None:
     (facts,) = gather_facts(sweep_on(tmp_path, models=models)).values()
     assert (facts.height, facts.width) == (side, side)
+
+
+BUNDLED_ITEMS = (
+    "search: {calibration: {prompts: bundled:calibration}}",
+    "evaluate: {prompts: bundled:test, images: 4, metrics: [psnr]}",
+)
+
+
+def test_image_size_of_a_denoiser_alone_is_its_own(tmp_path: Path) -> None:
+    """Oracle: the pipeline loaded with this denoiser, and its images."""
+    unet = Path(shutil.copytree(zoo_path("tiny-sd") / "unet", tmp_path / "unet"))
+    config = json.loads((unet / "config.json").read_text("utf-8"))
+    (unet / "config.json").write_text(json.dumps({**config, "sample_size": 24}), "utf-8")
+    sweep = sweep_on(tmp_path, *BUNDLED_ITEMS, models="[{id: unet, base: tiny-sd}]")
+    (facts,) = gather_facts(sweep).values()
+    model = load_model(ModelSettings(id=str(unet), base="tiny-sd"))
+    assert facts.height == model.resolution == scale_factor(model.pipe) * 24 != 32
+
+
+def test_configs_without_the_size_of_images_are_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(zoo_path("tiny-sd"), tmp_path / "sizeless"))
+    config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    del config["sample_size"]
+    (folder / "unet" / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(PreflightError, match=r"unet/config.json has no 'sample_size'.*resolution"):
+        gather_facts(sweep_on(tmp_path, *BUNDLED_ITEMS, models="[sizeless]"))
 
 
 def test_prompts_may_be_shown_several_times_if_asked_for(tmp_path: Path) -> None:

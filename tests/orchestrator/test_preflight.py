@@ -109,6 +109,25 @@ def test_model_that_nobody_knows_is_as_large_as_its_configs_say(
     assert as_last_run(sweep, json.loads(json.dumps(last)))[1]["m"].height == 32
 
 
+def test_denoiser_alone_on_the_hub_says_the_size_of_its_images(
+    tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of("tiny-sd")
+    alone = {name.removeprefix("unet/"): data for name, data in files.items() if "unet/" in name}
+    config = {**json.loads(alone["config.json"]), "sample_size": 24}
+    fake_hub.put("owner/unet", {**alone, "config.json": json.dumps(config).encode()})
+    fake_hub.put("owner/tiny", files)
+    fake_hub.put("owner/words", {"p.txt": b"a\nb\nc\nd\n"}, kind="dataset")
+    text = SWEEP.replace("id: owner/tiny", "id: owner/unet, base: owner/tiny")
+    (tmp_path / "x.yaml").write_text(text.replace("clip: owner/clip", "clip: tiny-clip"))
+    ready = prepare(load_sweep(tmp_path / "x.yaml"))
+    assert ready.facts["m"].height == 96  # a latent is 4 pixels
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another machine"))
+    last = {"commits": ready.commits, "items": known_items(ready.sweep, ready.facts)}
+    read = load_sweep(tmp_path / "x.yaml")
+    assert as_last_run(read, json.loads(json.dumps(last)))[1]["m"].height == 96
+
+
 def test_labels_of_a_hub_model_are_those_it_names(
     tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
