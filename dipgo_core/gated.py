@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph, Reuse, Row
 from dipgo_core.repeat import Repeat
-from dipgo_core.structures import Tensors
+from dipgo_core.structures import Structure, Tensors
 
 #: Shape, dtype and device.
 Signature = tuple[Any, ...]
@@ -60,6 +61,8 @@ class _Place:
     call: int = -1
     cached: dict[int, Tensors] = field(default_factory=dict)
     outlines: dict[int, Tensors] = field(default_factory=dict)  # of outputs nobody will look at
+    made: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # weak references to outputs
+    containers: dict[str, tuple[Tensors, Structure]] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,7 +81,8 @@ class GatedCalls:
     place is computed whole the first time, after a call it was left out of, and whenever its
     sample has another shape, dtype or device than before.
 
-    leaves_blocks_alone: whether `block` has nothing to do in the present forward.
+    leaves_blocks_alone: whether `block` has nothing to do in the present forward. learns_dead:
+    whether it shows what blocks look like that will be dead in later calls.
 
     first_call: gives the row a run starts with from the timestep its denoiser gets. roomy: dead
     blocks return memory that may be written to, not one element seen at every index.
@@ -99,6 +103,7 @@ class GatedCalls:
         self._held = 0
         self.peak_cache_bytes = 0
         self.leaves_blocks_alone = False
+        self.learns_dead = False
         self.restart()
 
     def restart(self, plan: GatePlan | None = None) -> None:
@@ -150,6 +155,7 @@ class GatedCalls:
             repeated = again.predictions(cached)
             return repeated if repeated is not cached or row.frees[0] else _cloned(repeated)
         prediction = compute()
+        self._end_chain()  # where the pipeline left out its last blocks
         if row.stores[0]:
             repeatable = self._repeat().at(sample, timestep).repeatable(prediction)
             self._put(0, _cloned(repeatable) if repeatable is prediction else repeatable)
@@ -161,6 +167,7 @@ class GatedCalls:
             outputs = compute()
             if not residual and self._is_whole:
                 self._place.outlines[index] = outlined(outputs)
+                self._place.made[index] = tuple([ref(t) for t in outputs if t is not None])
             if row.stores[index] and residual:
                 self._put_change(index, streams, outputs)
             elif row.stores[index]:
@@ -172,6 +179,23 @@ class GatedCalls:
                 return _added(streams, cached) if cached else streams
             return cached if row.frees[index] else _cloned(cached)
         return streams if residual else self._dead(index)
+
+    def learn_container(
+        self, name: str, members: tuple[int, ...], tensors: Tensors, structure: Structure
+    ) -> None:
+        """Remember what a container of blocks returns, if that is nothing but their outputs."""
+        made = [r() for index in members for r in self._place.made.get(index, ())]
+        if all(t is None or any(t is one for one in made) for t in tensors):
+            self._place.containers[name] = (outlined(tensors), structure)
+
+    def dead_container(
+        self, name: str, members: tuple[int, ...]
+    ) -> tuple[Tensors, Structure] | None:
+        """Return what a container looks like where all its blocks are dead, else None."""
+        row = self._row
+        if self._roomy or any(row.computes[n] or row.reads[n] for n in members):
+            return None
+        return self._place.containers.get(name)
 
     def _enter(self, call: int, sample: Tensor) -> Row:
         """Go to this forward's place; return its row."""
@@ -193,8 +217,8 @@ class GatedCalls:
         self._index += 1
         self._chain: _Chain | None = None
         self._row = row = self._plan.whole[call] if self._is_whole else self._plan.rows[call]
-        learns = self._is_whole and self._plan.has_dead  # what dead blocks will look like
-        self.leaves_blocks_alone = _is_plain(row) and not learns
+        self.learns_dead = self._is_whole and self._plan.has_dead
+        self.leaves_blocks_alone = _is_plain(row) and not self.learns_dead
         return row
 
     def _check_fed(self) -> None:

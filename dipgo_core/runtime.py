@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dipgo_core.binding import check_blocks, check_model, check_scheduler, check_timesteps
 from dipgo_core.compiled import BlockCompiler, block_compiler, check_uncompiled
+from dipgo_core.containers import container_hooks
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.families import find_family
 from dipgo_core.finite import watched_decode
@@ -110,6 +111,8 @@ class SubNetHandle:
             MethodHook(pipe.scheduler, "set_timesteps", self._on_set_timesteps),
             MethodHook(pipe.scheduler, "step", self._on_step),
         ]
+        if self._plan.has_dead:
+            self._methods += container_hooks(denoiser, graph, self._current_of_blocks)
         if isinstance(control := getattr(pipe, "controlnet", None), nn.Module):
             spared = _Spared(control.forward, self._current)
             self._methods.append(MethodHook(control, "forward", spared))
@@ -208,7 +211,7 @@ class SubNetHandle:
             return None
         bound = inspect.signature(call).bind(self._pipe, *args, **kwargs)
         bound.apply_defaults()
-        return jumps_for(self._scheduler, self._computed, bound.arguments)
+        return jumps_for(self._scheduler, self._computed, {**bound.arguments, **kwargs})
 
     def _run(self) -> _Run | None:
         run = _RUN.get()
@@ -329,7 +332,13 @@ def _armed(cls: type) -> type:
         with handle.run(handle.jumps_of(call, args, kwargs)):
             return call(self, *args, **kwargs)
 
+    def reduced(self: Any, protocol: object) -> tuple[Any, ...]:
+        """Make copies plain: the gates are this object's alone."""
+        state = {name: value for name, value in vars(self).items() if name != _APPLIED}
+        return object.__new__, (cls,), state
+
     members = {"__call__": gated_call, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    members["__reduce_ex__"] = reduced
     return type(cls.__name__, (cls,), {**members, "__qualname__": cls.__qualname__})
 
 
