@@ -209,12 +209,14 @@ def test_a_spared_call_cannot_be_computed_after_all() -> None:
         forward(calls, torch.zeros(2, 4))
 
 
-def on_stream(calls: GatedCalls, between: float = 0.0) -> Tensor:
+def on_stream(
+    calls: GatedCalls, between: float = 0.0, blocks: tuple[int, ...] = (1, 2, 3)
+) -> Tensor:
     """One forward whose blocks add their number to a stream; something else may add in between."""
 
     def denoiser() -> Tensors:
         stream = SAMPLE
-        for index in (1, 2, 3):
+        for index in blocks:
             before = stream
             out = calls.block(index, (before,), lambda i=index, b=before: (b + i,))  # type: ignore[misc]
             assert out[0] is not None
@@ -245,6 +247,18 @@ def test_what_is_added_between_blocks_is_not_cached_with_them() -> None:
     assert torch.equal(on_stream(calls, between=10.0), SAMPLE + 16)
     calls.start_call(1)
     assert torch.equal(on_stream(calls, between=20.0), SAMPLE + 26)
+
+
+@pytest.mark.parametrize("blocks", [(2, 3), (1, 3), (1, 2), (1,), (3,)])
+@pytest.mark.parametrize("row", ["1000", "1001", "1100"])
+def test_blocks_that_a_pipeline_leaves_out_are_not_cached(
+    row: str, blocks: tuple[int, ...]
+) -> None:
+    """SD3's guidance by skipped layers, at either end of a chain and inside; oracle: their sum."""
+    calls = gated(["1111", row], Reuse.RESIDUAL)
+    for call in (0, 1):
+        calls.start_call(call)
+        assert torch.equal(on_stream(calls, blocks=blocks), SAMPLE + sum(blocks))
 
 
 def test_calls_that_compute_all_and_keep_nothing_leave_blocks_alone() -> None:
