@@ -134,7 +134,15 @@ def test_trailing_spacing_that_divides_jumps() -> None:
     assert torch.allclose(stepwise, fused, atol=2e-5)
 
 
-@pytest.mark.parametrize("more", [{"callback_on_step_end": lambda *given: given[-1]}, {"eta": 0.5}])
+@pytest.mark.filterwarnings("ignore:.*callback.*:FutureWarning")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"callback_on_step_end": lambda *given: given[-1]},
+        {"callback": lambda *given: None, "callback_steps": 1},  # of older releases, by **kwargs
+        {"eta": 0.5},
+    ],
+)
 def test_what_happens_at_every_step_is_not_jumped_over(more: dict[str, Any]) -> None:
     model = of(tiny_sd)
     subnet = subnet_of(model, block_graph(model), TEN, GateTable.from_calls(COMPUTED, 10, 10))
