@@ -122,6 +122,9 @@ class GatedCalls:
         """Go to row `call` of the table; call 0 begins a run."""
         if call == 0:
             self.restart()
+        for place in self._places:
+            if place.call != call - 1:  # left out of the call before
+                self._drop(place)
         self._call, self._index, self._spared = call, 0, False
 
     def advance(self) -> None:
@@ -268,7 +271,10 @@ class GatedCalls:
         return cached.pop(index)
 
     def _drop(self, place: _Place) -> None:
+        """Let go of what a place has cached; its next forward will be whole."""
         self._held -= sum(map(_bytes, place.cached.values()))
+        place.cached.clear()
+        place.call = -1
 
     def _dead(self, index: int) -> Tensors:
         outline = self._place.outlines.get(index, ())

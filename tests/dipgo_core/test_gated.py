@@ -167,6 +167,19 @@ def test_a_forward_left_out_of_a_call_is_computed_whole_afterwards() -> None:
     assert ran == [[4, 4], [2, 2], [2], [2, 4]]
 
 
+def test_a_forward_left_out_of_a_call_keeps_no_caches() -> None:
+    """Oracle: two blocks cached a forward, of four float32 each."""
+    calls = gated(["1111", "1001", "1001", "1001"], Reuse.RESIDUAL)
+    cached: list[Any] = []
+    for call, forwards in enumerate((2, 1, 1)):
+        calls.start_call(call)
+        for _ in range(forwards):
+            forward(calls)
+            cached.append(weakref.ref(calls._place.cached[1][0]))
+    assert cached[1]() is None
+    assert calls._held == 2 * SAMPLE.numel() * 4
+
+
 def test_restarting_forgets_everything() -> None:
     calls = gated(["1111", "1001"])
     run(calls, 1)
