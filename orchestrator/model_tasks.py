@@ -379,7 +379,11 @@ class ModelTasks:
             if kind == "race"
             else getattr(self.sweep.resources, "evaluate" if kind == "statistics" else kind)
         )
-        model = {**self.model.settings.to_json(), "weights_sha256": self.facts.weights_sha256}
+        model = {
+            **self.model.settings.to_json(),
+            "resolution": self.facts.height,  # one key, whether the sweep file says it or not
+            "weights_sha256": self.facts.weights_sha256,
+        }
         where = self._where()
         for name, place in where.items():  # what lies where decides nothing, its weights do
             model[_LOCAL[name]] = Path(place).name

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dipgo_core.baselines import random_gates
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
@@ -48,6 +50,18 @@ def test_order_of_metrics_decides_no_key() -> None:
     named = ("fid", "kid", "clip", "psnr", "latency")
     one, other = (tiny_sweep(metrics=metrics) for metrics in (named, named[::-1]))
     assert [task.key for task in plan_of(one).tasks] == [task.key for task in plan_of(other).tasks]
+
+
+@pytest.mark.parametrize(("side", "same"), [(32, True), (64, False)])
+def test_resolution_that_is_the_models_own_decides_no_key(side: int, same: bool) -> None:
+    plain = tiny_sweep(baselines=ALL_BASELINES)
+    (model,) = plain.models
+    asked = replace(model, settings=replace(model.settings, resolution=side))
+    told = replace(plain, models=(asked,))
+    facts = {n: replace(f, height=side, width=side) for n, f in tiny_facts(told).items()}
+    before = {task.key for task in plan_of(plain).tasks}
+    after = build_plan(told, {}, facts=facts, device="a cpu").tasks
+    assert all((task.key in before) == same for task in after)
 
 
 def test_bundled_sweeps_keep_their_protocols(repository: Path) -> None:
