@@ -22,14 +22,12 @@ from dipgo_core.families import (
     KNOWN_MODELS,
     Family,
     KnownModel,
-    call_options,
-    family_of_pipeline,
     find_known,
 )
 from dipgo_core.graph import BlockGraph
 from dipgo_core.model_base import model_folder, single_file
 from dipgo_core.model_files import model_index
-from dipgo_core.pipelines import block_graph, load_model
+from dipgo_core.pipelines import block_graph, family_in, load_model, tokens_of_call
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,12 @@ def outline_of(
         ConfigError: a resolution that the model cannot have.
     """
     known = find_known(model_id)
-    if known is None and not _is_of_a_family(folder := _folder(model_id)):
-        return _outline_of_loaded(folder, granularity, resolution)
-    facts = _facts_of_folder(folder) if known is None else _facts_of_known(known)
+    if known is None:
+        folder = _folder(model_id)
+        family = family_in(folder, model_id)
+        if not family.blocks:
+            return _outline_of_loaded(folder, granularity, resolution)
+    facts = _facts_of_known(known) if known else _facts_of_folder(folder, family)
     with torch.device("meta"):
         denoiser = getattr(diffusers, facts.family.denoiser).from_config(dict(facts.config))
     side = facts.family.latent_side(denoiser.config)
@@ -81,11 +82,6 @@ def outline_of(
         denoiser, facts.family, tokens=facts.tokens, side=side, granularity=granularity
     )
     return Outline(model_id, facts.family, side * facts.factor, graph)
-
-
-def _is_of_a_family(folder: Path) -> bool:
-    named = model_index(folder).get("_class_name")
-    return any(named in family.pipelines for family in FAMILIES.values())
 
 
 def _outline_of_loaded(folder: Path, granularity: str, resolution: int | None) -> Outline:
@@ -152,9 +148,13 @@ def _short(model_id: str) -> str:
 def _fetched(model_id: str) -> Path:
     commit = hub.resolve_commit(model_id)
     there = hub.files_at(model_id, commit)
-    family = family_of_pipeline(
-        model_index(hub.fetch(model_id, commit, ["model_index.json"]))["_class_name"]
-    )
+    family = family_in(hub.fetch(model_id, commit, ["model_index.json"]), model_id)
+    if not family.blocks:
+        raise ConfigError(
+            f"{model_id} is of {family.pipeline}, which is in no family: only a call of it shows "
+            "what its denoiser is given, and that takes its weights. Download the repository "
+            f"(`hf download {model_id} --local-dir FOLDER`) and name the folder"
+        )
     wanted = [
         f"{family.denoiser_attribute}/config.json",
         "vae/config.json",
@@ -163,28 +163,18 @@ def _fetched(model_id: str) -> Path:
     return hub.fetch(model_id, commit, [name for name in wanted if name in there])
 
 
-def _facts_of_folder(folder: Path) -> _Facts:
-    pipeline = str(model_index(folder).get("_class_name"))
-    family = family_of_pipeline(pipeline)
+def _facts_of_folder(folder: Path, family: Family) -> _Facts:
+    pipeline = getattr(diffusers, model_index(folder)["_class_name"])
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
     autoencoder = _json(folder / "vae" / "config.json")
     return _Facts(
         family,
         _json(folder / family.denoiser_attribute / "config.json"),
-        _tokens(folder, family, pipeline),
+        tokens_of_call(
+            pipeline, family, str(folder), lambda: int(_json(tokenizer)["model_max_length"])
+        ),
         2 ** (len(autoencoder["block_out_channels"]) - 1),
     )
-
-
-def _tokens(folder: Path, family: Family, pipeline: str) -> int:
-    """Return how many conditioning tokens the stock call gives the denoiser."""
-    tokens = 0
-    if family.tokens in ("tokenizer", "tokenizer+sequence"):
-        tokens += int(_json(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"])
-    if family.tokens in ("sequence", "tokenizer+sequence"):
-        accepted = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
-        default = accepted["max_sequence_length"].default
-        tokens += int(call_options(family, str(folder)).get("max_sequence_length", default))
-    return tokens
 
 
 def _json(path: Path) -> dict[str, Any]:

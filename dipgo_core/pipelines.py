@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,9 +139,9 @@ def pipeline_folder(settings: ModelSettings, part: Elsewhere | None = None) -> P
 
 def _built(settings: ModelSettings, folder: Path, part: Elsewhere | None) -> Any:
     """Build the pipeline from its folder, and from what replaces parts of that."""
-    name = _pipeline_class(settings.id, folder)
-    family = family_of(name, _component_classes(folder))
-    pipeline, dtype = getattr(diffusers, name), getattr(torch, settings.dtype)
+    family = family_in(folder, settings.id)
+    pipeline = getattr(diffusers, _pipeline_class(settings.id, folder))
+    dtype = getattr(torch, settings.dtype)
     unchecked = _NO_SAFETY_CHECKER.get(family.name, {})
     file = single_file(settings.id)
     if file is not None:
@@ -216,6 +216,16 @@ def _network(folder: Path, network_class: Any, dtype: torch.dtype) -> nn.Module:
             f"{listed(missing)}. Copy the model again."
         )
     return cast(nn.Module, network)
+
+
+def family_in(folder: Path, model_id: str) -> Family:
+    """Return the family of a saved pipeline, else one made for it.
+
+    Raises:
+        ModelFilesError: it names code of its own, which is never run.
+        UnknownModelError: no family uses its class, and it has no denoiser to gate.
+    """
+    return family_of(_pipeline_class(model_id, folder), _component_classes(folder))
 
 
 def _pipeline_class(model_id: str, folder: Path) -> str:
@@ -320,12 +330,23 @@ def tokens_of(pipe: Any, family: Family, model_id: str = "") -> int:
 
     model_id: of a known model, whose call has options of its own.
     """
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    options = call_options(family, model_id)
+    return tokens_of_call(
+        type(pipe),
+        family,
+        model_id,
+        lambda: int(getattr(pipe.tokenizer, "model_max_length", 77)),  # may have no tokenizer
+    )
+
+
+def tokens_of_call(
+    pipeline: type, family: Family, model_id: str, tokenizer_length: Callable[[], int]
+) -> int:
+    """Return `tokens_of` a pipeline of a class, by the length that its tokenizer pads texts to."""
     tokens = 0
     if family.tokens in ("tokenizer", "tokenizer+sequence"):
-        tokens += int(getattr(pipe.tokenizer, "model_max_length", 77))  # may have no tokenizer
+        tokens += tokenizer_length()
     if family.tokens in ("sequence", "tokenizer+sequence"):
+        accepted = inspect.signature(cast(Any, pipeline).__call__).parameters
         default = accepted["max_sequence_length"].default
-        tokens += int(options.get("max_sequence_length", default))
+        tokens += int(call_options(family, model_id).get("max_sequence_length", default))
     return tokens

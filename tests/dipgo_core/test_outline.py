@@ -97,3 +97,19 @@ def test_pipeline_in_no_family_is_drawn_as_one_call_shows_it(tmp_path: Path) -> 
     outline = outline_of(str(tmp_path / "aura"), resolution=64)
     names = [f"{kind}_transformer_blocks.{i}" for kind in ("joint", "single") for i in (0, 1)]
     assert outline.graph.names == ("", *names) and outline.resolution == 64
+
+
+def test_pipeline_in_no_family_on_the_hub_is_told_to_be_downloaded(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    tiny_auraflow().save_pretrained(tmp_path)
+    fake_hub.put("me/aura", {"model_index.json": (tmp_path / "model_index.json").read_bytes()})
+    with pytest.raises(ConfigError, match=r"AuraFlowPipeline.*in no family.*hf download me/aura"):
+        outline_of("me/aura")
+
+
+def test_pipeline_without_a_denoiser_is_refused(tmp_path: Path) -> None:
+    named = {"_class_name": "ShapEPipeline", "prior": ["diffusers", "PriorTransformer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(named), "utf-8")
+    with pytest.raises(UnknownModelError, match="no family uses the pipeline class 'ShapEPipe"):
+        outline_of(str(tmp_path))

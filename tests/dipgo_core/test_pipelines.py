@@ -156,6 +156,15 @@ def test_load_model_refuses_an_unknown_pipeline(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-dit"])
+def test_a_resolution_that_is_the_models_own_changes_nothing(name: str) -> None:
+    plain = load_model(ModelSettings(id=name))
+    asked = load_model(ModelSettings(id=name, resolution=plain.resolution))
+    assert (asked.resolution, asked.latent_side) == (plain.resolution, plain.latent_side)
+    assert asked.size_arguments == plain.size_arguments
+    assert block_graph(asked) == block_graph(plain)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-dit"])
 def test_bundled_models_load_and_cost_what_planning_says(name: str) -> None:
     model, known = load_model(ModelSettings(id=name)), find_known(name)
     assert known is not None
