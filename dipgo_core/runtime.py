@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from dipgo_core.containers import container_hooks
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.families import find_family
 from dipgo_core.finite import watched_decode
-from dipgo_core.gated import GatedCalls, GatePlan, outlined, signature_of
+from dipgo_core.gated import GatedCalls, GatePlan, Signature, outlined, signature_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import (
@@ -276,7 +277,9 @@ class SubNetHandle:
             return int(begin)
         now = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
         timesteps = timesteps_of(self._scheduler)
-        return timesteps.index(now) if now in timesteps else 0
+        rows = [row for row, known in enumerate(timesteps) if known == now]  # PNDM has one twice
+        told = len(timesteps) - getattr(self._pipe, "num_timesteps", 0)
+        return told if told in rows else next(iter(rows), 0)
 
 
 def apply_subnet(pipe: Any, subnet: SubNet) -> SubNetHandle:
@@ -348,17 +351,18 @@ class _Spared:
     def __init__(self, forward: Forward, current: Current) -> None:
         self._current = current
         self._sample_of = argument_reader(forward)
-        self._last: tuple[Any, Any, Tensors, Structure] | None = None
+        self._last: WeakKeyDictionary[GatedCalls, tuple[Signature, Tensors, Structure]]
+        self._last = WeakKeyDictionary()  # by run
 
     def __call__(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         gates = self._current()
         if gates is None:
             return original(*args, **kwargs)
         signature = signature_of(self._sample_of(args, kwargs))
-        last = self._last
-        if last and last[0] is gates and last[1] == signature and gates.spares():
-            return last[3].rebuild(last[2])
+        last = self._last.get(gates)
+        if last and last[0] == signature and gates.spares():
+            return last[2].rebuild(last[1])
         output = original(*args, **kwargs)
         tensors, structure = flatten(output)
-        self._last = (gates, signature, outlined(tensors), structure)
+        self._last[gates] = (signature, outlined(tensors), structure)
         return output

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,7 +105,10 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(
     ("scheduler", "strength"),
-    [("ddim", 1.0), ("ddim", 0.5), ("pndm", 0.5), ("euler", 0.5), ("dpm++2m", 0.5), ("heun", 0.5)],
+    [
+        ("ddim", 1.0),
+        *itertools.product(("ddim", "pndm", "euler", "dpm++2m", "heun"), (0.9, 0.7, 0.5)),
+    ],
 )
 def test_image_to_image_starts_at_its_own_row(
     sd: LoadedModel, scheduler: str, strength: float
@@ -113,6 +119,25 @@ def test_image_to_image_starts_at_its_own_row(
     first = (DDIM.steps - done) * pipe.scheduler.order
     arguments = {"image": IMAGE.expand(2, -1, -1, -1), "strength": strength, "first": first}
     pruned, naive = pruned_and_naive(pipe, sd, subnet, **arguments)
+    assert torch.equal(pruned, naive)
+
+
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+@pytest.mark.parametrize("strength", [0.9, 0.7])
+def test_sdxl_starts_at_its_own_row(task: str, strength: float) -> None:
+    """PNDM has its second timestep twice."""
+    model = tiny_model(shrunk.build("sdxl"))
+    sampler = replace(DDIM, scheduler="pndm")
+    set_sampler(model, sampler)
+    rows = ["11111111", "11000011", "00000000", "11100011", "00000000", "11111111", "11000011"]
+    subnet = subnet_of(model, block_graph(model), sampler, GateTable.from_strings(rows))
+    pipe = getattr(diffusers, f"StableDiffusionXL{task}Pipeline").from_pipe(model.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"image": IMAGE.expand(2, -1, -1, -1), "strength": strength}
+    if task == "Inpaint":
+        arguments |= {"mask_image": MASK.expand(2, -1, -1, -1), "height": 16, "width": 16}
+    first = DDIM.steps - int(DDIM.steps * strength)
+    pruned, naive = pruned_and_naive(pipe, model, subnet, first=first, **arguments)
     assert torch.equal(pruned, naive)
 
 
@@ -202,6 +227,21 @@ def test_guidance_that_ends_while_a_controlnet_guesses_is_refused(sd: LoadedMode
     }
     with apply_subnet(pipe, mixed(sd)), pytest.raises(SubNetError, match="guess_mode off"):
         run(pipe, **arguments)
+
+
+def test_a_run_that_an_error_ended_is_forgotten(sd: LoadedModel) -> None:
+    pipe = control_pipe(sd)
+    runs: list[weakref.ref[Any]] = []
+
+    def leave(*_: Any) -> Any:
+        runs.append(weakref.ref(handle._current()))
+        raise KeyboardInterrupt
+
+    with apply_subnet(pipe, mixed(sd)) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, image=IMAGE.expand(2, -1, -1, -1), callback_on_step_end=leave)
+        gc.collect()
+        assert runs[0]() is None
 
 
 def test_t2i_adapters_may_write_to_what_dead_blocks_return(sd: LoadedModel) -> None:
