@@ -20,6 +20,7 @@ from dipgo_core.errors import ConfigError, HubError, ModelFilesError, UnknownMod
 from dipgo_core.families import (
     FAMILIES,
     KNOWN_MODELS,
+    Config,
     Family,
     KnownModel,
     find_known,
@@ -76,7 +77,7 @@ def outline_of(
         denoiser = getattr(diffusers, facts.family.denoiser).from_config(dict(facts.config))
     side = facts.family.latent_side(denoiser.config)
     if resolution is not None:
-        _check_resolution(resolution, side * facts.factor, facts.family)
+        _check_resolution(resolution, side * facts.factor, facts.family, denoiser.config)
         side = resolution // facts.factor
     graph = trace_denoiser(
         denoiser, facts.family, tokens=facts.tokens, side=side, granularity=granularity
@@ -100,7 +101,7 @@ def _defaults(denoiser: Any) -> dict[str, Any]:
     return {each.name: each.default for each in parameters}
 
 
-def _check_resolution(resolution: int, own: int, family: Family) -> None:
+def _check_resolution(resolution: int, own: int, family: Family, config: Config) -> None:
     multiple = family.size_multiple
     if multiple is None and resolution != own:
         raise ConfigError(f"{family.pipeline} makes images of {own} pixels alone, not {resolution}")
@@ -108,6 +109,9 @@ def _check_resolution(resolution: int, own: int, family: Family) -> None:
         raise ConfigError(
             f"resolution must be a multiple of {multiple} for {family.name}, got {resolution}"
         )
+    most = family.largest(config)
+    if most is not None and resolution > most:
+        raise ConfigError(f"resolution must be at most {most} for this model, got {resolution}")
 
 
 # configs in folders -------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ def sample_size(config: Config) -> int:
     return int(config["sample_size"])
 
 
+def any_size(config: Config) -> int | None:
+    """Return that images of any size can be made: positions are computed, not looked up."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Models that share a denoiser class, the pipelines around it, and defaults.
@@ -67,7 +72,8 @@ class Family:
     call_options: further arguments of the stock call. schedulers: the noise schedulers that fit.
     custom: arguments of the stock call for schedules of one's own. schedule: what the stock call
     hands to ``set_timesteps``. latent_side: of what the model is made for; size_multiple: of the
-    image's side in pixels, None where the pipeline takes no size.
+    image's side in pixels, None where the pipeline takes no size. largest: that side at most, None
+    without a bound.
     """
 
     name: str
@@ -84,6 +90,7 @@ class Family:
     inputs: Inputs
     latent_side: Callable[[Config], int] = sample_size
     size_multiple: int | None = 8
+    largest: Callable[[Config], int | None] = any_size
     schedulers: tuple[str, ...]
     custom: tuple[Literal["timesteps", "sigmas"], ...] = ("timesteps", "sigmas")
     schedule: Schedule = plain_schedule

@@ -14,6 +14,7 @@ from dipgo_core.families.schedulers import FLOW, plain_schedule, shift
 from dipgo_core.families.scorers import TEXT_TO_IMAGE
 
 _PATCH: Final = 2
+_LATENT: Final = 8  # pixels of an image's side that are one latent
 _TOKENS: Final = 77 + 256  # CLIP and T5, side by side
 _SAMPLER: Final = SamplerSettings(scheduler="flow_match_euler", steps=28, guidance_scale=7.0)
 _MEDIUM: Final = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
@@ -26,6 +27,10 @@ def _inputs(config: Config, side: int, tokens: int) -> Mapping[str, Any]:
         "pooled_projections": Meta((1, config["pooled_projection_dim"])),
         "timestep": Meta((1,)),
     }
+
+
+def _largest(config: Config) -> int:
+    return int(config["pos_embed_max_size"]) * _PATCH * _LATENT
 
 
 def _schedule(config: Mapping[str, Any], side: int, sampler: SamplerSettings) -> dict[str, Any]:
@@ -58,6 +63,7 @@ FAMILY: Final = Family(
     tokens="tokenizer+sequence",
     inputs=_inputs,
     size_multiple=16,
+    largest=_largest,
     schedulers=FLOW,
     custom=("sigmas",),
     schedule=_schedule,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Final, get_args
 
 from dipgo_core.config import DType, ModelSettings, SamplerSettings
-from dipgo_core.families import FAMILIES, KNOWN_MODELS, calls_of
+from dipgo_core.families import FAMILIES, KNOWN_MODELS, calls_of, find_known
 from dipgo_core.families.fallback import named_fallback
 from dipgo_core.hub import is_hub_id
-from dipgo_core.model_base import base_of
+from dipgo_core.model_base import base_of, elsewhere
 from dipgo_core.postprocess import kept_share
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
@@ -238,10 +238,21 @@ def _resolution(fields: Fields, identity: Identity | None) -> int | None:
         lower = side // multiple * multiple
         near = f"{lower} or {lower + multiple}" if lower else str(multiple)
         rule = f"must be a multiple of {multiple} pixels, such as {near}, got {side}"
+    elif (most := _largest(identity)) is not None and side > most:
+        rule = f"must be at most {most} pixels, {identity.id} knows no more positions, got {side}"
     else:
         return side
     fields.issues.add(fields.place("resolution").issue(rule))
     return None
+
+
+def _largest(identity: Identity) -> int | None:
+    """Return the side of the largest images, where the denoiser's config is known."""
+    settings = ModelSettings(id=identity.id, base=identity.base)
+    base = base_of(settings)
+    own = base is None or elsewhere(settings) == "denoiser"
+    known = find_known(identity.id if own or base is None else base.id)
+    return None if known is None else identity.family.largest(known.config)
 
 
 def _check_targets(

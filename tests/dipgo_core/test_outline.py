@@ -47,6 +47,8 @@ def test_resolution_that_the_model_cannot_have_is_refused() -> None:
         outline_of("tiny-sd", resolution=36)
     with pytest.raises(ConfigError, match="32 pixels alone"):
         outline_of("tiny-dit", resolution=64)
+    with pytest.raises(ConfigError, match="at most 3072 for this model, got 3088"):
+        outline_of("stabilityai/stable-diffusion-3-medium-diffusers", resolution=3088)
 
 
 @pytest.mark.parametrize(
