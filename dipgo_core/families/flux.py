@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from dipgo_core.config import SamplerSettings
+from dipgo_core.errors import ConfigError
 from dipgo_core.families.family import Config, Family, KnownModel, Meta
 from dipgo_core.families.schedulers import FLOW, plain_schedule, shift
 from dipgo_core.families.scorers import TEXT_TO_IMAGE
@@ -40,9 +41,19 @@ def _inputs(config: Config, side: int, tokens: int) -> Mapping[str, Any]:
 
 
 def _schedule(config: Mapping[str, Any], side: int, sampler: SamplerSettings) -> dict[str, Any]:
-    """As FluxPipeline has it: sigmas from 1 to 1 / steps unless the scheduler makes its own."""
+    """As FluxPipeline has it: sigmas from 1 to 1 / steps unless the scheduler makes its own.
+
+    Raises:
+        ConfigError: the pipeline would drop the sampler's own sigmas.
+    """
     mu = shift(config, (side // 2) ** 2, most=1.15)
-    if sampler.sigmas is not None or config.get("use_flow_sigmas"):
+    own = bool(config.get("use_flow_sigmas"))
+    if own and sampler.sigmas is not None:
+        raise ConfigError(
+            "sampler.sigmas are dropped where the noise scheduler makes its own "
+            "(use_flow_sigmas in its config): give steps"
+        )
+    if own or sampler.sigmas is not None:
         return {**plain_schedule(config, side, sampler), "mu": mu}
     return {"sigmas": np.linspace(1.0, 1 / sampler.steps, sampler.steps), "mu": mu}
 

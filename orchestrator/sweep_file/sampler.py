@@ -101,6 +101,9 @@ def _lists_rule(
     if family is not None and name not in family.custom:
         instead = f"takes {' or '.join(family.custom)}" if family.custom else "takes steps alone"
         return name, f"{family.pipeline} takes none: it {instead}"
+    most = max(given[name], default=0)
+    if name == "sigmas" and most > 1:
+        return name, f"go from 1 (noise alone) towards 0 (the image), got {most:g}"
     return name, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -180,6 +181,34 @@ def test_unknown_names_list_the_valid_ones() -> None:
         family_of_pipeline("SanaPipeline")
     assert find_known("nobody/nothing") is None
     assert find_noise_scheduler("lcm").cls == "LCMScheduler"
+
+
+def test_flux_refuses_sigmas_that_its_pipeline_would_drop() -> None:
+    """Source: FluxPipeline.__call__ sets sigmas to None where use_flow_sigmas is set."""
+    config, schedule = {"use_flow_sigmas": True}, FAMILIES["flux"].schedule
+    plain = SamplerSettings(scheduler="flow_match_euler", steps=2, guidance_scale=1.0)
+    assert schedule(config, 128, plain)["num_inference_steps"] == 2
+    with pytest.raises(ConfigError, match="sigmas are dropped.*give steps"):
+        schedule(config, 128, replace(plain, sigmas=(1.0, 0.4)))
+
+
+@pytest.mark.parametrize(
+    "known", [known for known in KNOWN_MODELS if known.family == "sd3"], ids=lambda known: known.id
+)
+def test_largest_images_of_sd3_are_what_its_positions_allow(known: KnownModel) -> None:
+    """Oracle: diffusers' own cropping of the embedded positions."""
+    embed = diffusers.SD3Transformer2DModel(
+        num_layers=1,
+        num_attention_heads=1,
+        attention_head_dim=4,
+        caption_projection_dim=4,
+        pos_embed_max_size=known.config["pos_embed_max_size"],
+    ).pos_embed
+    largest = FAMILIES["sd3"].largest(known.config)
+    assert largest is not None
+    embed.cropped_pos_embed(largest // 8, largest // 8)
+    with pytest.raises(ValueError, match="cannot be greater"):
+        embed.cropped_pos_embed(largest // 8 + 2, largest // 8)
 
 
 def test_a_pipeline_in_no_family_gets_one_that_its_name_gives_back() -> None:

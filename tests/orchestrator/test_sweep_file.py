@@ -532,6 +532,16 @@ MODELS = [
         "3:36: models.0.resolution: must be a multiple of 8 pixels, such as 64 or 72, got 65",
     ),
     (
+        "[{id: stabilityai/stable-diffusion-3-medium-diffusers, resolution: 3088}]",
+        "1:1: evaluate.prompts: is missing",
+        "models.0.resolution: must be at most 3072 pixels",
+    ),
+    (
+        "[{id: black-forest-labs/FLUX.1-dev, sampler: {sigmas: [1.5, 0.4]}}]",
+        "1:1: evaluate.prompts: is missing",
+        "models.0.sampler.sigmas: go from 1 (noise alone) towards 0 (the image), got 1.5",
+    ),
+    (
         "[{id: tiny-dit, resolution: 64}]",
         "3:37: models.0.resolution: DiTPipeline makes images of the model's own size",
     ),
