@@ -51,7 +51,7 @@ def captured_inputs(pipe: Any, attribute: str, arguments: Mapping[str, Any]) -> 
         pipe(**arguments)
     except _Captured:
         return captured
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever code of an unknown pipeline stumbles over
         raise TraceError(
             f"{name} cannot be called with {', '.join(arguments)} to see what its {attribute} is "
             f"given: {error}"

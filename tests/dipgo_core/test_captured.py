@@ -86,23 +86,25 @@ def test_its_layers_are_unknown(aura: LoadedModel) -> None:
 class Uncallable:
     """A pipeline that fails before its denoiser, or never reaches it."""
 
-    def __init__(self, *, fails: bool) -> None:
+    def __init__(self, *, fails: Exception | None) -> None:
         self.fails = fails
         self.transformer = torch.nn.Linear(2, 2)
 
     def __call__(self, prompt: str) -> None:
-        if self.fails:
-            raise ValueError("needs an image")
+        if self.fails is not None:
+            raise self.fails
 
 
 @pytest.mark.parametrize(
     ("fails", "message"),
     [
-        (True, "Uncallable cannot be called with prompt .*transformer is given: needs an image"),
-        (False, "Uncallable ended without calling its transformer"),
+        (ValueError("an image"), "Uncallable cannot be called with prompt .*is given: an image"),
+        (AttributeError("no vae"), "Uncallable cannot be called with prompt .*is given: no vae"),
+        (KeyError("depth"), "Uncallable cannot be called with prompt .*is given: 'depth'"),
+        (None, "Uncallable ended without calling its transformer"),
     ],
 )
-def test_a_pipeline_that_tells_nothing_is_refused(fails: bool, message: str) -> None:
+def test_a_pipeline_that_tells_nothing_is_refused(fails: Exception | None, message: str) -> None:
     pipe = Uncallable(fails=fails)
     with pytest.raises(TraceError, match=message):
         captured_inputs(pipe, "transformer", example_call(pipe))
