@@ -27,7 +27,7 @@ SEEDS = (7, 8)
 GRANULARITIES = ("block", "layer")
 
 
-@pytest.fixture(scope="module", params=SHRUNK)
+@pytest.fixture(scope="module", params=[name for name in SHRUNK if name != "flux"])
 def model(request: pytest.FixtureRequest) -> LoadedModel:
     pipe = build(request.param)
     size = None if request.param == "dit" else PIXELS

@@ -24,7 +24,7 @@ from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.zoo import shrunk
 
 ITEMS = (Item("a red cat", 3), Item("the moon", 5))
-FAMILIES = ["sd15", "sd21", "sdxl", "dit", "pixart", "sd3", "sd35", "flux"]
+FAMILIES = ["sd15", "sd21", "sdxl", "dit", "pixart", "sd3", "sd35", "flux-short"]
 
 
 @cache
@@ -108,7 +108,7 @@ def test_a_list_of_ones_own_runs_its_rows() -> None:
 
 def test_gates_follow_where_timesteps_depend_on_the_resolution() -> None:
     """FLUX shifts its timesteps: a SubNet made at one size runs at another."""
-    small = shrunk_model("flux")
+    small = shrunk_model("flux-short")
     sampler = replace(small.family.sampler, steps=4)
     graph = block_graph(small)
     table = random_table(graph, 4)
@@ -126,7 +126,7 @@ def test_gates_follow_where_timesteps_depend_on_the_resolution() -> None:
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("flux", {"negative_prompt": ["dog", "dog"], "true_cfg_scale": 3.0}),
+        ("flux-short", {"negative_prompt": ["dog", "dog"], "true_cfg_scale": 3.0}),
         ("sd35", {"skip_guidance_layers": [1, 2], "skip_layer_guidance_stop": 0.8}),
     ],
 )

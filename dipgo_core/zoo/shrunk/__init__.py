@@ -1,7 +1,9 @@
 """Shrunk models: pipelines of the real classes and topologies with tiny widths and seeded weights.
 
-What `make rehearse` and tests run instead of downloads: every block, encoder and config switch that
-decides a code path is that of the published model; widths, text depths and weights are not.
+What `make rehearse` and tests run instead of downloads: every block, layer, encoder and config
+switch that decides a code path is that of the published model; widths, depths inside a layer (text
+encoders, the transformers in SDXL's attention stacks) and weights are not. `flux-short` has fewer
+blocks, for tests.
 Importing this package loads neither torch nor diffusers.
 """
 
@@ -29,6 +31,7 @@ SHRUNK: Final[dict[str, tuple[str, str]]] = {
     "sd3": ("sd3", "build_sd3"),
     "sd35": ("sd3", "build_sd35"),
     "flux": ("flux", "build_flux"),
+    "flux-short": ("flux", "build_flux_short"),
 }
 
 
