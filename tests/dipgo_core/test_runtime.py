@@ -287,13 +287,27 @@ def state(model: LoadedModel) -> list[dict[str, Any]]:
 
 def test_remove_restores_methods_and_images(model: LoadedModel) -> None:
     subnet = mixed(model)
-    before, plain = state(model), images(model)
+    plain, before = images(model), state(model)  # calls leave attributes of their own
     handle = apply_subnet(model.pipe, subnet)
     assert state(model) != before
     handle.remove()
     handle.remove()
     assert state(model) == before
     assert torch.equal(images(model), plain)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda h: h.run().__enter__(), lambda h: h.compile(), lambda h: h.fuse()]
+)
+def test_a_removed_handle_hooks_nothing_again(sd: LoadedModel, use: Callable[[Any], Any]) -> None:
+    before = state(sd)
+    handle = apply_subnet(sd.pipe, mixed(sd))
+    handle.remove()
+    with apply_subnet(sd.pipe, mixed(sd)), pytest.raises(SubNetError, match="was removed"):
+        use(handle)
+    with pytest.raises(SubNetError, match="was removed"):
+        use(handle)
+    assert state(sd) == before
 
 
 def test_context_manager_removes_after_an_error(sd: LoadedModel) -> None:
