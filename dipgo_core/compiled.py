@@ -130,7 +130,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise SubNetError(
             f"{asked[0]} records CUDA graphs: their outputs lie in memory that the next replay "
             "overwrites, and a SubNet keeps outputs from call to call. This works: "
-            f"handle.compile(mode={_GRAPH_MODES.get(mode, 'default')!r})"
+            f"apply_subnet(pipe, subnet).compile(mode={_GRAPH_MODES.get(mode, 'default')!r})"
         )
 
 

@@ -135,8 +135,10 @@ class SubNetHandle:
         A call of the pipeline does this by itself. jumps: over the skipped calls, as it may make.
 
         Raises:
+            SubNetError: the SubNet was removed from the pipeline.
             SubNetMismatchError: denoiser or noise scheduler were replaced after apply_subnet.
         """
+        self._check_applied()
         self._check_parts()
         self._hooks.renew()
         self._methods = [hook.renewed() for hook in self._methods]
@@ -162,7 +164,11 @@ class SubNetHandle:
         DDIM with equally spaced timesteps and no noise of its own, Euler, and Euler by flow
         matching; in pipelines that make images from prompts or labels alone, and in calls without
         callbacks. Anything else runs as before. Equal means: but for rounding.
+
+        Raises:
+            SubNetError: the SubNet was removed from the pipeline.
         """
+        self._check_applied()
         family = find_family(self._subnet.model["family"])
         table = self._graph.close(self._subnet.gates)
         computed = table.keep[:, 0].nonzero()[0].tolist()
@@ -180,9 +186,15 @@ class SubNetHandle:
         options: of torch.compile.
 
         Raises:
-            SubNetError: the options ask for CUDA graphs.
+            SubNetError: the options ask for CUDA graphs (the SubNet is removed then, for nobody may
+                hold this handle yet), or the SubNet was removed before.
         """
-        self._compiler = block_compiler(self._denoiser, options)
+        self._check_applied()
+        try:
+            self._compiler = block_compiler(self._denoiser, options)
+        except SubNetError:
+            self.remove()
+            raise
         self._hooks.compiled = True
         return self
 
@@ -239,6 +251,13 @@ class SubNetHandle:
         if alone and isinstance(self._compiler, BlockCompiler) and self._compiler.knows(original):
             return self._compiler(original, args, kwargs)
         return original(*args, **kwargs)
+
+    def _check_applied(self) -> None:
+        if vars(self._pipe).get(_APPLIED) is not self:
+            raise SubNetError(
+                "this handle's SubNet was removed from the pipeline; go on with a new handle: "
+                "apply_subnet(pipe, subnet)"
+            )
 
     def _check_parts(self) -> None:
         check_uncompiled(

@@ -20,6 +20,7 @@ from dipgo_core.binding import subnet_of
 from dipgo_core.errors import SubNetError
 from dipgo_core.evaluation.execution import compile_mode
 from dipgo_core.gates import GateTable
+from dipgo_core.hooks import is_hooked
 from dipgo_core.pipelines import LoadedModel, block_graph
 from dipgo_core.runtime import SubNetHandle, apply_subnet
 from dipgo_core.sampling import set_sampler
@@ -175,12 +176,12 @@ def test_removing_leaves_nothing_compiled(dit: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graphs_are_refused(dit: LoadedModel, mode: str) -> None:
-    with (
-        apply_subnet(dit.pipe, random_subnet(dit)) as handle,
-        pytest.raises(SubNetError, match=f"mode='{mode}' records CUDA graphs.*This works"),
-    ):
-        handle.compile(mode=mode)
+def test_cuda_graphs_are_refused_and_nothing_stays_applied(dit: LoadedModel, mode: str) -> None:
+    subnet = random_subnet(dit)
+    with pytest.raises(SubNetError, match=f"mode='{mode}' records CUDA graphs.*This works"):
+        apply_subnet(dit.pipe, subnet).compile(mode=mode)
+    assert not is_hooked(dit.denoiser)
+    apply_subnet(dit.pipe, subnet).remove()
 
 
 def test_a_denoiser_compiled_before_is_refused_with_the_line_that_works(dit: LoadedModel) -> None:
