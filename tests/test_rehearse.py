@@ -26,9 +26,9 @@ ALLOWED = re.compile(
 SMALLEST = (
     "targets=[0.5]",
     "baselines=[uniform]",
-    "objective={speed: macs, quality: psnr}",
-    "evaluate.metrics=[psnr]",
-    "models.0.overrides.evaluate.metrics=[psnr]",
+    "objective.speed=macs",
+    "evaluate.metrics=[kid]",
+    "models.0.overrides.evaluate.metrics=[kid]",
 )
 
 
@@ -108,4 +108,4 @@ def test_transformers_reach_their_fronts(script: ModuleType, tmp_path: Path) -> 
         stage.command("pareto", flagship, *settings, "--json"), stdout=subprocess.PIPE
     )
     for model in ("dit-xl", "pixart-alpha", "sd35-medium", "flux-dev"):
-        assert script.judged(model, "psnr", WANTED, json.loads(read.stdout)) == []
+        assert script.judged(model, "kid", WANTED, json.loads(read.stdout)) == []
