@@ -4,6 +4,7 @@ The files are changed by `-o` only: paths (models, prompts, scorers, results), i
 large, how many latency times), steps (of samplers and searches). Ends with exit code 1 if a task
 failed, or a model lacks a front with its dense run, every baseline and its searched points. The
 files run side by side, each on one core: a latency bears as much beside it on two cores.
+Times are not judged: where a busy machine disturbed a model's latencies, its front counts MACs.
 
     python scripts/rehearse.py [--folder FOLDER] [--executor ray] [sd_family] [transformer_family]
 """
