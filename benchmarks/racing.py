@@ -33,7 +33,7 @@ from dipgo_core.evaluation.reference import load_statistics
 from dipgo_core.zoo import reference_statistics_path
 from orchestrator.driver import plan_sweep
 from orchestrator.pareto import pareto_fronts
-from orchestrator.plan import Plan
+from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.racing import Candidate, Measured, alpha_of_rung, decide
 from orchestrator.records import Record

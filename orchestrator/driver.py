@@ -13,7 +13,8 @@ from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
 from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
 from orchestrator.memory import local_gpu_memory_gb, with_gpu_memory
-from orchestrator.plan import Memo, Plan, PlannedTask, build_plan
+from orchestrator.plan import Memo, build_plan
+from orchestrator.planned import Plan, PlannedTask
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
@@ -185,9 +186,7 @@ def _last_run(sweep: SweepFile, store: Store) -> dict[str, Any]:
     return noted
 
 
-def _write_inputs(
-    sweep: SweepFile, store: Store, ready: Ready, machine: Mapping[str, Any]
-) -> None:
+def _write_inputs(sweep: SweepFile, store: Store, ready: Ready, machine: Mapping[str, Any]) -> None:
     """Keep prompts for the workers, the sweep as its file says it, and what it was resolved to.
 
     machine: what keys depend on of the machine that runs it.

@@ -13,7 +13,7 @@ from orchestrator.bars import CALIBRATION_METRICS, best_of, calibration_figures,
 from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
 from orchestrator.metrics import IMAGE_FIGURES, QUALITIES, figure_text
-from orchestrator.plan import Dropped, Point
+from orchestrator.planned import Dropped, Point
 from orchestrator.records import Record
 from orchestrator.speeds import speed_of
 from orchestrator.store import Store

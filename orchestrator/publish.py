@@ -13,7 +13,7 @@ from orchestrator.export import export_subnet
 from orchestrator.gains import Comparisons
 from orchestrator.metrics import IMAGE_FIGURES, label_of, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
-from orchestrator.plan import Plan
+from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task, content_key
 from orchestrator.speeds import TIMES

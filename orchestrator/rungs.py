@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from orchestrator.bars import best_of, calibration_figures, score_for
 from orchestrator.methods import TRIVIAL
+from orchestrator.planned import Point
 from orchestrator.racing import Candidate
 from orchestrator.records import Record
 from orchestrator.speeds import speed_of
-
-if TYPE_CHECKING:
-    from orchestrator.plan import Point
 
 Records = Mapping[str, Record]
 

@@ -11,7 +11,7 @@ from orchestrator.driver import plan_sweep
 from orchestrator.gains import Comparisons
 from orchestrator.headlines import Headline, headlines
 from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
-from orchestrator.plan import Plan
+from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.store import FolderStore, open_store
 from orchestrator.sweep_file import SweepFile, load_sweep

@@ -23,7 +23,8 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.subnet import SubNet, config_sha256
 from orchestrator.facts import ModelFacts
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import SweepFile

@@ -13,7 +13,7 @@ from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import LineDisplay, LiveDisplay, detail, open_display
 from orchestrator.cli.running import Command, Watcher, exit_code
 from orchestrator.driver import Event, RunResult
-from orchestrator.plan import Plan, PlannedTask
+from orchestrator.planned import Plan, PlannedTask
 from orchestrator.records import Task
 
 TASK = Task(kind="search", inputs={"model": "x"}, label="tiny: search")

@@ -17,7 +17,8 @@ from dipgo_core.families.sizes import known_sizes
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.memory import GB, with_gpu_memory
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
 from orchestrator.records import Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import Baseline, Resources, SearchGrid, SweepFile, TaskResources

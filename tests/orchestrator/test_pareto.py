@@ -17,7 +17,7 @@ from orchestrator.pareto import (
     pareto_fronts,
     pareto_json,
 )
-from orchestrator.plan import Dropped
+from orchestrator.planned import Dropped
 from orchestrator.points import ResolvedPoint
 from orchestrator.standing import dominance
 

@@ -16,7 +16,8 @@ from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
 from orchestrator.facts import gather_facts
 from orchestrator.model_tasks import ModelTasks
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
 from orchestrator.sweep_file import load_sweep
 from orchestrator.sweep_settings import Baseline, LatencySettings, SweepFile

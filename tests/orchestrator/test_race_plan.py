@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.plan import Plan, Point, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan, Point
 from orchestrator.records import Record, Task
 from orchestrator.sweep_settings import Objective, SweepFile
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_facts, tiny_outputs, tiny_sweep

@@ -31,7 +31,8 @@ from dipgo_core.subnet import SubNet
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.facts import gather_facts
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import (

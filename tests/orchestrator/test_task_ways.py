@@ -12,7 +12,8 @@ import torch
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.search import STRATEGIES
 from orchestrator.facts import gather_facts
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
 from orchestrator.records import Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_file import load_sweep

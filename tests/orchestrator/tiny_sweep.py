@@ -20,7 +20,7 @@ from dipgo_core.items import Item
 from orchestrator.driver import Event, RunResult, run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.facts import ItemSet, ModelFacts
-from orchestrator.plan import Plan
+from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import (
