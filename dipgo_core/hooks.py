@@ -6,12 +6,14 @@ the hooks flatten outputs and rebuild their structure, so that a policy sees onl
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import FunctionType, MethodType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,32 +50,24 @@ Current = Callable[[], Policy | None]
 
 
 class MethodHook:
-    """One wrapped method of one instance; `remove()` puts back exactly what was there."""
+    """One wrapped method of one instance; `remove()` puts back exactly what was there.
+
+    A deep copy of the instance has the plain method, bound to itself.
+    """
 
     def __init__(self, owner: Any, name: str, intercept: Interceptor) -> None:
         self.owner = owner
         self._name = name
-        self._intercept = intercept
-        self._previous = vars(owner).get(name)
-        self._active = True
-        original = getattr(owner, name)
-
-        @functools.wraps(original)  # keeps the signature visible to inspect
-        def method(*args: Any, **kwargs: Any) -> Any:
-            if not self._active or torch.compiler.is_dynamo_compiling():  # no gates there
-                return original(*args, **kwargs)
-            return intercept(original, args, kwargs)
-
-        self._original = original
-        self._method = method
-        vars(method)["_dipgo_hook"] = self
-        vars(owner)[name] = method
+        self._place = _Place(intercept, getattr(owner, name), vars(owner).get(name))
+        self._method = _stand_in(self._place)
+        vars(owner)[name] = self._method
 
     def is_reached(self) -> bool:
         """Return whether the owner's method still leads here, through wrappers put around ours."""
         method = vars(self.owner).get(self._name)
         while method is not None and method is not self._method:
-            method = getattr(method, "__wrapped__", None)
+            place = _place_of(method)
+            method = place.original if place else getattr(method, "__wrapped__", None)
         return method is not None
 
     def renewed(self) -> MethodHook:
@@ -81,7 +75,7 @@ class MethodHook:
         if self.is_reached():
             return self
         self.remove()
-        return MethodHook(self.owner, self._name, self._intercept)
+        return MethodHook(self.owner, self._name, self._place.intercept)
 
     def remove(self) -> None:
         """Restore the method; a wrapper put around ours later stays and finds ours inert.
@@ -89,12 +83,12 @@ class MethodHook:
         Where such a wrapper keeps ours as an attribute of the owner (accelerate's
         ``_old_forward``), it gets back what it would have found there.
         """
-        self._active = False
+        self._place.active = False
         members = vars(self.owner)
         before = self._before()
         for name in [name for name, value in members.items() if value is self._method]:
             if name != self._name:
-                members[name] = self._original if before is None else before
+                members[name] = self._place.original if before is None else before
             elif before is None:
                 del members[name]
             else:
@@ -102,18 +96,69 @@ class MethodHook:
 
     def _before(self) -> Any:
         """Return what was there before: not one of our own that was removed meanwhile."""
-        method = self._previous
-        hook = getattr(method, "_dipgo_hook", None)
-        while isinstance(hook, MethodHook) and hook._method is method and not hook._active:
-            method = hook._previous
-            hook = getattr(method, "_dipgo_hook", None)
+        method = self._place.previous
+        while (place := _place_of(method)) is not None and not place.active:
+            method = place.previous
         return method
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where a method was: what is done there now, the method, and what the instance itself had.
+
+    A copy does nothing: its method is the copied instance's.
+    """
+
+    intercept: Interceptor
+    original: Forward
+    previous: Any
+    active: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Place:
+        return _Place(directly, copy.deepcopy(self.original, memo), None, active=False)
+
+
+def _stand_in(place: _Place) -> MethodType:
+    """Return what stands in for a method: a method itself, for a closure is shared by copies.
+
+    Compiled code is tied to a method's function alone, not to its object. The original's signature
+    stays visible to inspect.
+    """
+    entered: Any = FunctionType(_entered.__code__, globals(), "entered")
+    functools.update_wrapper(entered, _with_self(place.original))
+    return MethodType(entered, place)
+
+
+def _entered(place: _Place, /, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling() or not place.active:  # no gates there
+        return place.original(*args, **kwargs)
+    return place.intercept(place.original, args, kwargs)
+
+
+def _with_self(forward: Forward) -> Any:
+    """Return a function that has a first parameter more than a method, as its own function has."""
+    if isinstance(forward, MethodType):
+        return forward.__func__
+
+    @functools.wraps(forward)
+    def unbound(self: object, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    seen = inspect.signature(forward)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    vars(unbound)["__signature__"] = seen.replace(parameters=[first, *seen.parameters.values()])
+    return unbound
+
+
+def _place_of(method: Any) -> _Place | None:
+    place = method.__self__ if isinstance(method, MethodType) else None
+    return place if isinstance(place, _Place) else None
 
 
 def unhooked(forward: Forward) -> Forward:
     """Return what a forward is without the hooks of ours that lie on it."""
-    while isinstance(hook := getattr(forward, "_dipgo_hook", None), MethodHook):
-        forward = hook._original
+    while (place := _place_of(forward)) is not None:
+        forward = place.original
     return forward
 
 
@@ -132,7 +177,7 @@ class HookHandle:
         self.compiled = False
         self._denoiser = denoiser
         self._hooks = hooks  # by name of the module, "" the denoiser
-        vars(denoiser).setdefault("_dipgo_hooks", []).append(self)
+        vars(denoiser).setdefault(_HOOKS, _Handles([])).items.append(self)
 
     @property
     def num_blocks(self) -> int:
@@ -156,26 +201,44 @@ class HookHandle:
         """Restore every forward; a second call does nothing."""
         for hook, _ in self._hooks.values():
             hook.remove()
-        handles = vars(self._denoiser).get("_dipgo_hooks", [])
+        handles = _handles_on(self._denoiser)
         if self in handles:
             handles.remove(self)
             if not handles:
-                del vars(self._denoiser)["_dipgo_hooks"]
+                del vars(self._denoiser)[_HOOKS]
+
+
+_HOOKS = "_dipgo_hooks"  # attribute of a denoiser
+
+
+@dataclass(frozen=True)
+class _Handles:
+    """The handles of hooks on a denoiser; a copy of the denoiser has no hooks."""
+
+    items: list[HookHandle]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handles:
+        return _Handles([])
+
+
+def _handles_on(denoiser: nn.Module) -> list[HookHandle]:
+    found = vars(denoiser).get(_HOOKS)
+    return [] if found is None else cast(_Handles, found).items
 
 
 def is_hooked(denoiser: nn.Module) -> bool:
     """Return whether hooks of ours are on this denoiser."""
-    return "_dipgo_hooks" in vars(denoiser)
+    return bool(_handles_on(denoiser))
 
 
 def is_installed(denoiser: nn.Module) -> bool:
     """Return whether a policy of `install` decides every forward of this denoiser."""
-    return any(handle.always for handle in vars(denoiser).get("_dipgo_hooks", ()))
+    return any(handle.always for handle in _handles_on(denoiser))
 
 
 def computes_compiled(denoiser: nn.Module) -> bool:
     """Return whether hooks on this denoiser compute its blocks by compiled code."""
-    return any(handle.compiled for handle in vars(denoiser).get("_dipgo_hooks", ()))
+    return any(handle.compiled for handle in _handles_on(denoiser))
 
 
 def install(denoiser: nn.Module, graph: BlockGraph, policy: Policy) -> HookHandle:

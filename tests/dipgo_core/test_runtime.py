@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -294,6 +295,49 @@ def test_remove_restores_methods_and_images(model: LoadedModel) -> None:
     handle.remove()
     assert state(model) == before
     assert torch.equal(images(model), plain)
+
+
+def test_copies_of_what_is_hooked_are_plain_and_lead_nowhere_back(model: LoadedModel) -> None:
+    """Oracle: the pipeline before it was hooked; a copy keeps the weights of its own."""
+    plain = images(model)
+    handle = apply_subnet(model.pipe, mixed(model))
+    expected = images(model)
+    twin = copy.deepcopy(model.pipe)
+    assert torch.equal(images(model), expected)
+    assert torch.equal(images(replace(model, pipe=twin)), plain)
+    for parameter in model.denoiser.parameters():
+        parameter.data.zero_()
+    assert torch.equal(images(replace(model, pipe=twin)), plain)
+    with apply_subnet(twin, mixed(replace(model, pipe=twin))):
+        assert torch.equal(images(replace(model, pipe=twin)), expected)
+    handle.remove()
+    assert torch.equal(images(replace(model, pipe=twin)), plain)
+
+
+def test_a_shallow_copy_of_an_armed_pipeline_is_plain(sd: LoadedModel) -> None:
+    plain = images(sd)
+    handle = apply_subnet(sd.pipe, mixed(sd))
+    twin = copy.copy(sd.pipe)
+    assert torch.equal(images(replace(sd, pipe=twin)), plain)
+    handle.remove()
+    assert type(twin) is type(sd.pipe)
+
+
+def test_a_copied_scheduler_sets_its_own_timesteps(sd: LoadedModel) -> None:
+    with apply_subnet(sd.pipe, mixed(sd)):
+        before = sd.pipe.scheduler.timesteps
+        twin = copy.deepcopy(sd.pipe.scheduler)
+        twin.set_timesteps(3)
+        assert len(twin.timesteps) == 3
+        assert sd.pipe.scheduler.timesteps is before
+
+
+def test_the_decoder_of_float16_is_copied_without_the_watch(sd: LoadedModel) -> None:
+    """Oracle: the copy's precision; calls of the original's method would be in float16."""
+    sd.pipe.vae.to(torch.float16)
+    with apply_subnet(sd.pipe, mixed(sd)):
+        decoder = sd.decoder
+        assert decoder.decode(torch.zeros(1, 4, 8, 8)).sample.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
