@@ -13,10 +13,11 @@ from typing import Any
 
 from dipgo_core.config import DType, ModelSettings
 from dipgo_core.errors import SubNetError
+from dipgo_core.families import NOISE_SCHEDULERS, num_calls
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import Reuse
 from dipgo_core.hub import fetch, is_hub_id, resolve_commit, upload
-from dipgo_core.subnet_fields import check_fields
+from dipgo_core.subnet_fields import check_fields, check_macs
 
 KIND = "dipgo.subnet"
 FILE_NAME = "subnet.json"
@@ -95,6 +96,7 @@ class SubNet:
                 for name, reuse in zip(self.block_names, self.reuse, strict=True)
             ],
             "keep": self.gates.to_strings(),
+            "keep_sha256": self.gates.digest,
             "macs": dict(self.macs),
             "provenance": dict(self.provenance),
             "metrics": dict(self.metrics),
@@ -120,8 +122,9 @@ class SubNet:
             )
         check_fields(data, source)
         _check_hashes(data, source)
+        check_macs(data, source)
         try:
-            return cls(
+            subnet = cls(
                 gates=GateTable.from_strings(data["keep"]),
                 block_names=tuple(block["name"] for block in data["blocks"]),
                 reuse=tuple(Reuse(block["reuse"]) for block in data["blocks"]),
@@ -132,8 +135,11 @@ class SubNet:
                 provenance=data.get("provenance", {}),
                 metrics=data.get("metrics", {}),
             )
+            _check_keep(subnet.gates, data.get("keep_sha256"))
+            _check_steps(subnet.sampler)
         except SubNetError as error:
             raise SubNetError(f"{source}: {error}; export the SubNet again") from error
+        return subnet
 
     def resample(self, steps: int) -> SubNet:
         """Return a SubNet of another number of steps, its rows taken from this one's.
@@ -175,7 +181,7 @@ class SubNet:
             return cls.load(path)
         if path.is_dir():
             return cls.load(path / FILE_NAME)
-        if not is_hub_id(str(name)):
+        if path.suffix == ".json" or not is_hub_id(str(name)):
             raise SubNetError(
                 f"{name} is no file, no folder with a {FILE_NAME}, and no repository of the hub "
                 "(owner/name); give the path of a SubNet that `dipgo-sweep export` wrote"
@@ -223,3 +229,27 @@ def _check_hashes(data: Mapping[str, Any], source: str) -> None:
                 f"{source}: {part}.config does not match {part}.config_sha256; the file was "
                 "edited or truncated: export the SubNet again"
             )
+
+
+def _check_keep(gates: GateTable, noted: str | None) -> None:
+    """Raise SubNetError where rows were edited: the MACs beside them are of others.
+
+    noted: None in files of versions that wrote none.
+    """
+    if noted not in (None, gates.digest):
+        raise SubNetError(
+            f"the rows of keep have the SHA-256 {gates.digest[:12]}..., keep_sha256 says "
+            f"{noted[:12]}...: they were edited, and macs are counted for the rows there were"
+        )
+
+
+def _check_steps(sampler: Mapping[str, Any]) -> None:
+    """Raise SubNetError where a known noise scheduler makes another number of calls of steps."""
+    name, steps, found = sampler["scheduler"], sampler["steps"], len(sampler["timesteps"])
+    known = [short for short, each in NOISE_SCHEDULERS.items() if each.cls == name]
+    if known and num_calls(known[0], steps) != found:
+        raise SubNetError(
+            f"sampler.steps is {steps}, of which {name} makes {num_calls(known[0], steps)} calls, "
+            f"but sampler.timesteps has {found} entries; another number of steps is made by "
+            "subnet.resample(steps) of the unedited file"
+        )

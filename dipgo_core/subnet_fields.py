@@ -107,16 +107,24 @@ _OPTIONAL: Final[dict[str, Rule]] = {
     "model.latent_side": _STEPS,
     "model.tokens": _COUNT,
     "sampler.custom": (_is_custom, 'an object with a list of numbers "timesteps" or "sigmas"'),
+    "keep_sha256": _TEXT,
     "macs.paper": _OBJECT,
     "provenance": _OBJECT,
     "metrics": _OBJECT,
+}
+#: Of MACs in another convention, which are none or whole.
+_COUNTED: Final[dict[str, Rule]] = {
+    "macs.paper.dense": _COUNT,
+    "macs.paper.kept": _COUNT,
+    "macs.paper.pruned_ratio": _RATIO,
 }
 _MISSING: Final = object()
 
 
 def check_fields(data: Mapping[str, Any], source: str) -> None:
     """Raise SubNetError, naming file, field and rule, unless every field is what it must be."""
-    for field, (holds, rule) in {**_REQUIRED, **_OPTIONAL}.items():
+    counted = _COUNTED if _value(data, "macs.paper") not in (_MISSING, {}) else {}
+    for field, (holds, rule) in {**_REQUIRED, **_OPTIONAL, **counted}.items():
         value = _value(data, field)
         if value is _MISSING and field in _OPTIONAL:
             continue
@@ -126,6 +134,29 @@ def check_fields(data: Mapping[str, Any], source: str) -> None:
                 f"{source}: {field} must be {rule}, got {got}; the file was edited or truncated: "
                 "export the SubNet again"
             )
+
+
+def check_macs(data: Mapping[str, Any], source: str) -> None:
+    """Raise SubNetError, naming both sides, where numbers of MACs contradict each other."""
+    macs = data["macs"]
+    for field, counted in (("macs", macs), ("macs.paper", macs.get("paper"))):
+        said = _macs_say(counted, field)
+        if said is not None:
+            raise SubNetError(f"{source}: {said}; the file was edited: export the SubNet again")
+
+
+def _macs_say(macs: Mapping[str, Any] | None, field: str) -> str | None:
+    """Return what is wrong with the MACs of one convention, or None."""
+    if not macs:
+        return None
+    dense, kept, ratio = (macs[name] for name in ("dense", "kept", "pruned_ratio"))
+    shown = f"{_shown(kept)} of {_shown(dense)}"
+    if not 0 < kept <= dense:
+        return f"{field}.kept must be from 1 to {field}.dense, got {shown}"
+    pruned = 1 - kept / dense
+    if abs(pruned - ratio) > 1e-6 + 1 / dense:
+        return f"{field}.pruned_ratio is {ratio}, but {shown} MACs are kept: {pruned:.6g} are not"
+    return None
 
 
 def _value(data: Mapping[str, Any], field: str) -> Any:

@@ -92,6 +92,19 @@ def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda d: d["sampler"].update(guidance_scale=float("nan")), "a finite number, got nan"),
         (lambda d: d["sampler"].update(custom={"x": [1]}), r"sampler\.custom must be an object"),
         (lambda d: d["macs"].update(kept="many"), r"macs\.kept must be a whole number"),
+        (lambda d: d["macs"].update(kept=0), r"macs\.kept must be from 1 to .*, got 0 of 2"),
+        (lambda d: d["macs"].update(kept=3), r"macs\.kept must be from 1 to .*, got 3 of 2"),
+        (
+            lambda d: d["macs"].update(dense=2000, kept=1500),
+            "pruned_ratio is 0.5, but .* kept: 0.25",
+        ),
+        (lambda d: d["macs"].update(paper={"dense": 2}), r"macs\.paper\.kept must be a whole"),
+        (
+            lambda d: d["macs"].update(paper={"dense": 2, "kept": 0, "pruned_ratio": 1}),
+            r"macs\.paper\.kept must be from 1",
+        ),
+        (lambda d: d.update(keep=["11", "00"]), "rows of keep .* keep_sha256 says .* edited"),
+        (lambda d: d["sampler"].update(steps=3), r"sampler\.steps is 3, .* 3 calls, .* 2 entries"),
     ],
 )
 def test_from_json_refuses_broken_documents(
@@ -164,6 +177,15 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
     path.write_text(text[: int(share * len(text))])
     with pytest.raises(SubNetError, match=r"cut\.json is not JSON .* truncated: export it again"):
         SubNet.load(path)
+
+
+def test_files_that_noted_no_digest_of_keep_are_read() -> None:
+    assert SubNet.from_json(edited(lambda d: d.pop("keep_sha256"))) == small_subnet()
+
+
+def test_a_mistyped_file_name_is_no_repository() -> None:
+    with pytest.raises(SubNetError, match="results/subnet.json is no file"):
+        SubNet.from_pretrained("results/subnet.json")
 
 
 def test_from_json_refuses_what_is_no_object() -> None:
