@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dipgo_core.binding import scheduler_of
-from dipgo_core.config import SamplerSettings
+from dipgo_core.config import Convention, SamplerSettings
 from dipgo_core.evaluation.side_by_side import Effort, PreparedRun, measure_side_by_side
 from dipgo_core.evaluation.stopwatch import Run
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel
+from dipgo_core.pipelines import LoadedModel, block_graph
 from dipgo_core.runtime import SubNetHandle, apply_subnet
 from dipgo_core.sampling import call_arguments
 from dipgo_core.subnet import SubNet
@@ -27,8 +27,9 @@ class Bench:
     """What was measured.
 
     record: times, speed-ups, images a second, memory, energy, device and versions, as in a latency
-    record. macs_speedup: dense / kept MACs of a run. peak_cache_bytes: the most that a run of the
-    SubNet keeps at once. fused: whether runs of skipped calls were one step where that is equal.
+    record. macs_speedup: dense / kept MACs of a run at this size. peak_cache_bytes: the most that a
+    run of the SubNet keeps at once. fused: whether runs of skipped calls were one step where that
+    is equal.
     """
 
     record: Mapping[str, Any]
@@ -70,17 +71,23 @@ def bench(
     record = measure_side_by_side(model, PreparedRun(pair.dense), PreparedRun(pair.pruned), effort)
     return Bench(
         record={**record, "compile": "none" if compile is None else "torch.compile, by block"},
-        macs_speedup=macs_speedups(subnet),
+        macs_speedup=macs_speedups(model, subnet),
         peak_cache_bytes=pair.peak_cache_bytes(),
         fused=fuse,
     )
 
 
-def macs_speedups(subnet: SubNet) -> dict[str, float]:
-    """Return dense / kept MACs of a run by convention, as far as the SubNet counts them."""
-    macs = subnet.macs
-    counted = {str(macs["convention"]): macs, "paper": macs.get("paper", {})}
-    return {name: each["dense"] / each["kept"] for name, each in counted.items() if each}
+def macs_speedups(model: LoadedModel, subnet: SubNet) -> dict[str, float]:
+    """Return dense / kept MACs of a run by convention, at the size of this model's images.
+
+    The SubNet's own MACs may be those of another size.
+    """
+    graph, gates = block_graph(model, subnet.granularity), subnet.gates
+    conventions: tuple[Convention, ...] = ("all", "paper")
+    return {
+        name: graph.call_macs(name) * gates.num_calls / graph.macs(gates, name)
+        for name in conventions
+    }
 
 
 class _Pair:

@@ -50,9 +50,19 @@ def test_bench_reports_both_sides_with_loop_and_cache(model: LoadedModel) -> Non
 
 def test_macs_speedup_is_that_of_the_table(model: LoadedModel) -> None:
     subnet, graph = half(model), block_graph(model)
-    for convention, speedup in macs_speedups(subnet).items():
+    for convention, speedup in macs_speedups(model, subnet).items():
         pruned = graph.pruned_ratio(subnet.gates, cast(Convention, convention))
         assert speedup == pytest.approx(1 / (1 - pruned))
+
+
+def test_macs_speedup_is_counted_at_the_size_that_is_measured(model: LoadedModel) -> None:
+    """Oracle: the MACs of a SubNet of the same rows, made at that size."""
+    subnet = half(model)
+    larger = replace(model, settings=replace(model.settings, resolution=48))
+    there = half(larger).macs
+    found = macs_speedups(larger, subnet)
+    assert found["all"] == pytest.approx(there["dense"] / there["kept"])
+    assert found["all"] != pytest.approx(macs_speedups(model, subnet)["all"])
 
 
 def test_bench_installs_the_subnets_own_scheduler(model: LoadedModel) -> None:
