@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import diffusers
+from torch import nn
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import SubNetError, SubNetMismatchError
@@ -116,11 +117,31 @@ def check_model(pipe: Any, denoiser: Any, subnet: SubNet) -> None:
             f"{type(pipe).__name__} has {found}; load {subnet.model['id']!r}"
         )
     differing = _differences(subnet.model["config"], denoiser)
+    if differing and denoiser.config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise SubNetMismatchError(
+            f"this {type(pipe).__name__} has an IP-Adapter: {expected} asks for its images, and "
+            "there are none while its blocks are found. This works: pipe.unload_ip_adapter(), then "
+            "apply_subnet(pipe, subnet), then pipe.load_ip_adapter(...) again"
+        )
     if differing:
         raise SubNetMismatchError(
             f"the SubNet was made for {subnet.model['id']}, whose {expected} has another config "
             f"(SubNet / this pipeline): {differing}; load {subnet.model['id']!r}"
         )
+
+
+def check_offloading(denoiser: nn.Module, attribute: str) -> None:
+    """Raise SubNetError where weights are fetched ahead, in the order in which all blocks run."""
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if getattr(getattr(hook, "group", None), "stream", None) is not None:
+            raise SubNetError(
+                f"pipe.{attribute} has group offloading with streams: each block fetches the next "
+                "one's weights, so a block after a reused one would find none. This works, on a "
+                f"pipeline loaded anew: pipe.{attribute}.enable_group_offload(..., "
+                "use_stream=False), or pipe.enable_model_cpu_offload()"
+            )
 
 
 def check_scheduler(scheduler: Any, subnet: SubNet) -> None:

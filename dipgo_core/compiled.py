@@ -11,6 +11,7 @@ as one more kind: it has no gate either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,6 +54,17 @@ class BlockCompiler:
         self._options = options
         self._by_kind: dict[Any, Forward] = {}
         self._by_module: WeakKeyDictionary[nn.Module, Forward] = WeakKeyDictionary()
+
+    def start_run(self) -> None:
+        """Look at modules anew: since the last run, they may have got parameters (LoRA).
+
+        Of a kind that was there before, nothing is compiled again.
+
+        Raises:
+            SubNetError: the settings of PyTorch ask for CUDA graphs by now.
+        """
+        _check_options(self._options)
+        self._by_module.clear()
 
     @property
     def num_kinds(self) -> int:
@@ -104,8 +116,11 @@ def _packed(value: Any) -> Any:
 
     A stream that passed reused blocks has another layout than one that was just computed.
     """
-    if not isinstance(value, Tensor) or value.is_contiguous():
+    if not isinstance(value, Tensor):
         return value
+    if value.is_contiguous():
+        sliced = value.ndim > 0 and value.shape[0] == 1 and value.stride(0) != value.numel()
+        return value[0][None] if sliced else value  # of one image, a slice's stride is its whole's
     if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
         return value
     return value.contiguous()
@@ -126,12 +141,24 @@ def _check_options(options: Mapping[str, Any]) -> None:
     asked = [f"mode={mode!r}"] if mode in _GRAPH_MODES else []
     asked += [name for name in _GRAPH_OPTIONS if (options.get("options") or {}).get(name)]
     asked += ["backend='cudagraphs'"] if options.get("backend") == "cudagraphs" else []
+    works = f"mode={_GRAPH_MODES.get(mode, 'default')!r}"
+    if not asked and _is_asked_by_settings(options):
+        asked = ["torch._inductor.config.triton.cudagraphs = True"]
+        works = f"options={{{_GRAPH_OPTIONS[0]!r}: False}}"
     if asked:
         raise SubNetError(
             f"{asked[0]} records CUDA graphs: their outputs lie in memory that the next replay "
             "overwrites, and a SubNet keeps outputs from call to call. This works: "
-            f"apply_subnet(pipe, subnet).compile(mode={_GRAPH_MODES.get(mode, 'default')!r})"
+            f"apply_subnet(pipe, subnet).compile({works})"
         )
+
+
+def _is_asked_by_settings(options: Mapping[str, Any]) -> bool:
+    """Return whether PyTorch's own settings (or environment) record graphs with these options."""
+    if options.get("backend", "inductor") != "inductor":
+        return False
+    settings = import_module("torch._inductor.config").triton
+    return bool((options.get("options") or {}).get(_GRAPH_OPTIONS[0], settings.cudagraphs))
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -20,7 +20,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dipgo_core.binding import check_blocks, check_model, check_scheduler, check_timesteps
+from dipgo_core.binding import (
+    check_blocks,
+    check_model,
+    check_offloading,
+    check_scheduler,
+    check_timesteps,
+)
 from dipgo_core.compiled import BlockCompiler, block_compiler, check_uncompiled
 from dipgo_core.containers import container_hooks
 from dipgo_core.errors import SubNetError, SubNetMismatchError
@@ -117,9 +123,8 @@ class SubNetHandle:
         if isinstance(control := getattr(pipe, "controlnet", None), nn.Module):
             spared = _Spared(control.forward, self._current)
             self._methods.append(MethodHook(control, "forward", spared))
-        if hasattr(getattr(pipe, "vae", None), "decode"):
-            watched = watched_decode(pipe, subnet, lambda: self._current() is not None)
-            self._methods.append(MethodHook(pipe.vae, "decode", watched))
+        self._watched: MethodHook | None = None
+        self._watch_decoder()
         self._class = type(pipe)
         vars(pipe)[_APPLIED] = self
         object.__setattr__(pipe, "__class__", _armed(cast(Any, self._class)))
@@ -140,8 +145,11 @@ class SubNetHandle:
         """
         self._check_applied()
         self._check_parts()
+        if isinstance(self._compiler, BlockCompiler):
+            self._compiler.start_run()
         self._hooks.renew()
         self._methods = [hook.renewed() for hook in self._methods]
+        self._watch_decoder()
         repeat = repeat_of(self._scheduler)
         gates = GatedCalls(
             self._plan,
@@ -201,8 +209,9 @@ class SubNetHandle:
     def remove(self) -> None:
         """Restore pipeline, denoiser and noise scheduler exactly; a second call does nothing."""
         self._hooks.remove()
-        for hook in self._methods:
-            hook.remove()
+        for hook in (*self._methods, self._watched):
+            if hook is not None:
+                hook.remove()
         if vars(self._pipe).get(_APPLIED) is self:
             del vars(self._pipe)[_APPLIED]
             object.__setattr__(self._pipe, "__class__", self._class)
@@ -259,6 +268,19 @@ class SubNetHandle:
                 "apply_subnet(pipe, subnet)"
             )
 
+    def _watch_decoder(self) -> None:
+        """Hook the autoencoder that the pipeline has by now."""
+        vae, watched = getattr(self._pipe, "vae", None), self._watched
+        if watched is not None and watched.owner is vae:
+            self._watched = watched.renewed()
+            return
+        if watched is not None:
+            watched.remove()
+        self._watched = None
+        if hasattr(vae, "decode"):
+            watch = watched_decode(self._pipe, self._subnet, lambda: self._current() is not None)
+            self._watched = MethodHook(vae, "decode", watch)
+
     def _check_parts(self) -> None:
         check_uncompiled(
             getattr(self._pipe, self._attribute), self._attribute, self._graph.names[1:]
@@ -269,6 +291,7 @@ class SubNetHandle:
                     f"pipe.{name} was replaced after apply_subnet, so the gates cannot follow it; "
                     "call remove() on the handle, then apply_subnet(pipe, subnet) again"
                 )
+        check_offloading(self._denoiser, self._attribute)
 
     def _on_set_timesteps(
         self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -319,6 +342,7 @@ def apply_subnet(pipe: Any, subnet: SubNet) -> SubNetHandle:
     check_model(pipe, denoiser, subnet)
     check_scheduler(pipe.scheduler, subnet)
     denoiser = cast(nn.Module, denoiser)
+    check_offloading(denoiser, attribute)
     if _APPLIED in vars(pipe) or is_installed(denoiser):
         raise SubNetError(
             "this pipeline has a SubNet applied already; call remove() on its handle first"

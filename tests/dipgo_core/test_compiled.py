@@ -7,24 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny import DDIM, tiny_dit, tiny_model, tiny_sd
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from dipgo_core.binding import subnet_of
+from dipgo_core.config import ModelSettings
 from dipgo_core.errors import SubNetError
 from dipgo_core.evaluation.execution import compile_mode
 from dipgo_core.gates import GateTable
 from dipgo_core.hooks import is_hooked
-from dipgo_core.pipelines import LoadedModel, block_graph
+from dipgo_core.items import Item
+from dipgo_core.pipelines import LoadedModel, block_graph, loaded_model
 from dipgo_core.runtime import SubNetHandle, apply_subnet
-from dipgo_core.sampling import set_sampler
+from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
+from dipgo_core.zoo import shrunk
 
 LONG = replace(DDIM, steps=40)
 dynamo: Any = torch._dynamo
@@ -182,6 +187,65 @@ def test_cuda_graphs_are_refused_and_nothing_stays_applied(dit: LoadedModel, mod
         apply_subnet(dit.pipe, subnet).compile(mode=mode)
     assert not is_hooked(dit.denoiser)
     apply_subnet(dit.pipe, subnet).remove()
+
+
+def test_cuda_graphs_that_settings_of_pytorch_ask_for_are_refused(dit: LoadedModel) -> None:
+    subnet, settings = random_subnet(dit), import_module("torch._inductor.config")
+    with settings.patch("triton.cudagraphs", True):
+        with pytest.raises(SubNetError, match=r"triton\.cudagraphs = True records .* works"):
+            apply_subnet(dit.pipe, subnet).compile()
+        with apply_subnet(dit.pipe, subnet) as handle:
+            handle.compile(options={"triton.cudagraphs": False})
+            handle.compile(backend="eager")
+
+
+def test_lora_loaded_after_compiled_runs_is_of_kinds_of_its_own() -> None:
+    """Oracle: eager runs. Ten ranks would be ten variants of one code object, which has eight."""
+    model = tiny_model(tiny_dit(num_layers=10))
+    set_sampler(model, LONG)
+    subnet = random_subnet(model)
+    ranks = {f"transformer_blocks.{n}.attn1.to_q": n + 1 for n in range(10)}
+    config = LoraConfig(
+        r=1, target_modules=["to_q"], init_lora_weights="gaussian", rank_pattern=ranks
+    )
+    with compiled(model, subnet):
+        before = images(model)
+        inject_adapter_in_model(config, model.denoiser)
+        for name, parameter in model.denoiser.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.1)
+        found = images(model)
+        with dynamo.config.patch(error_on_recompile=True):
+            images(model)
+    with apply_subnet(model.pipe, subnet):
+        torch.testing.assert_close(found, images(model))
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd35", "flux-short"])
+def test_transformers_of_two_kinds_of_blocks(name: str) -> None:
+    """Oracle: eager runs; later blocks compile nothing that earlier ones of their kind did."""
+    settings = ModelSettings(id=name, resolution=64)
+    model = loaded_model(shrunk.build(name), settings, weights_sha256="0" * 64)
+    sampler = replace(model.family.sampler, steps=12, guidance_scale=3.0)
+    graph = block_graph(model)
+    rng = np.random.default_rng(0)
+    keep = rng.random((sampler.steps, graph.num_blocks)) < 0.7
+    keep[:, 0] = keep[0] = True
+    set_sampler(model, sampler)
+    subnet = subnet_of(model, graph, sampler, GateTable(keep))
+
+    def latents() -> Tensor:
+        arguments = call_arguments(model, [Item("the moon")], [1], sampler)
+        return torch.as_tensor(model.pipe(**{**arguments, "output_type": "latent"}).images)
+
+    with apply_subnet(model.pipe, subnet):
+        expected = latents()
+    with compiled(model, subnet, "aot_eager"), dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(latents(), expected, atol=1e-4, rtol=1e-4)
+    assert 1 < counters["stats"]["unique_graphs"] < graph.num_blocks
+    assert counters["graph_break"] == {}
 
 
 def test_a_denoiser_compiled_before_is_refused_with_the_line_that_works(dit: LoadedModel) -> None:
