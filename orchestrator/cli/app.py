@@ -252,7 +252,12 @@ def export(
 
 @app.command()
 def generate(
-    subnet: Annotated[Path, typer.Argument(metavar="SUBNET", help="A file that `export` wrote.")],
+    subnet: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBNET", help="A file that `export` wrote, or a hub id that holds one."
+        ),
+    ],
     prompt: Annotated[str, typer.Option(help="A text, or a class of a class-conditional model.")],
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Where to write the image.")] = Path("image.png"),
@@ -267,7 +272,7 @@ def generate(
     from dipgo_core.subnet import SubNet
     from orchestrator.cli.images import generate_images, save_image, side_by_side
 
-    loaded = SubNet.load(subnet)
+    loaded = SubNet.from_pretrained(subnet)
     pruned, dense = generate_images(
         loaded, prompt, seed, dtype=dtype, device=device, compare=compare
     )

@@ -8,7 +8,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -487,3 +488,44 @@ def test_images_that_are_not_finite_name_the_autoencoder(sd: LoadedModel) -> Non
         ),
     ):
         images(broken)
+
+
+def test_an_autoencoder_replaced_after_applying_is_watched(sd: LoadedModel) -> None:
+    old = sd.pipe.vae
+    with apply_subnet(sd.pipe, mixed(sd)):
+        sd.pipe.vae = copy.deepcopy(old)
+        with torch.no_grad():
+            sd.pipe.vae.post_quant_conv.weight.fill_(float("nan"))
+        with pytest.raises(SubNetError, match="makes images of them that are not"):
+            images(sd)
+        assert "decode" not in vars(old)
+    assert "decode" not in vars(tiny_sd().vae)
+
+
+@dataclass
+class Streaming:
+    """What diffusers leaves on modules: a registry with a hook, whose group has a stream."""
+
+    stream: object = None
+
+    def get_hook(self, name: str) -> Any:
+        return SimpleNamespace(group=self) if name == "group_offloading" else None
+
+
+def test_group_offloading_with_streams_is_refused(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    block = vars(sd.denoiser.get_submodule("mid_block"))
+    block["_diffusers_hook"] = Streaming()
+    with apply_subnet(sd.pipe, subnet):
+        block["_diffusers_hook"] = Streaming(stream=object())
+        with pytest.raises(SubNetError, match="group offloading with streams.*This works"):
+            images(sd)
+    with pytest.raises(SubNetError, match="group offloading with streams"):
+        apply_subnet(sd.pipe, subnet)
+
+
+def test_an_ip_adapter_is_refused_by_its_name(sd: LoadedModel) -> None:
+    subnet = mixed(sd)
+    sd.pipe.unet.config["encoder_hid_dim_type"] = "ip_image_proj"
+    with pytest.raises(SubNetMismatchError, match=r"has an IP-Adapter.*unload_ip_adapter"):
+        apply_subnet(sd.pipe, subnet)
