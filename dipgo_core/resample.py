@@ -18,7 +18,7 @@ import torch
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.config import Convention, SamplerSettings
 from dipgo_core.errors import DipgoError, SubNetError
-from dipgo_core.families import NOISE_SCHEDULERS, find_family, find_known
+from dipgo_core.families import NOISE_SCHEDULERS, find_family, find_known, num_calls
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.sampling import timesteps_of
@@ -104,7 +104,13 @@ def _timesteps_at(subnet: SubNet, steps: int) -> list[float]:
         raise SubNetError(
             f"{type(scheduler).__name__} cannot do {steps} steps: {error}; choose another number"
         ) from error
-    return timesteps_of(scheduler)
+    timesteps = timesteps_of(scheduler)
+    if name and len(timesteps) != num_calls(name, steps):
+        raise SubNetError(
+            f"{type(scheduler).__name__} rounds {steps} steps to {len(timesteps)} timesteps; take "
+            "one step more or less"
+        )
+    return timesteps
 
 
 def _scheduler_of(subnet: SubNet) -> Any:
