@@ -33,7 +33,7 @@ def deepcache(options: argparse.Namespace) -> Iterator[Row]:
         yield row_of(
             times["theirs"] / times["ours"],
             figure="DeepCache's schedule: time of its package ÷ ours",
-            case=f"sd15, every {interval}th call whole, branch {branch}",
+            case=f"sd15, one call in {interval} whole, branch {branch}",
             calls=calls,
             goal=1.0,
         )
