@@ -333,8 +333,9 @@ def test_a_copied_scheduler_sets_its_own_timesteps(sd: LoadedModel) -> None:
         assert sd.pipe.scheduler.timesteps is before
 
 
-def test_the_decoder_of_float16_is_copied_without_the_watch(sd: LoadedModel) -> None:
+def test_the_decoder_of_float16_is_copied_without_the_watch() -> None:
     """Oracle: the copy's precision; calls of the original's method would be in float16."""
+    sd = tiny_model(tiny_sd())
     sd.pipe.vae.to(torch.float16)
     with apply_subnet(sd.pipe, mixed(sd)):
         decoder = sd.decoder

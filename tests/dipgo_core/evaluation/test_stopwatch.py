@@ -61,7 +61,7 @@ def test_loop_is_from_the_first_denoiser_call_to_the_last_step() -> None:
 
 
 def test_call_without_a_denoiser_has_no_loop() -> None:
-    found = timed_call(lambda: None, SimpleNamespace(step=None), Denoiser(Ticks()), Ticks())
+    found = timed_call(lambda: None, SimpleNamespace(step=lambda: None), Denoiser(Ticks()), Ticks())
 
     assert found.loop_ms is None
 
