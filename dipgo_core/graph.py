@@ -224,24 +224,26 @@ class BlockGraph:
 
     def savings(self, convention: Convention = "all") -> npt.NDArray[np.float64]:
         """gamma: share of a dense call saved by reusing one block, closure included.  # (N,)"""
-        whole = np.ones(self.num_blocks, dtype=np.bool_)
-        shares = []
-        for n in range(self.num_blocks):
-            row = whole.copy()
-            row[n] = False
-            shares.append(1 - self.row_macs(row, convention) / self.call_macs(convention))
-        return np.array(shares)
+        kept = (self.row_macs(self._all_but(n), convention) for n in range(self.num_blocks))
+        return np.array([1 - macs / self.call_macs(convention) for macs in kept])
 
     @cached_property
     def searched(self) -> tuple[int, ...]:
         """Gates a search decides: all but a skip gate that a block's reuse implies (U-Nets)."""
-        whole = np.ones(self.num_blocks, dtype=np.bool_)
-        for n in range(1, self.num_blocks):
-            row = whole.copy()
-            row[n] = False
-            if not self.live(row)[0]:
-                return tuple(range(1, self.num_blocks))
-        return tuple(range(self.num_blocks))
+        return tuple(range(1 if self.skip_gate else 0, self.num_blocks))
+
+    @cached_property
+    def skip_gate(self) -> int:
+        """The gate whose reuse skips the call: that of the block it follows from, else 0, its own.
+
+        A U-Net's output is its last block's: to reuse that is to repeat the prediction.
+        """
+        implying = (n for n in self.producers[0] if n > 0 and not self.live(self._all_but(n))[0])
+        return next(implying, 0)
+
+    def _all_but(self, n: int) -> npt.NDArray[np.bool_]:
+        """Return the row that keeps every block but one.  # (N,)"""
+        return np.not_equal(np.arange(self.num_blocks), n)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -6,21 +6,19 @@ alone (LCM-SDXL). The rest is that of the model's base: another model, whole.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Final, Literal
 
 from dipgo_core.config import ModelSettings
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.families import KNOWN_MODELS, find_known
-from dipgo_core.hub import split_id
+from dipgo_core.hub import is_hub_id, split_id
 from dipgo_core.zoo import zoo_path
 
 #: What comes from elsewhere than a base: all weights, or the denoiser whole.
 Elsewhere = Literal["weights", "denoiser"]
 
 _SINGLE: Final = ".safetensors"
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES: Final = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -101,7 +99,7 @@ def model_folder(model_id: str) -> Path | None:
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         return folder
-    if known is None and not _HUB_ID.fullmatch(model_id):
+    if known is None and not is_hub_id(model_id):
         raise ModelFilesError(
             f"{model_id!r} is no bundled model, no folder or file here and no hub id (owner/name)"
         )

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dipgo_core.binding import scheduler_of
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.config import Convention, SamplerSettings
 from dipgo_core.errors import DipgoError, SubNetError
-from dipgo_core.families import NOISE_SCHEDULERS, find_family, find_known, num_calls
+from dipgo_core.families import find_family, find_known, num_calls, short_name
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.sampling import timesteps_of
@@ -93,9 +94,9 @@ def _graph_of(subnet: SubNet) -> BlockGraph:
 
 def _timesteps_at(subnet: SubNet, steps: int) -> list[float]:
     """Return the timesteps of a run of so many steps: class and config of the scheduler suffice."""
-    scheduler = _scheduler_of(subnet)
+    scheduler = scheduler_of(subnet)
     family = find_family(subnet.model["family"])
-    name = next((n for n, s in NOISE_SCHEDULERS.items() if s.cls == type(scheduler).__name__), "")
+    name = short_name(type(scheduler).__name__) or ""
     try:
         sampler = SamplerSettings(scheduler=name, steps=steps, guidance_scale=1.0)
         side = subnet.model.get("latent_side") or family.latent_side(subnet.model["config"])
@@ -111,14 +112,6 @@ def _timesteps_at(subnet: SubNet, steps: int) -> list[float]:
             "one step more or less"
         )
     return timesteps
-
-
-def _scheduler_of(subnet: SubNet) -> Any:
-    name = subnet.sampler["scheduler"]
-    cls = getattr(diffusers, name, None)
-    if cls is None:
-        raise SubNetError(f"diffusers {diffusers.__version__} has no {name}; install one that does")
-    return cls.from_config(dict(subnet.sampler["config"]))
 
 
 def _resampled_gates(graph: BlockGraph, gates: GateTable, num_calls: int) -> GateTable:

@@ -6,6 +6,7 @@ scaling and conditioning of its family. The loop ends where the autoencoder woul
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ def _undecoded(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
     def intercept(decode: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise _Reached(args[0] if args else kwargs["z"])
 
-    call = cast(Any, type(pipe).__call__).__wrapped__  # without the `no_grad` that decorates it
+    call = inspect.unwrap(cast(Any, type(pipe).__call__))  # without the `no_grad` around it
     with _hooked(pipe.vae, "decode", intercept), _not_upcast(pipe):
         try:
             call(pipe, **arguments)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dipgo_core.config import DType, ModelSettings
 from dipgo_core.errors import SubNetError
-from dipgo_core.families import NOISE_SCHEDULERS, num_calls
+from dipgo_core.families import num_calls, short_name
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import Reuse
 from dipgo_core.hub import fetch, is_hub_id, resolve_commit, upload
@@ -246,10 +246,10 @@ def _check_keep(gates: GateTable, noted: str | None) -> None:
 def _check_steps(sampler: Mapping[str, Any]) -> None:
     """Raise SubNetError where a known noise scheduler makes another number of calls of steps."""
     name, steps, found = sampler["scheduler"], sampler["steps"], len(sampler["timesteps"])
-    known = [short for short, each in NOISE_SCHEDULERS.items() if each.cls == name]
-    if known and num_calls(known[0], steps) != found:
+    known = short_name(name)
+    if known is not None and num_calls(known, steps) != found:
         raise SubNetError(
-            f"sampler.steps is {steps}, of which {name} makes {num_calls(known[0], steps)} calls, "
+            f"sampler.steps is {steps}, of which {name} makes {num_calls(known, steps)} calls, "
             f"but sampler.timesteps has {found} entries; another number of steps is made by "
             "subnet.resample(steps) of the unedited file"
         )

@@ -75,7 +75,7 @@ class SoftGates:
     def __init__(self, graph: BlockGraph, *, checkpointing: bool) -> None:
         self.graph = graph
         self.forwards = 0
-        self._skip_gate = skip_gate(graph)
+        self._skip_gate = graph.skip_gate
         self._checkpointing = checkpointing
 
     def start(self, gates: Tensor, repeat: Repeat) -> None:
@@ -234,19 +234,3 @@ class SuperNet:
         """
         self._policy.start(gates, repeat_of(noise_scheduler(self._model, sampler)))
         return rollout(self._model, batch, sampler, on_call=self._policy.start_call)
-
-
-def skip_gate(graph: BlockGraph) -> int:
-    """Return the gate whose reuse skips the call: the denoiser's own, or the block it follows from.
-
-    A U-Net's output is its last block's: to reuse that is to repeat the prediction.
-    """
-    if 0 in graph.searched:
-        return 0
-    return next(n for n in graph.producers[0] if not graph.live(_all_but(n, graph))[0])
-
-
-def _all_but(n: int, graph: BlockGraph) -> Keep:
-    row = np.ones(graph.num_blocks, dtype=np.bool_)
-    row[n] = False
-    return row

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from full_width import Bench, Size, dit, sd15, sdxl
@@ -45,19 +45,13 @@ def mixed_gates(graph: BlockGraph, target: float, num_calls: int = CALLS) -> Gat
 
     Every gate gets a random score, those that would skip a whole call a better one than all others.
     """
-    whole = np.ones(graph.num_blocks, dtype=np.bool_)
-    skipping = [n for n in range(graph.num_blocks) if not graph.live(_without(whole, n))[0]]
     for seed in count():
         scores = np.random.default_rng(seed).random((num_calls, graph.num_blocks))
-        scores[:, skipping] += 1
+        scores[:, list({0, graph.skip_gate})] += 1
         gates = graph.close(select_subnet(scores / 2, graph, target))
         if gates.all_or_nothing_share <= MOST_ALL_OR_NOTHING:
             return gates
     raise AssertionError("count() ended")
-
-
-def _without(row: Any, block: int) -> Any:
-    return np.where(np.arange(len(row)) == block, False, row)
 
 
 def write_mixed(name: str) -> None:

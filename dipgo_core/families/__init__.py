@@ -31,6 +31,7 @@ from dipgo_core.families.schedulers import (
     calls_of,
     find_noise_scheduler,
     num_calls,
+    short_name,
     steps_rule,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "find_known",
     "find_noise_scheduler",
     "num_calls",
+    "short_name",
     "steps_rule",
 ]
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import ConfigError, TraceError
 from dipgo_core.families.family import Config, Family
-from dipgo_core.families.schedulers import NOISE_SCHEDULERS
+from dipgo_core.families.schedulers import NOISE_SCHEDULERS, short_name
 from dipgo_core.families.scorers import TEXT_TO_IMAGE
 
 #: Components that pipelines of diffusers hold their denoiser under.
@@ -55,8 +55,8 @@ def _inputs(config: Config, side: int, tokens: int) -> Mapping[str, Any]:
 
 def own_sampler(scheduler_class: str) -> SamplerSettings | None:
     """Return a sampler of the noise scheduler that a model comes with, if it has a short name."""
-    names = (name for name, known in NOISE_SCHEDULERS.items() if known.cls == scheduler_class)
-    return next(map(_sampler, names), None)
+    name = short_name(scheduler_class)
+    return None if name is None else _sampler(name)
 
 
 def _sampler(scheduler: str) -> SamplerSettings:

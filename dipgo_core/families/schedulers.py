@@ -76,6 +76,12 @@ def find_noise_scheduler(name: str) -> NoiseScheduler:
     return NOISE_SCHEDULERS[name]
 
 
+def short_name(scheduler_class: str) -> str | None:
+    """Return the short name of a diffusers scheduler class, None for one without."""
+    names = (name for name, known in NOISE_SCHEDULERS.items() if known.cls == scheduler_class)
+    return next(names, None)
+
+
 def num_calls(scheduler: str, steps: int) -> int:
     """Return how often the denoiser is evaluated in a run of `steps` steps.
 

@@ -1,7 +1,7 @@
 """How large known models are, and what their calls hold: what memory is estimated from. No torch.
 
 The figures lie in ``sizes.json``, which ``scripts/model_sizes.py`` writes from traces on fake
-tensors; ``tests/dipgo_core/test_footprints.py`` traces again.
+tensors; ``tests/dipgo_core/test_footprints.py`` traces four of them again.
 """
 
 from __future__ import annotations

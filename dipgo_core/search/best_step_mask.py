@@ -68,7 +68,8 @@ class _Known:
 class _MaskedCalls:
     """Policy that computes the calls of a mask, and repeats what is known already."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeat: Repeat) -> None:
+        self._repeat = repeat
         self.computed = 0
 
     @contextmanager
@@ -81,9 +82,9 @@ class _MaskedCalls:
         finally:
             handle.remove()
 
-    def start(self, mask: Mask, known: list[_Known], repeat: Repeat) -> None:
+    def start(self, mask: Mask, known: list[_Known]) -> None:
         """Begin a run; `known` grows by what its calls give."""
-        self._mask, self._known, self._repeat = mask, known, repeat
+        self._mask, self._known = mask, known
 
     def start_call(self, call: int) -> None:
         self._call = call
@@ -110,12 +111,13 @@ class _MaskSearch:
     def __init__(self, problem: SearchProblem) -> None:
         check_problem(problem)
         self.problem = problem
-        self.num_calls = len(noise_scheduler(problem.model, problem.sampler).timesteps)
+        scheduler = noise_scheduler(problem.model, problem.sampler)
+        self.num_calls = len(scheduler.timesteps)
         chosen = draw_items(problem.settings, 0, len(problem.items))[0]
         full, self.forwards = dense_latents(problem)
         self.full = full[chosen].to(problem.model.device)
         self.batch = batch_of(problem, chosen)
-        self.calls = _MaskedCalls()
+        self.calls = _MaskedCalls(repeat_of(scheduler))
         self.best: dict[int, tuple[float, Mask]] = {}
         self.seen: tuple[Mask, list[_Known]] = ((), [])
         self.done, self.seconds, self.figures = 0, 0.0, NOTHING_YET
@@ -209,7 +211,7 @@ class _MaskSearch:
         shared = known[: sum(takewhile(bool, same))]
         problem, calls = self.problem, self.calls
         before = calls.computed
-        calls.start(mask, shared, repeat_of(noise_scheduler(problem.model, problem.sampler)))
+        calls.start(mask, shared)
         final = rollout(problem.model, self.batch, problem.sampler, on_call=calls.start_call)
         self.forwards += calls.computed - before
         self.seen = (mask, shared)

@@ -298,8 +298,13 @@ def test_remove_restores_methods_and_images(model: LoadedModel) -> None:
     assert torch.equal(images(model), plain)
 
 
-def test_copies_of_what_is_hooked_are_plain_and_lead_nowhere_back(model: LoadedModel) -> None:
+@pytest.mark.parametrize("build", [tiny_sd, tiny_dit])
+def test_copies_of_what_is_hooked_are_plain_and_lead_nowhere_back(
+    build: Callable[[], Any],
+) -> None:
     """Oracle: the pipeline before it was hooked; a copy keeps the weights of its own."""
+    model = tiny_model(build())
+    set_sampler(model, DDIM)
     plain = images(model)
     handle = apply_subnet(model.pipe, mixed(model))
     expected = images(model)
