@@ -126,7 +126,7 @@ def test_a_list_of_ones_own_is_refused(sd: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("sampler", {"scheduler": "NoSuchScheduler"}, "no NoSuchScheduler"),
+        ("sampler", {"scheduler": "NoSuchScheduler"}, "NoSuchScheduler.*does not have"),
         ("model", {"denoiser": "NoSuchModel"}, "no NoSuchModel"),
         ("model", {"config": {"sample_size": 8, "down_block_types": ["X"]}}, "config alone"),
         ("model", {"family": "A.unet.UNet2DConditionModel"}, "config alone"),
