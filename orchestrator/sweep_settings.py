@@ -223,9 +223,16 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Where a sweep stops starting tasks; None = no limit."""
+    """Where a sweep stops starting tasks; None = no limit.
+
+    gpu_hours, usd: of the sweep, whichever run of it they were spent in. wall_hours: of one run.
+    usd_per_gpu_hour: what makes dollars of GPU hours; there whenever `usd` is.
+    """
 
     gpu_hours: float | None = None
+    wall_hours: float | None = None
+    usd: float | None = None
+    usd_per_gpu_hour: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

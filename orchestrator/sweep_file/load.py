@@ -241,4 +241,13 @@ def _tracking(node: Node, issues: Issues, name: str) -> Tracking:
 
 def _budget(node: Node, issues: Issues) -> Budget:
     with Fields(node, issues) as fields:
-        return Budget(gpu_hours=fields.maybe("gpu_hours", number(above=0)))
+        budget = Budget(
+            gpu_hours=fields.maybe("gpu_hours", number(above=0)),
+            wall_hours=fields.maybe("wall_hours", number(above=0)),
+            usd=fields.maybe("usd", number(above=0)),
+            usd_per_gpu_hour=fields.maybe("usd_per_gpu_hour", number(above=0)),
+        )
+        if budget.usd is not None and fields.place("usd_per_gpu_hour") is node:
+            rule = "needs the price of a GPU hour: give budget.usd_per_gpu_hour too"
+            issues.add(fields.place("usd").issue(rule))
+        return budget

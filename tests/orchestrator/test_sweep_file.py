@@ -21,6 +21,7 @@ from dipgo_core.config import SearchSettings
 from dipgo_core.errors import SweepFileError
 from dipgo_core.families import FAMILIES, find_known
 from orchestrator.sweep_file import SweepFile, load_sweep
+from orchestrator.sweep_settings import Budget
 
 SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 Load = Callable[..., SweepFile]
@@ -102,7 +103,7 @@ evaluate:
 resources: {search: {gpus: 1}, evaluate: {gpus: 1}, images_per_shard: 500}
 tracking: {uri: null, experiment: sd-family}
 storage: ./.dipgo
-budget: {gpu_hours: 200}
+budget: {gpu_hours: 200, wall_hours: 12, usd: 500, usd_per_gpu_hour: 2.5}
 macs_convention: all
 allow_unpinned: true
 """
@@ -110,7 +111,8 @@ allow_unpinned: true
     (model,) = sweep.models
     assert len(model.searches()) == 3 * 2 and model.searches()[0].steps == 9
     assert model.evaluate.prompts.source == {"file": "prompts.jsonl"}
-    assert (sweep.budget.gpu_hours, sweep.resources.search.gpus) == (200.0, 1.0)
+    assert sweep.budget == Budget(gpu_hours=200, wall_hours=12, usd=500, usd_per_gpu_hour=2.5)
+    assert sweep.resources.search.gpus == 1.0
 
 
 def test_bare_model_has_its_defaults(load: Load) -> None:
@@ -344,6 +346,14 @@ BROKEN = [
     ("macs_convention: papers", "6:18: macs_convention: must be one of all, paper, got the text"),
     ("allow_unpinned: yes", "6:17: allow_unpinned: must be true or false, got the text 'yes'"),
     ("budget: {gpu_hours: 0}", "6:21: budget.gpu_hours: must be a number, above 0, got 0"),
+    (
+        "budget: {usd: 500}",
+        "6:15: budget.usd: needs the price of a GPU hour: give budget.usd_per_gpu_hour too",
+    ),
+    (
+        "budget: {wall_hours: no}",
+        "6:22: budget.wall_hours: must be a number, above 0, got the text 'no'",
+    ),
     ("budget: 5", "6:9: budget: must be a mapping (key: value), got 5"),
     ("objective: {speed: clip}", "6:20: objective.speed: must be one of latency, macs, got"),
     ("tracking: {url: x}", "6:12: tracking.url: unknown key", "Did you mean 'uri'?"),

@@ -14,6 +14,7 @@ from orchestrator.sweep_file import load_sweep
 from orchestrator.sweep_file.evaluate import BASELINES, METRICS
 from orchestrator.sweep_file.search import POSTPROCESS, SEARCH_STRATEGIES
 from orchestrator.sweep_settings import (
+    Budget,
     Calibration,
     EvaluateSettings,
     LatencySettings,
@@ -25,7 +26,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "sweep-file.md").read_text(encoding
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 SETTINGS = (
     [SweepFile, SamplerSettings, SearchSettings, LossSettings]
-    + [EvaluateSettings, Calibration, LatencySettings, Resources]
+    + [EvaluateSettings, Calibration, LatencySettings, Resources, Budget]
 )  # fmt: skip
 
 
