@@ -31,7 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from full_width import Bench, dit, sd15, sdxl  # noqa: E402
 from keep import keep_file  # noqa: E402
-from rivals import deepcache, flux_caches  # noqa: E402
+from rivals import deepcache, flux_caches, has_deepcache  # noqa: E402
 from turns import BlockClock, Ready, Row, applied, loop_times, plain, row_of, size_of, watch_of  # noqa: E402
 
 from dipgo_core.evaluation.device import device_name  # noqa: E402
@@ -154,6 +154,9 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     measured = [name for name in FIGURES if not (options.compile and name in EAGER_ONLY)]
+    if not options.only and "deepcache" in measured and not has_deepcache():
+        print("deepcache: not run, it needs the extra `bench` (pip install -e '.[bench]')")
+        measured.remove("deepcache")
     for name in options.only or measured:
         rows = list(FIGURES[name](options))
         for row in rows:
@@ -230,7 +233,7 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         **library_versions(),
-        "DeepCache": version("DeepCache"),
+        **({"DeepCache": version("DeepCache")} if has_deepcache() else {}),
         "date": date.today().isoformat(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,12 @@ def set_decoding(vae: Any, decoding: Decoding) -> None:
     vae.use_tiling = decoding.tile is not None
     if decoding.tile is not None:
         vae.tile_sample_min_size = decoding.tile
-        vae.tile_latent_min_size = decoding.tile // scale_factor(vae)
+        vae.tile_latent_min_size = decoding.tile // pixels_per_latent(vae.config)
 
 
-def scale_factor(vae: Any) -> int:
-    """Return how many pixels of an image one latent stands for, along a side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+def pixels_per_latent(autoencoder: Mapping[str, Any]) -> int:
+    """Return how many pixels of an image one latent stands for, along a side.
+
+    autoencoder: its config.
+    """
+    return int(2 ** (len(autoencoder["block_out_channels"]) - 1))

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dipgo_core.decoding import Decoding, scale_factor, set_decoding
+from dipgo_core.decoding import Decoding, pixels_per_latent, set_decoding
 from dipgo_core.families import Config, Family
 from dipgo_core.graph import BlockGraph
 from dipgo_core.hooks import install
@@ -150,7 +150,7 @@ def decode_bytes(
     """
     with fake_tensors(dtype):
         vae = make().eval().requires_grad_(False)
-        side = latents[-1] * scale_factor(vae)
+        side = latents[-1] * pixels_per_latent(vae.config)
         whole = {"forward": _decoded(vae, latents), "backward": _differentiated(vae, latents)}
         set_decoding(vae, Decoding(checkpointing=True))
         again = {"checkpointed": _differentiated(vae, latents)}

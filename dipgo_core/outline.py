@@ -16,6 +16,7 @@ import torch
 from dipgo_core import hub
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.config import ModelSettings
+from dipgo_core.decoding import pixels_per_latent
 from dipgo_core.errors import ConfigError, HubError, ModelFilesError, UnknownModelError
 from dipgo_core.families import (
     FAMILIES,
@@ -177,7 +178,7 @@ def _facts_of_folder(folder: Path, family: Family) -> _Facts:
         tokens_of_call(
             pipeline, family, str(folder), lambda: int(_json(tokenizer)["model_max_length"])
         ),
-        2 ** (len(autoencoder["block_out_channels"]) - 1),
+        pixels_per_latent(autoencoder),
     )
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from dipgo_core.blocks import trace_denoiser
 from dipgo_core.captured import captured_inputs, example_call
 from dipgo_core.config import ModelSettings
+from dipgo_core.decoding import pixels_per_latent
 from dipgo_core.errors import ModelFilesError, UnknownModelError
 from dipgo_core.families import (
     Family,
@@ -322,7 +323,7 @@ def graph_of(
 def scale_factor(pipe: Any) -> int:
     """Return how many pixels of an image's side are one latent."""
     known = getattr(pipe, "vae_scale_factor", None)  # DiT's pipeline does not say
-    return int(known or 2 ** (len(pipe.vae.config.block_out_channels) - 1))
+    return int(known or pixels_per_latent(pipe.vae.config))
 
 
 def tokens_of(pipe: Any, family: Family, model_id: str = "") -> int:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dipgo_core import hub
 from dipgo_core.config import ModelSettings
+from dipgo_core.decoding import pixels_per_latent
 from dipgo_core.errors import ModelFilesError
 from dipgo_core.families import find_family, find_known
 from dipgo_core.model_base import base_of, elsewhere, model_folder, single_file
@@ -106,19 +107,15 @@ def image_size(model: SweepModel, known: KnownItems | None = None) -> int:
         default = facts.resolution if facts else family.resolution
         return int((known or {}).get(size_key(model), [default])[0])
     autoencoder = pipeline / "vae" / "config.json"
-    channels = _field(_config(autoencoder), "block_out_channels", autoencoder)
     own = denoiser / places.denoiser.files[-1]
     try:
         side = family.latent_side(_config(own))
     except KeyError as error:
         raise _silent(own, str(error)) from error
-    return side * int(2 ** (len(channels) - 1))
-
-
-def _field(config: Mapping[str, Any], name: str, path: Path) -> Any:
-    if name not in config:
-        raise _silent(path, repr(name))
-    return config[name]
+    try:
+        return side * pixels_per_latent(_config(autoencoder))
+    except KeyError as error:
+        raise _silent(autoencoder, str(error)) from error
 
 
 def _silent(path: Path, field: str) -> ModelFilesError:

@@ -18,6 +18,7 @@ from torch import nn
 
 from dipgo_core.blocks import known_graph
 from dipgo_core.config import Granularity
+from dipgo_core.decoding import pixels_per_latent
 from dipgo_core.families import FAMILIES, KNOWN_MODELS, KnownModel
 from dipgo_core.families.sizes import FILE
 from dipgo_core.footprints import call_bytes, decode_bytes, denoiser_rows
@@ -84,7 +85,7 @@ def main() -> None:
 def sizes_of(known: KnownModel) -> dict[str, Any]:
     """Return one model's row."""
     vae = vae_config(known)
-    side = known.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    side = known.resolution // pixels_per_latent(vae)
     return {
         "denoiser": parameters(lambda: denoiser(known)),
         "text": sum(map(parameters, text_encoders(known))),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ from turns import Ready, Row, applied, loop_times, row_of, size_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.pipelines import block_graph
+
+
+def has_deepcache() -> bool:
+    """Say whether the package of the extra `bench` is installed."""
+    return find_spec("DeepCache") is not None
 
 
 def deepcache(options: argparse.Namespace) -> Iterator[Row]:

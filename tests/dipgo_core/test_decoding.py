@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_vae
 from torch import Tensor
 
-from dipgo_core.decoding import Decoding, scale_factor, set_decoding
+from dipgo_core.decoding import Decoding, pixels_per_latent, set_decoding
 
 
 def images(decoding: Decoding, latents: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def test_checkpointing_keeps_gradients(latents: Tensor) -> None:
 def test_everything_can_be_undone() -> None:
     vae = tiny_vae()
     set_decoding(vae, Decoding(slicing=True, checkpointing=True, tile=8))
-    assert vae.tile_latent_min_size * scale_factor(vae) == 8
+    assert vae.tile_latent_min_size * pixels_per_latent(vae.config) == 8
     set_decoding(vae, Decoding())
     assert not (vae.use_slicing or vae.use_tiling or vae.is_gradient_checkpointing)
