@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
-from orchestrator.executors.base import Executor, RunTask
+from orchestrator.executors.base import Executor, Lane, RunTask
 from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
+from orchestrator.failures import Failure, failure_record, next_attempt
 from orchestrator.memory import local_gpu_memory_gb, with_gpu_memory
 from orchestrator.plan import Memo, build_plan
 from orchestrator.planned import Plan, PlannedTask
 from orchestrator.preflight import Ready, as_last_run, prepare
-from orchestrator.records import Record, Task, TaskKind
+from orchestrator.records import Pool, Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.task import run_task
@@ -31,7 +33,8 @@ EventKind = Literal["planned", "started", "progress", "done", "failed"]
 
 #: References unlock everything, searches take longest; latencies want the machine for themselves.
 _ORDER: Mapping[TaskKind, int] = {
-    "reference": 0, "race": 0, "statistics": 0, "search": 1, "evaluate": 2, "latency": 3,
+    "reference": 0, "images": 0, "race": 0, "statistics": 0, "search": 1, "evaluate": 2,
+    "latency": 3,
 }  # fmt: skip
 
 
@@ -233,16 +236,34 @@ class SweepTasks:
         self._done: dict[str, Record] = {}
         self._failed: dict[str, str] = {}
         self._cached: dict[str, Record] = {}
+        self._failures: dict[str, list[Failure]] = {}
+        self._changed: dict[str, Task] = {}
         self._gpu_seconds = 0.0
         self.plan = self._planned()
 
-    def next_ready(self) -> Task | None:
+    def next_ready(self, lane: Lane | None = None) -> Task | None:
         task = self._next()
+        if task is not None and lane is not None and task.pool != lane.pool:
+            return None
         if task is not None:
+            task = self._changed.get(task.key, task)
             self._store.put_task(task)
             self._running[task.key] = task
-            self._on_event(Event(kind="started", plan=self.plan, task=task))
         return task
+
+    def demand(self) -> Mapping[Pool, int]:
+        waiting = (task.task for task in self._queue if not self._taken(task.key))
+        return Counter(task.pool for task in waiting if task is not None)
+
+    @property
+    def draining(self) -> bool:
+        return self.budget_reached
+
+    def tick(self) -> None:
+        pass
+
+    def started(self, key: str, host: str) -> None:
+        self._on_event(Event(kind="started", plan=self.plan, task=self._running[key]))
 
     @property
     def finished(self) -> bool:
@@ -267,9 +288,15 @@ class SweepTasks:
         self._audience.landed(record, task)
         self._on_event(Event(kind="done", plan=self.plan, task=task, record=record))
 
-    def failed(self, key: str, error: str) -> None:
-        task = self._running.pop(key)
+    def failed(self, key: str, failure: Failure) -> None:
+        task, error = self._running.pop(key), failure.error
+        self._failures.setdefault(key, []).append(failure)
+        again = next_attempt(task, self._failures[key])
+        if again is not None:
+            self._changed[key] = again
+            return
         self._failed[key] = error
+        self._store.put_failure(failure_record(task, failure))
         logger.warning("%s failed: %s", task.label, error)
         if any(planned.kind == "race" for planned in self.plan.tasks):
             self.plan = self._planned()  # races go on without it
@@ -345,6 +372,7 @@ def _longest_first(planned: PlannedTask) -> tuple[int, str, float]:
         "statistics": lambda: kept,
         "reference": lambda: inputs["protocol"]["split"] == "calibration",  # searches wait for it
         "search": lambda: inputs["search"]["steps"],
+        "images": lambda: kept,
         "evaluate": lambda: kept * inputs["protocol"]["images"],
         "latency": lambda: kept,
         "race": lambda: kept,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-TaskKind = Literal["reference", "statistics", "search", "evaluate", "latency", "race"]
+TaskKind = Literal["reference", "images", "statistics", "search", "evaluate", "latency", "race"]
 RecordState = Literal["done", "failed"]
 
 SCHEMA_VERSION = 1
@@ -41,6 +41,16 @@ def content_key(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a worker occupies. Tasks of one pool can be done by one worker, one after another."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    accelerator: str | None = None
+    exclusive: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One unit of work. `inputs` holds everything that decides the result, and nothing else.
@@ -58,7 +68,12 @@ class Task:
     affinity: str = ""
     cpus: float = 1.0
     gpus: float = 0.0
+    accelerator: str | None = None  # Ray's name of the GPU type
     exclusive: bool = False  # alone on its node (latency)
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.cpus, self.gpus, self.accelerator, self.exclusive)
 
     @cached_property
     def key(self) -> str:
@@ -75,7 +90,10 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a task left behind. Only done records count as done; failures are kept beside them."""
+    """What a task left behind. Only done records count as done; failures are kept beside them.
+
+    attempts: earlier ones that failed, as `failures.attempt_json` words them.
+    """
 
     key: str
     kind: TaskKind
@@ -87,6 +105,7 @@ class Record:
     host: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
+    attempts: tuple[Mapping[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -94,4 +113,4 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        return cls(**data)
+        return cls(**{**data, "attempts": tuple(data.get("attempts", ()))})

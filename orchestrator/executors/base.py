@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import platform
-import traceback
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from dipgo_core.errors import TaskError
 from dipgo_core.evaluation.device import device_name
-from orchestrator.records import Record, Task
+from orchestrator.failures import Failure, failure_of
+from orchestrator.records import Pool, Record, Task
 from orchestrator.store import Store
 from orchestrator.sweep_settings import TaskResources
 
@@ -28,21 +29,51 @@ class RunTask(Protocol):
     ) -> Record: ...
 
 
-class TaskSource(Protocol):
-    """Where tasks come from and results go to; the driver is one. Used from one thread."""
+@dataclass(frozen=True)
+class Lane:
+    """A worker that asks for work: what it occupies, and whose pipelines it has loaded.
 
-    def next_ready(self) -> Task | None:
-        """Return a task whose needs are done, None if there is none at the moment."""
+    held: affinities, last used first.
+    """
+
+    pool: Pool
+    held: tuple[str, ...] = ()
+
+
+class TaskSource(Protocol):
+    """Where tasks come from and results go to; the driver is one. Used from one thread.
+
+    An executor calls `tick` at least once a second: leases, requests to stop and budgets are
+    looked at there.
+    """
+
+    def next_ready(self, lane: Lane | None = None) -> Task | None:
+        """Hand out a task whose needs are done, None if there is none for this lane at the moment.
+
+        lane: None takes tasks of any pool.
+        """
+
+    def demand(self) -> Mapping[Pool, int]:
+        """Return how many ready tasks nobody has been handed yet, by pool."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is running or ready, and nothing more can become ready."""
+        """Whether nothing is running, and nothing more will be handed out."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is handed out, though tasks may still run."""
+
+    def tick(self) -> None: ...
+
+    def started(self, key: str, host: str) -> None: ...
 
     def progress(self, key: str, report: Mapping[str, Any]) -> None: ...
 
     def done(self, record: Record) -> None: ...
 
-    def failed(self, key: str, error: str) -> None: ...
+    def failed(self, key: str, failure: Failure) -> None:
+        """Tell how an attempt failed; the source may hand the task out again."""
 
 
 class Executor(Protocol):
@@ -88,25 +119,11 @@ def local_device(resources: TaskResources) -> str:
 
 def attempt(
     task: Task, store: Store, run_task: RunTask, on_progress: OnProgress | None
-) -> Record | str:
-    """Run a task; on an error keep it as the task's failure and return its text."""
+) -> Record | Failure:
+    """Run a task and return its record, or how it failed."""
+    began = time.monotonic()
     try:
         return run_task(task, store, on_progress=on_progress)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
         logger.debug("%s failed", task.label or task.key, exc_info=True)
-        store.put_failure(failure_record(task, text, traceback.format_exc()))
-        return text
-
-
-def failure_record(task: Task, error: str, trace: str = "") -> Record:
-    """Build the record of a failure; `trace` is for whoever looks for the cause."""
-    return Record(
-        key=task.key,
-        kind=task.kind,
-        state="failed",
-        inputs=task.inputs,
-        outputs={"label": task.label, "traceback": trace},
-        host={"hostname": platform.node()},
-        error=error,
-    )
+        return failure_of(error, seconds=time.monotonic() - began)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+import time
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from orchestrator.executors.base import RunTask, TaskSource, attempt, local_device
+from orchestrator.failures import Failure
 from orchestrator.store import Store
 from orchestrator.sweep_settings import TaskResources
+
+_IDLE_S = 0.05
 
 
 class InProcessExecutor:
@@ -30,17 +36,21 @@ class InProcessExecutor:
         return local_device(resources)
 
     def run(self, source: TaskSource, run_task: RunTask, store: Store) -> None:
-        """Run tasks until the source is finished.
-
-        Raises:
-            RuntimeError: the source is not finished, yet has no task that could be run.
-        """
+        """Run tasks until the source is finished."""
         while not source.finished:
+            source.tick()
             task = source.next_ready()
             if task is None:
-                raise RuntimeError("the plan waits for a task that nobody runs")
-            result = attempt(task, store, run_task, partial(source.progress, task.key))
-            if isinstance(result, str):
+                time.sleep(_IDLE_S)  # one that failed waits before it is tried again
+                continue
+            source.started(task.key, platform.node())
+            result = attempt(task, store, run_task, partial(_report, source, task.key))
+            if isinstance(result, Failure):
                 source.failed(task.key, result)
             else:
                 source.done(result)
+
+
+def _report(source: TaskSource, key: str, report: Mapping[str, Any]) -> None:
+    source.tick()
+    source.progress(key, report)

@@ -6,12 +6,14 @@ to a temporary folder of the driver and a trial's config is nothing but the task
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +29,6 @@ from orchestrator.executors.base import (
     RunTask,
     TaskSource,
     attempt,
-    failure_record,
     local_device,
 )
 from orchestrator.executors.placement import (
@@ -40,6 +41,7 @@ from orchestrator.executors.placement import (
     most_common,
     narrowed,
 )
+from orchestrator.failures import Failure, failure_of
 from orchestrator.store import Store
 from orchestrator.sweep_settings import TaskResources
 
@@ -47,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 2.0
 _STORE_MEMORY_BYTES = 128 * 2**20  # nothing but task keys travels through Ray
-_LOST_WORKER_RETRIES = 2
 _STARTS = 3
 _ANSWER_SECONDS = 180.0
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -212,7 +213,6 @@ def _fit(
             name="tasks",
             storage_path=folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=_LOST_WORKER_RETRIES),
             callbacks=[_LostWorkers(source, store)],
         ),
     )
@@ -225,8 +225,8 @@ def _trial(run_task: RunTask, store: Store) -> Callable[[dict[str, Any]], None]:
     def run_one(config: dict[str, Any]) -> None:
         task = store.get_task(config["task"])
         result = attempt(task, store, run_task, _reporter())
-        error = result if isinstance(result, str) else None
-        tune.report({"finished": True, "error": error})
+        failure = asdict(result) if isinstance(result, Failure) else None
+        tune.report({"finished": True, "failure": json.dumps(failure)})
 
     return run_one
 
@@ -282,6 +282,7 @@ class _ReadyTasks(Searcher):  # type: ignore[misc]  # Tune calls only what deriv
         if task is None:
             return None
         self._store.put_task(task)
+        self._source.started(task.key, "")
         self._keys[trial_id] = task.key
         return {"task": task.key}
 
@@ -299,10 +300,12 @@ class _ReadyTasks(Searcher):  # type: ignore[misc]  # Tune calls only what deriv
             return  # _LostWorkers has told the source, with the reason
         key = self._keys.pop(trial_id)
         record = self._store.get_record(key)
-        reason = (result or {}).get("error")
-        if record is None or reason:
-            unreachable = f"no record in {self._store.url}; can every worker reach that folder?"
-            self._source.failed(key, reason or unreachable)
+        failure = json.loads((result or {}).get("failure", "null"))
+        if failure is not None:
+            self._source.failed(key, Failure(**failure))
+        elif record is None:
+            unseen = f"no record in {self._store.url}; can every worker reach that folder?"
+            self._source.failed(key, Failure(kind="data", error=unseen))
         else:
             self._source.done(record)
 
@@ -323,12 +326,13 @@ class _LostWorkers(tune.Callback):  # type: ignore[misc]  # Tune calls only what
         self._source = source
         self._store = store
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._source.tick()
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         task = self._store.get_task(trial.config["task"])
         cause = trial.get_error() or TaskError("the worker was lost")
-        text = f"{type(cause).__name__}: {cause}".strip()
-        self._store.put_failure(failure_record(task, text))
-        self._source.failed(task.key, text)
+        self._source.failed(task.key, replace(failure_of(cause), kind="worker_lost"))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

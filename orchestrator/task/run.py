@@ -61,6 +61,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             timings={"seconds": time.perf_counter() - began, "finished": time.time()},
             host={**_host(work.device), **gpu_memory(task, work.device)},
             versions=_versions(),
+            attempts=tuple(task.options.get("attempts", ())),
         )
         store.put_record(record)
         return record

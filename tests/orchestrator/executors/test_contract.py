@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 
 from dipgo_core.errors import TaskError
 from dipgo_core.evaluation.device import device_name
-from orchestrator.executors.base import Executor, RunTask
+from orchestrator.executors.base import Executor, Lane, RunTask
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.placement import NODE
-from orchestrator.records import Record, Task
+from orchestrator.failures import Failure
+from orchestrator.records import Pool, Record, Task
 from orchestrator.store import FolderStore
 from orchestrator.sweep_settings import TaskResources
 
@@ -28,15 +30,34 @@ class ListSource:
         self.running: set[str] = set()
         self.records: dict[str, Record] = {}
         self.errors: dict[str, str] = {}
+        self.failures: dict[str, Failure] = {}
+        self.ticks = 0
         self.reports: list[tuple[str, Mapping[str, Any]]] = []
 
-    def next_ready(self) -> Task | None:
-        self._drop_blocked()
-        for key, task in self.waiting.items():
-            if all(need in self.records for need in task.needs):
-                self.running.add(key)
-                return self.waiting.pop(key)
+    def next_ready(self, lane: Lane | None = None) -> Task | None:
+        for task in self._ready():
+            if lane is None or task.pool == lane.pool:
+                self.running.add(task.key)
+                return self.waiting.pop(task.key)
         return None
+
+    def demand(self) -> Mapping[Pool, int]:
+        return Counter(task.pool for task in self._ready())
+
+    def _ready(self) -> list[Task]:
+        self._drop_blocked()
+        tasks = self.waiting.values()
+        return [task for task in tasks if all(need in self.records for need in task.needs)]
+
+    @property
+    def draining(self) -> bool:
+        return False
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+    def started(self, key: str, host: str) -> None:
+        assert key in self.running
 
     @property
     def finished(self) -> bool:
@@ -59,9 +80,10 @@ class ListSource:
         self.running.remove(record.key)
         self.records[record.key] = record
 
-    def failed(self, key: str, error: str) -> None:
+    def failed(self, key: str, failure: Failure) -> None:
         self.running.remove(key)
-        self.errors[key] = error
+        self.failures[key] = failure
+        self.errors[key] = failure.error
 
 
 def task(number: int, *needs: Task, **inputs: Any) -> Task:
@@ -158,20 +180,20 @@ def test_executor_honours_dependencies_and_returns_the_stored_records(
 
 
 def test_executor_goes_on_after_a_failure_and_keeps_its_text(
-    run: Callable[..., ListSource], tmp_path: Path
+    run: Callable[..., ListSource],
 ) -> None:
     bad = task(7, fail=True)
     skipped = task(8, bad)
     source = run([bad, skipped, task(9)])
-    failure = FolderStore(tmp_path / "store").get_failure(bad.key)
+    failure = source.failures[bad.key]
     assert source.errors == {
         bad.key: "ValueError: number 7 is unlucky",
         skipped.key: "skipped",
     }
     assert [record.outputs["square"] for record in source.records.values()] == [81]
-    assert failure is not None
-    assert failure.error == "ValueError: number 7 is unlucky"
-    assert "unlucky" in failure.outputs["traceback"]
+    assert failure.kind == "code"
+    assert "unlucky" in failure.trace
+    assert source.ticks
 
 
 def test_executor_ends_when_nothing_can_become_ready(run: Callable[..., ListSource]) -> None:
