@@ -15,6 +15,9 @@ RecordState = Literal["done", "failed"]
 
 SCHEMA_VERSION = 1
 
+#: Pipelines that a worker keeps loaded from task to task, those it used last.
+HELD_PIPELINES = 2
+
 
 def canonical(value: Any) -> Any:
     """Return `value` with types coerced: tuples to lists, whole floats to ints (7.0 is 7), no NaN.

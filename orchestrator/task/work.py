@@ -25,7 +25,7 @@ from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, load_model
 from orchestrator.facts import items_of_blob
-from orchestrator.records import Record, Task
+from orchestrator.records import HELD_PIPELINES, Record, Task
 from orchestrator.store import Store
 
 logger = logging.getLogger(__name__)
@@ -131,9 +131,9 @@ class Work:
         return {name: self.store.put_artifact(self.task.key, name, data)}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=HELD_PIPELINES)
 def loaded(settings_json: str, device: str) -> LoadedModel:
-    """Load a pipeline once a worker; the two last used ones stay in memory."""
+    """Load a pipeline once a worker; those used last stay in memory."""
     diffusers.utils.logging.disable_progress_bar()  # the run has a display of its own
     transformers.utils.logging.disable_progress_bar()
     return load_model(ModelSettings(**json.loads(settings_json)), device=device)
