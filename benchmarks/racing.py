@@ -38,7 +38,7 @@ from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.racing import Candidate, Measured, alpha_of_rung, decide
 from orchestrator.records import Record
 from orchestrator.rungs import candidates_of
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_file import load_sweep
 
 HERE: Final = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ class Results:
     plan: Plan
     records: Mapping[str, Record]
     points: tuple[ResolvedPoint, ...]
-    store: FolderStore
+    store: Store
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def results(place: Path, *overrides: str) -> Results:
         [str(PROGRAM), "run", str(SWEEP), "--executor", "local", *flags], cwd=place, check=True
     )
     sweep = load_sweep(SWEEP, settings)
-    store = FolderStore(sweep.storage)
+    store = open_store(sweep.storage)
     plan, records = plan_sweep(sweep, store), store.records()
     assert plan.complete, "a task failed: run again"
     return Results(plan, records, resolve_points(plan.points, records, store), store)

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dipgo_core.evaluation.device import device_name
@@ -184,8 +183,8 @@ def _execute(executor: Executor, source: SweepTasks, run_task: RunTask, store: S
 
 
 def _last_run(sweep: SweepFile, store: Store) -> dict[str, Any]:
-    path = store.sweep_folder(sweep.name) / LAST_RUN
-    noted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    data = store.get_sweep_file(sweep.name, LAST_RUN)
+    noted: dict[str, Any] = {} if data is None else json.loads(data)
     return noted
 
 
@@ -197,19 +196,13 @@ def _write_inputs(sweep: SweepFile, store: Store, ready: Ready, machine: Mapping
     for each in ready.facts.values():
         for items in (each.test, each.calibration):
             store.put_blob(items.blob())
-    folder = store.sweep_folder(sweep.name)
-    _keep(folder / "sweep.json", {**sweep.to_json(), "digest": sweep.digest})
     known = known_items(ready.sweep, ready.facts)
-    _keep(folder / LAST_RUN, {**machine, "items": known, "commits": dict(ready.commits)})
-
-
-def _keep(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON through a temporary name, unless the file says the same."""
-    text = json.dumps(value, indent=1, sort_keys=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+    kept = {
+        "sweep.json": {**sweep.to_json(), "digest": sweep.digest},
+        LAST_RUN: {**machine, "items": known, "commits": dict(ready.commits)},
+    }
+    for name, value in kept.items():
+        store.put_sweep_file(sweep.name, name, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 class SweepTasks:
@@ -282,6 +275,7 @@ class SweepTasks:
     def done(self, record: Record) -> None:
         task = self._running.pop(record.key)
         self._done[record.key] = record
+        self._records.add(record.key)  # another process may have written it
         if record.kind in ("reference", "search", "race") or self._race_can_start():
             self.plan = self._planned()  # gates may be known now, or who goes on
         self._gpu_seconds += _gpu_seconds(task, record)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
@@ -29,6 +31,9 @@ PARAMS = (
     *("model", "model_id", "method", "strategy", "granularity", "target", "seed", "variant"),
     *("name", "device"),
 )
+#: Files of a sweep in the store: the folder of its report, and what that shows.
+REPORT = "report"
+STAMP = "report.sha256"
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
 
@@ -72,15 +77,15 @@ class Publisher:
             points, speed=SPEED_OF[objective.speed], differences=comparisons.difference
         )
         self.points, self.fronts = points, fronts
-        try:
-            self._write_report(result, points, fronts)
-        finally:
-            self._track(result, records)
+        with TemporaryDirectory(prefix="dipgo-report-") as folder:
+            try:
+                self._write_report(result, points, fronts, Path(folder))
+            finally:
+                self._track(result, records, Path(folder))
 
-    def _track(self, result: RunResult, records: Mapping[str, Record]) -> None:
+    def _track(self, result: RunResult, records: Mapping[str, Record], report: Path) -> None:
         """Send what the tracker lacks and close its runs."""
         points, fronts = self.points, self.fronts
-        self.tracker.log(self._entries(result.plan, points, records))
         hours = task_hours(result.plan, points, records)
         series = {
             tracking_name(f"hypervolume/{front.model}/{front.objectives[1]}", front.scorer): [
@@ -89,24 +94,30 @@ class Publisher:
             ]
             for front in fronts
         }
-        folder = self.store.sweep_folder(self.sweep.name) / "report"
-        self.tracker.finish(run_state(result), folder=folder, series=series)
+        entries = self._entries(result.plan, points, records)
+        self.tracker.finish(run_state(result), entries=entries, folder=report, series=series)
 
     def _write_report(
-        self, result: RunResult, points: tuple[ResolvedPoint, ...], fronts: tuple[Front, ...]
+        self,
+        result: RunResult,
+        points: tuple[ResolvedPoint, ...],
+        fronts: tuple[Front, ...],
+        folder: Path,
     ) -> None:
-        """Write the report, unless the one that is there shows the same results."""
-        folder = self.store.sweep_folder(self.sweep.name) / "report"
-        stamp = folder.parent / "report.sha256"
+        """Write the report into `folder` and the store, or take it from there if it is the same."""
         cached = sorted(task.key for task in result.plan.tasks if task.state == "cached")
-        shown = content_key([self.sweep.digest, cached, dict(result.failed)])
-        there = stamp.exists() and (folder / "report.html").exists()
-        if there and stamp.read_text(encoding="utf-8") == shown:
-            return
+        shown = content_key([self.sweep.digest, cached, dict(result.failed)]).encode()
+        if self.store.get_sweep_file(self.sweep.name, STAMP) == shown:
+            files = stored_report(self.store, self.sweep.name)
+            if "report.html" in files:
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                return
         from orchestrator.report import write_report  # matplotlib takes a second to import
 
         write_report(self.sweep, points, fronts, self.store, folder)
-        stamp.write_text(shown, encoding="utf-8")
+        put_report(self.store, self.sweep.name, folder)
+        self.store.put_sweep_file(self.sweep.name, STAMP, shown)
 
     def _entries(
         self, plan: Plan, points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
@@ -117,6 +128,19 @@ class Publisher:
         for point in points:
             if point.state != "pending":
                 yield point_entry(point, records, self.store, self.sweep)
+
+
+def put_report(store: Store, sweep: str, folder: Path) -> None:
+    """Keep the files of a report in the store, the page last: it tells that the rest is there."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix == ".html", path.name)):
+        store.put_sweep_file(sweep, f"{REPORT}/{path.name}", path.read_bytes())
+
+
+def stored_report(store: Store, sweep: str) -> dict[str, bytes]:
+    """Return the files of the report in the store, by name."""
+    names = store.sweep_files(sweep, REPORT)
+    found = ((name, store.get_sweep_file(sweep, name)) for name in names)
+    return {name.removeprefix(f"{REPORT}/"): data for name, data in found if data is not None}
 
 
 def run_state(result: RunResult) -> RunState:

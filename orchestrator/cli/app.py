@@ -218,9 +218,9 @@ def report(
 
     paths = write_report_files(open_results(file, override or []), output)
     if as_json:
-        print_json({"files": [str(path) for path in paths]})
+        print_json({"files": list(paths)})
     else:
-        say("\n".join(str(path) for path in paths))
+        say("\n".join(paths))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dipgo_core.families import find_family
+from orchestrator.background import BackgroundTracker
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import Display, open_display
 from orchestrator.cli.show import say
@@ -16,7 +17,7 @@ from orchestrator.cli.tables import print_fronts, print_verdicts
 from orchestrator.driver import Event, RunResult, run_sweep
 from orchestrator.executors.base import Executor
 from orchestrator.headlines import Headline, headlines
-from orchestrator.publish import Publisher
+from orchestrator.publish import REPORT, Publisher
 from orchestrator.records import Task
 from orchestrator.store import open_store
 from orchestrator.sweep_file import SweepFile, load_sweep
@@ -24,7 +25,6 @@ from orchestrator.tracking import MlflowTracker, tracking_uri
 
 #: Failures told at the end; `status` lists all.
 SHOWN_FAILURES = 5
-REPORT_SUFFIXES = (".html", ".png", ".csv", ".json", ".md")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_and_show(command: Command) -> ExitCode:
     sweep = load_sweep(command.file, command.overrides)
     store = open_store(sweep.storage)
     tracker = MlflowTracker(sweep.tracking.experiment, sweep.tracking.uri)
-    publisher = Publisher(sweep, store, tracker)
+    publisher = Publisher(sweep, store, BackgroundTracker(tracker))
     executor = make_executor(command)
     logging.getLogger("orchestrator.driver").setLevel(logging.ERROR)  # the display tells failures
     try:
@@ -134,11 +134,11 @@ def _print_results(command: Command, shown: Publisher, result: RunResult) -> Non
 
 
 def _print_files(shown: Publisher) -> None:
-    folder = shown.store.sweep_folder(shown.sweep.name) / "report"
-    written = sorted(path for path in folder.glob("*") if path.suffix in REPORT_SUFFIXES)
+    name, store = shown.sweep.name, shown.store
+    written = [store.sweep_file_place(name, file) for file in store.sweep_files(name, REPORT)]
     if written:
         say("report:")
-        say("\n".join(f"  {path}" for path in written))
+        say("\n".join(f"  {place}" for place in written))
     say(f"tracking: {tracking_uri(shown.sweep.tracking.uri)}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from orchestrator.driver import plan_sweep
 from orchestrator.gains import Comparisons
@@ -13,7 +14,7 @@ from orchestrator.headlines import Headline, headlines
 from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
 from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
-from orchestrator.store import FolderStore, open_store
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_file import SweepFile, load_sweep
 
 
@@ -22,7 +23,7 @@ class Results:
     """One sweep and everything the store holds of it; figures are worked out when asked for."""
 
     sweep: SweepFile
-    store: FolderStore
+    store: Store
     plan: Plan
 
     @cached_property
@@ -69,10 +70,16 @@ def open_results(file: Path, overrides: Sequence[str]) -> Results:
     return Results(sweep, store, plan_sweep(sweep, store))
 
 
-def write_report_files(results: Results, folder: Path | None) -> tuple[Path, ...]:
+def write_report_files(results: Results, folder: Path | None) -> tuple[str, ...]:
     """Write the report of what is finished and return its files; default: in the store."""
+    from orchestrator.publish import REPORT, put_report
     from orchestrator.report import FILES, write_report
 
-    target = folder or results.store.sweep_folder(results.sweep.name) / "report"
-    write_report(results.sweep, results.points, results.fronts, results.store, target)
-    return tuple(target / name for name in FILES)
+    sweep, store = results.sweep, results.store
+    if folder is not None:
+        write_report(sweep, results.points, results.fronts, store, folder)
+        return tuple(str(folder / name) for name in FILES)
+    with TemporaryDirectory(prefix="dipgo-report-") as made:
+        write_report(sweep, results.points, results.fronts, store, made)
+        put_report(store, sweep.name, Path(made))
+    return tuple(store.sweep_file_place(sweep.name, f"{REPORT}/{name}") for name in FILES)

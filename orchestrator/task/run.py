@@ -39,7 +39,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-swe
 def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
     """Do a task unless it is done; meanwhile no other process does it."""
     return_freed_memory()
-    with store.task_lock(task.key):
+    with store.claim(task.key):
         known = store.get_record(task.key)
         if known is not None:
             return known

@@ -26,7 +26,7 @@ from orchestrator.facts import ModelFacts
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.task.race import run_race
 from orchestrator.task.work import Work
@@ -57,10 +57,10 @@ class Finished:
 
     sweep: SweepFile
     plan: Plan
-    store: FolderStore
+    store: Store
 
 
-def finish(sweep: SweepFile, store: FolderStore, *, fails: Fails = lambda task: False) -> Finished:
+def finish(sweep: SweepFile, store: Store, *, fails: Fails = lambda task: False) -> Finished:
     """Run a sweep with made-up results until nothing is ready; tasks that `fails` names, fail."""
     facts = sweep_facts(sweep)
     failed: set[str] = set()
@@ -96,7 +96,7 @@ def _record(task: Task, **changes: Any) -> Record:
     return Record(**(fields | changes))
 
 
-def _run(task: Task, store: FolderStore) -> None:
+def _run(task: Task, store: Store) -> None:
     if task.kind == "race":
         found = run_race(Work(task, store, lambda report: None))
         store.put_record(_record(task, outputs=found.outputs, timings={"seconds": 1.0}))

@@ -28,7 +28,7 @@ from orchestrator.compare import (
 )
 from orchestrator.export import export_subnet
 from orchestrator.points import ResolvedPoint
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import Baseline, SweepFile
 from tests.orchestrator.finished_sweep import finish
 from tests.orchestrator.tiny_sweep import tiny_sweep
@@ -46,7 +46,7 @@ def a_sweep(images: int = 64, models: tuple[str, ...] = ("tiny",)) -> SweepFile:
 
 
 def results_of(sweep: SweepFile, folder: Path) -> Results:
-    done = finish(sweep, FolderStore(folder))
+    done = finish(sweep, open_store(folder))
     return Results(done.sweep, done.store, done.plan)
 
 

@@ -18,7 +18,7 @@ from dipgo_core.errors import StoreError
 from orchestrator import driver
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_settings import Budget, Resources, TaskResources
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
@@ -32,8 +32,8 @@ from tests.orchestrator.tiny_sweep import (
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FolderStore:
-    return FolderStore(tmp_path / "store")
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
 
 
 def failing(kind: str) -> Any:
@@ -45,7 +45,7 @@ def failing(kind: str) -> Any:
     return run_task
 
 
-def test_run_sweep_computes_everything_once(store: FolderStore) -> None:
+def test_run_sweep_computes_everything_once(store: Store) -> None:
     result, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
     assert result.plan.complete
     assert sorted(result.done) == sorted(store.records())
@@ -55,7 +55,7 @@ def test_run_sweep_computes_everything_once(store: FolderStore) -> None:
     assert listener.results == [result]
 
 
-def test_run_sweep_again_does_nothing(store: FolderStore) -> None:
+def test_run_sweep_again_does_nothing(store: Store) -> None:
     sweep = tiny_sweep(baselines=ALL_BASELINES)
     first, _ = run(sweep, store)
     before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*") if path.is_file()}
@@ -67,14 +67,14 @@ def test_run_sweep_again_does_nothing(store: FolderStore) -> None:
     assert before == after
 
 
-def test_run_sweep_starts_references_first_and_latencies_last(store: FolderStore) -> None:
+def test_run_sweep_starts_references_first_and_latencies_last(store: Store) -> None:
     _, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
     kinds = [e.task.kind for e in listener.events if e.kind == "started" and e.task]
     assert kinds[0] == "reference"
     assert kinds[kinds.index("latency") :] == ["latency"] * kinds.count("latency")
 
 
-def test_run_sweep_reports_each_task_in_order(store: FolderStore) -> None:
+def test_run_sweep_reports_each_task_in_order(store: Store) -> None:
     _, listener = run(tiny_sweep(), store)
     assert listener.events[0].kind == "planned"
     assert [event.kind for event in listener.events[1:3]] == ["started", "done"]
@@ -82,7 +82,7 @@ def test_run_sweep_reports_each_task_in_order(store: FolderStore) -> None:
     assert counts["started"] == counts["done"] == len(store.records())
 
 
-def test_run_sweep_goes_on_beside_a_failure(store: FolderStore) -> None:
+def test_run_sweep_goes_on_beside_a_failure(store: Store) -> None:
     sweep = tiny_sweep(targets=(0.5,), baselines=ALL_BASELINES)
     result, listener = run(sweep, store, failing("search"))
     assert set(result.failed.values()) == {"RuntimeError: out of luck"}
@@ -93,7 +93,7 @@ def test_run_sweep_goes_on_beside_a_failure(store: FolderStore) -> None:
     assert [e.error for e in listener.events if e.kind == "failed"] == list(result.failed.values())
 
 
-def test_run_sweep_tries_failed_tasks_again(store: FolderStore) -> None:
+def test_run_sweep_tries_failed_tasks_again(store: Store) -> None:
     sweep = tiny_sweep(targets=(0.5,))
     first, _ = run(sweep, store, failing("search"))
     again, _ = run(sweep, store)
@@ -102,16 +102,16 @@ def test_run_sweep_tries_failed_tasks_again(store: FolderStore) -> None:
     assert store.get_failure(next(iter(first.failed))) is None
 
 
-def test_run_sweep_keeps_the_inputs_of_workers(store: FolderStore) -> None:
+def test_run_sweep_keeps_the_inputs_of_workers(store: Store) -> None:
     sweep = tiny_sweep()
     result, _ = run(sweep, store)
     facts = tiny_facts(sweep)["tiny"]
     assert store.get_blob(facts.test.sha256) == facts.test.blob()
     assert store.get_task(result.done[0]).key == result.done[0]
-    assert (store.sweep_folder("tiny") / "sweep.json").exists()
+    assert store.get_sweep_file("tiny", "sweep.json") is not None
 
 
-def test_run_sweep_stops_starting_tasks_at_the_budget(store: FolderStore) -> None:
+def test_run_sweep_stops_starting_tasks_at_the_budget(store: Store) -> None:
     gpu = TaskResources(cpus=1, gpus=1)
     sweep = replace(
         tiny_sweep(),
@@ -125,7 +125,7 @@ def test_run_sweep_stops_starting_tasks_at_the_budget(store: FolderStore) -> Non
     assert not run(sweep, store)[0].done
 
 
-def test_run_sweep_keeps_what_is_done_when_interrupted(store: FolderStore) -> None:
+def test_run_sweep_keeps_what_is_done_when_interrupted(store: Store) -> None:
     def interrupting(task: Task, store: Any, *, on_progress: Any = None) -> Record:
         if task.kind == "evaluate":
             raise KeyboardInterrupt
@@ -138,7 +138,7 @@ def test_run_sweep_keeps_what_is_done_when_interrupted(store: FolderStore) -> No
     assert listener.results == [result]
 
 
-def test_run_sweep_refuses_a_second_driver(store: FolderStore) -> None:
+def test_run_sweep_refuses_a_second_driver(store: Store) -> None:
     with store.lease("tiny"), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
         run(tiny_sweep(), store)
 
@@ -148,14 +148,14 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tiny_sweep import ALL_BASELINES, logging_task, run, tiny_sweep
-from orchestrator.store import FolderStore
-store = FolderStore(sys.argv[1])
+from orchestrator.store import Store, open_store
+store = open_store(sys.argv[1])
 run(tiny_sweep(baselines=ALL_BASELINES), store, logging_task(Path(sys.argv[1]) / "log", 0.1))
 """
 
 
 def test_run_sweep_after_a_kill_computes_no_finished_task_again(
-    store: FolderStore, repository: Path
+    store: Store, repository: Path
 ) -> None:
     log = store.folder / "log"
     command = [sys.executable, "-c", SLOW_DRIVER, store.url, str(Path(__file__).parent)]
@@ -179,7 +179,7 @@ def test_importing_driver_imports_no_torch() -> None:
 
 
 def test_plan_sweep_finds_latencies_of_another_machine(
-    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = tiny_sweep(baselines=ALL_BASELINES)
     run(sweep, store)
@@ -197,7 +197,7 @@ class Remote(InProcessExecutor):
 
 
 def test_run_sweep_plans_latencies_for_the_executors_device(
-    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Resources(latency=TaskResources(gpus=1, accelerator="A100"))
     sweep = replace(tiny_sweep(), resources=gpu)
@@ -209,7 +209,7 @@ def test_run_sweep_plans_latencies_for_the_executors_device(
     assert driver.plan_sweep(sweep, store).complete  # read where no such GPU is
 
 
-def test_run_sweep_shows_what_is_done_when_the_executor_breaks(store: FolderStore) -> None:
+def test_run_sweep_shows_what_is_done_when_the_executor_breaks(store: Store) -> None:
     class Broken(InProcessExecutor):
         def run(self, source: Any, run_task: Any, store: Any) -> None:
             raise StoreError("disk full")

@@ -28,7 +28,7 @@ from orchestrator.pareto import pareto_fronts, pareto_json
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.preflight import prepare
 from orchestrator.report.tables import points_csv
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_file import load_sweep
 from orchestrator.sweep_settings import SweepFile
 from tests.orchestrator.tiny_sweep import Listener
@@ -75,9 +75,9 @@ evaluate:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory) -> tuple[SweepFile, FolderStore, Any]:
+def finished(folder: Path, tmp_path_factory) -> tuple[SweepFile, Store, Any]:
     sweep = load_sweep(folder / "sweep.yaml")
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     result = run_sweep(sweep, store, InProcessExecutor(), Listener())
     assert result.plan.complete, result.failed
     return sweep, store, result.plan
@@ -128,7 +128,7 @@ def test_cmmd_compares_with_the_dense_images(finished) -> None:
     assert record.outputs["metrics"]["cmmd"]["value"] == pytest.approx(cmmd(ours, theirs))
 
 
-def uniform_and_reference(store: FolderStore, plan: Any) -> tuple[Any, Any]:
+def uniform_and_reference(store: Store, plan: Any) -> tuple[Any, Any]:
     """The test-set evaluation of uniform skips, and the dense run it is compared with."""
     tasks = [t.task for t in plan.tasks if t.kind == "evaluate" and "uniform" in t.label and t.task]
     task = next(t for t in tasks if "cmmd" in t.inputs["protocol"]["metrics"])
@@ -136,7 +136,7 @@ def uniform_and_reference(store: FolderStore, plan: Any) -> tuple[Any, Any]:
     return store.get_record(task.key), next(r for r in needed if r and r.kind == "reference")
 
 
-def arrays(store: FolderStore, record: Any, name: str) -> Any:
+def arrays(store: Store, record: Any, name: str) -> Any:
     return load(store.get_artifact(record, name))
 
 

@@ -21,7 +21,7 @@ from dipgo_core.gates import GateTable
 from dipgo_core.pipelines import block_graph, load_model
 from orchestrator.facts import ItemSet
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.task import latency_process
 from orchestrator.task.latency_process import MeasuringProcess, measured_apart, stop_measuring
 from tests.orchestrator.tiny_sweep import item_set
@@ -31,9 +31,9 @@ SAMPLER = SamplerSettings(scheduler="ddim", steps=CALLS, guidance_scale=3.0).to_
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with the dense run of tiny-sd (its block graph alone) and two prompts."""
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     store.put_blob(prompts().blob())
     reference = Task(kind="reference", inputs={"model": "tiny-sd"})
     graph = block_graph(load_model(ModelSettings(id="tiny-sd"))).to_json()
@@ -53,7 +53,7 @@ def prompts() -> ItemSet:
     return item_set("a red boot", "a blue shirt")
 
 
-def latency_task(store: FolderStore, **changes: Any) -> Task:
+def latency_task(store: Store, **changes: Any) -> Task:
     """Every second call of tiny-sd is skipped."""
     reference = next(iter(store.records().values()))
     model = load_model(ModelSettings(id="tiny-sd"))
@@ -87,7 +87,7 @@ def latency_task(store: FolderStore, **changes: Any) -> Task:
 
 
 @pytest.fixture(scope="module")
-def measured(store: FolderStore) -> Iterator[tuple[dict[str, Any], int]]:
+def measured(store: Store) -> Iterator[tuple[dict[str, Any], int]]:
     """The outputs of one task, and the process that measured it."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")  # the worker's, not the measure's
@@ -134,14 +134,14 @@ def test_peak_memory_is_that_of_the_whole_process(measured: Any) -> None:
 
 
 def test_next_task_of_the_model_is_measured_by_the_same_process(
-    measured: Any, store: FolderStore
+    measured: Any, store: Store
 ) -> None:
     measured_apart(latency_task(store, batch_size=1, min_runs=2), store.url)
     assert latency_process._current is not None
     assert latency_process._current.pid == measured[1]
 
 
-def test_errors_come_back_as_they_were_raised(store: FolderStore) -> None:
+def test_errors_come_back_as_they_were_raised(store: Store) -> None:
     task = latency_task(store)
     other = {**task.inputs["model"], "weights_sha256": "0" * 64}
     with pytest.raises(ModelFilesError, match="they changed"):
@@ -150,7 +150,7 @@ def test_errors_come_back_as_they_were_raised(store: FolderStore) -> None:
         measured_apart(replace(task, inputs={"device": device_name()}), store.url)
 
 
-def test_busy_machine_makes_a_measurement_unusable(store: FolderStore) -> None:
+def test_busy_machine_makes_a_measurement_unusable(store: Store) -> None:
     loop = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
     busy = [subprocess.Popen(loop, stdout=subprocess.PIPE) for _ in os.sched_getaffinity(0)]
     try:
@@ -167,7 +167,7 @@ def test_busy_machine_makes_a_measurement_unusable(store: FolderStore) -> None:
     assert outputs["speedup"]["value"] > 0  # figures are kept, marked as they are
 
 
-def test_process_that_dies_is_a_clear_error(store: FolderStore) -> None:
+def test_process_that_dies_is_a_clear_error(store: Store) -> None:
     process = MeasuringProcess("a test")
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(TaskError, match="ended by signal 9 .*It said:\nit said nothing"):
@@ -175,7 +175,7 @@ def test_process_that_dies_is_a_clear_error(store: FolderStore) -> None:
     assert not process.alive
 
 
-def test_process_shows_its_last_words(store: FolderStore) -> None:
+def test_process_shows_its_last_words(store: Store) -> None:
     process = MeasuringProcess("a test")
     with pytest.raises(TaskError, match="exit code 1(.|\n)*KeyError: 'task'"):
         process.ask({})
@@ -203,7 +203,7 @@ def is_running(pid: int) -> bool:
     return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-def test_another_model_gets_another_process(store: FolderStore, measured: Any) -> None:
+def test_another_model_gets_another_process(store: Store, measured: Any) -> None:
     other = latency_process._serving(replace(latency_task(store), affinity="tiny-sd/other"))
     assert other.pid != measured[1]
     assert not is_running(measured[1])

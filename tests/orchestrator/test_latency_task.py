@@ -9,7 +9,7 @@ import pytest
 
 from dipgo_core.errors import TaskError
 from orchestrator.records import Task
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.task import latency
 from orchestrator.task.latency import run_latency
 from orchestrator.task.work import Work
@@ -33,7 +33,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def work(tmp_path: Path, *, gpus: float, device: str) -> Work:
     inputs = {"device": device, "threads": 2}
     task = Task(kind="latency", inputs=inputs, gpus=gpus, exclusive=True)
-    return Work(task, FolderStore(tmp_path), lambda report: None)
+    return Work(task, open_store(tmp_path), lambda report: None)
 
 
 def test_worker_frees_the_gpu_before_it_measures(log: list[str], tmp_path: Path) -> None:

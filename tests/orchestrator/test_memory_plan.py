@@ -20,7 +20,7 @@ from orchestrator.memory import GB, with_gpu_memory
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.records import Task
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import Baseline, Resources, SearchGrid, SweepFile, TaskResources
 from tests.orchestrator.tiny_sweep import Listener, tiny_facts, tiny_sweep
 
@@ -121,7 +121,7 @@ def test_a_run_that_cannot_fit_computes_nothing(tmp_path: Any) -> None:
     def never(*args: object, **kwargs: object) -> Any:
         raise AssertionError("a task was run")
 
-    sweep, store = small(6), FolderStore(tmp_path)
+    sweep, store = small(6), open_store(tmp_path)
     with pytest.raises(PreflightError, match="needs about"):
         run_sweep(
             sweep, store, InProcessExecutor(), Listener(), run_task=never, facts=facts_of(sweep)

@@ -19,7 +19,7 @@ from orchestrator.export import export_subnet
 from orchestrator.gains import DISTRIBUTIONS, Comparisons, Gain
 from orchestrator.headlines import headlines
 from orchestrator.points import ResolvedPoint, resolve_points
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import SweepFile
 from tests.orchestrator.finished_sweep import Finished, finish, sweep_facts
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
@@ -41,7 +41,7 @@ def a_sweep(images: int = 64) -> SweepFile:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finish(a_sweep(), FolderStore(tmp_path_factory.mktemp("store")))
+    return finish(a_sweep(), open_store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_gain_over_random_is_over_the_mean_of_draws(
 
 def test_no_gain_in_fid_has_an_interval_with_few_images(tmp_path: Path) -> None:
     sweep = a_sweep(images=24)  # fewer than 4 x 8 features, fewer prompts than blocks
-    store = FolderStore(tmp_path)
+    store = open_store(tmp_path)
     plan = finish(sweep, store).plan
     found = resolve_points(plan.points, store.records(), store)
     assert {p.gain["fid"].verdict for p in pick(found, "search", 0.7)} == {"unknown"}
@@ -189,7 +189,7 @@ def test_unfinished_baseline_leaves_the_gain_open(
 
 def test_failed_task_fails_its_points_with_the_cause(tmp_path: Path) -> None:
     done = finish(
-        a_sweep(), FolderStore(tmp_path), fails=lambda task: "uniform at 0.7" in task.label
+        a_sweep(), open_store(tmp_path), fails=lambda task: "uniform at 0.7" in task.label
     )
     found = resolve_points(done.plan.points, done.store.records(), done.store)
     uniform = pick(found, "uniform", 0.7)[0]

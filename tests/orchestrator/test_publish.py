@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.driver import RunResult
 from orchestrator.points import resolve_points
-from orchestrator.publish import Publisher, task_hours
-from orchestrator.store import FolderStore
+from orchestrator.publish import Publisher, stored_report, task_hours
+from orchestrator.store import open_store
 from orchestrator.tracking import Entry, SweepRun
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
@@ -31,13 +31,14 @@ class ListTracker:
     def log(self, entries: Iterable[Entry]) -> None:
         self.entries |= {entry.key: entry for entry in entries}
 
-    def finish(self, state: str, **details: Any) -> None:
-        self.finished.append({"state": state, **details})
+    def finish(self, state: str, *, folder: Path, **details: Any) -> None:
+        report = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.finished.append({"state": state, "report": report, **details})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     return finish(tiny_sweep(targets=(0.5,), baselines=ALL_BASELINES), store)
 
 
@@ -103,20 +104,21 @@ def test_publisher_closes_with_report_and_hypervolume(
     finished: Finished, tracker: ListTracker
 ) -> None:
     (closing,) = tracker.finished
-    folder = finished.store.sweep_folder("tiny") / "report"
     assert closing["state"] == "done"
-    assert closing["folder"] == folder
-    assert (folder / "report.html").exists()
+    assert closing["report"] == stored_report(finished.store, "tiny")
+    assert "report.html" in closing["report"]
     series = closing["series"]["hypervolume/tiny/clip/tiny"]
     values = [value for _, value in series]
     assert values == sorted(values)  # a front never shrinks
 
 
 def test_publisher_leaves_a_finished_report_alone(finished: Finished, tracker: ListTracker) -> None:
-    report = finished.store.sweep_folder("tiny") / "report" / "report.html"
+    report = Path(finished.store.sweep_file_place("tiny", "report/report.html"))
     before = report.stat().st_mtime_ns
-    publisher = Publisher(finished.sweep, finished.store, ListTracker())
+    again = ListTracker()
+    publisher = Publisher(finished.sweep, finished.store, again)
     publisher.finish(RunResult(plan=finished.plan))
+    assert again.finished[0]["report"] == tracker.finished[0]["report"]
     assert report.stat().st_mtime_ns == before
     report.unlink()
     publisher.finish(RunResult(plan=finished.plan))
@@ -132,7 +134,7 @@ def test_task_hours_add_up_in_order_of_completion(finished: Finished) -> None:
 
 
 def test_publisher_tells_how_the_run_ended(finished: Finished, tmp_path: Path) -> None:
-    store = FolderStore(tmp_path)
+    store = open_store(tmp_path)
     part = finish(finished.sweep, store, fails=lambda task: task.kind == "search")
     tracker = ListTracker()
     result = RunResult(plan=part.plan, done=("x",), failed={"a": "b"})

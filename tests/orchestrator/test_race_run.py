@@ -20,7 +20,7 @@ from orchestrator.headlines import headlines
 from orchestrator.pareto import pareto_fronts
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.task.race import run_race
 from orchestrator.task.work import Work, loaded
@@ -45,7 +45,7 @@ def a_sweep(**kwargs: Any) -> SweepFile:
 
 
 def test_driver_holds_every_race(tmp_path: Path) -> None:
-    result, listener = run(a_sweep(models=("one", "two")), FolderStore(tmp_path))
+    result, listener = run(a_sweep(models=("one", "two")), open_store(tmp_path))
     assert result.plan.complete and not result.skipped
     done = [event.task for event in listener.events if event.kind == "done" and event.task]
     assert [task.kind for task in done].count("race") == 4
@@ -56,14 +56,14 @@ def test_driver_holds_every_race(tmp_path: Path) -> None:
 
 
 def test_driver_again_computes_nothing(tmp_path: Path) -> None:
-    run(a_sweep(), FolderStore(tmp_path))
-    again, _ = run(a_sweep(), FolderStore(tmp_path))
+    run(a_sweep(), open_store(tmp_path))
+    again, _ = run(a_sweep(), open_store(tmp_path))
     assert again.done == () and again.plan.complete
 
 
 def test_driver_runs_to_the_top_again_what_a_new_race_lets_go_on(tmp_path: Path) -> None:
-    run(a_sweep(targets=(0.5, 0.7)), FolderStore(tmp_path))
-    more, _ = run(a_sweep(targets=(0.3, 0.5, 0.7)), FolderStore(tmp_path))
+    run(a_sweep(targets=(0.5, 0.7)), open_store(tmp_path))
+    more, _ = run(a_sweep(targets=(0.3, 0.5, 0.7)), open_store(tmp_path))
     assert more.plan.complete and not more.skipped
 
 
@@ -71,8 +71,8 @@ def test_driver_races_what_an_earlier_run_evaluated_at_the_top(tmp_path: Path) -
     sweep = a_sweep()
     model = sweep.models[0]
     plain = replace(model, evaluate=replace(model.evaluate, rungs=()))
-    run(replace(sweep, models=(plain,)), FolderStore(tmp_path))
-    result, _ = run(sweep, FolderStore(tmp_path))
+    run(replace(sweep, models=(plain,)), open_store(tmp_path))
+    result, _ = run(sweep, open_store(tmp_path))
     assert result.plan.complete and not result.skipped
 
 
@@ -87,7 +87,7 @@ def test_driver_ends_whatever_fails(tmp_path: Path, kind: str) -> None:
             raise RuntimeError("out of luck")
         return run_tiny_task(task, store)
 
-    store = FolderStore(tmp_path)
+    store = open_store(tmp_path)
     result, _ = run(a_sweep(targets=(0.5,)), store, failing)
     assert set(result.failed) == set(failures) and len(failures) == 1
     points = resolve_points(result.plan.points, store.records(), store)
@@ -109,7 +109,7 @@ def test_plan_sweep_knows_what_failed_at_every_rung(
             raise RuntimeError("out of luck")
         return run_tiny_task(task, store)
 
-    sweep, store = a_sweep(), FolderStore(tmp_path)
+    sweep, store = a_sweep(), open_store(tmp_path)
     result, _ = run(sweep, store, failing)
     assert set(failed) == {4, 8, 16} and set(result.failed) == set(failed.values())
     monkeypatch.setattr(driver, "as_last_run", lambda *args: (sweep, tiny_facts(sweep)))
@@ -137,7 +137,7 @@ def test_ray_holds_every_race(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from orchestrator.executors.ray_tune import RayTuneExecutor
 
-    sweep, store, listener = a_sweep(targets=(0.5,)), FolderStore(tmp_path), Listener()
+    sweep, store, listener = a_sweep(targets=(0.5,)), open_store(tmp_path), Listener()
     result = run_sweep(
         sweep,
         store,
@@ -155,7 +155,7 @@ def test_ray_holds_every_race(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finish(made_up(rungs=(64, 256)), FolderStore(tmp_path_factory.mktemp("store")))
+    return finish(made_up(rungs=(64, 256)), open_store(tmp_path_factory.mktemp("store")))
 
 
 def made_up(rungs: tuple[int, ...]) -> SweepFile:
@@ -198,7 +198,7 @@ def test_dropped_points_are_on_no_front(points: tuple[ResolvedPoint, ...]) -> No
 def test_fronts_are_those_of_everything_at_the_top(
     points: tuple[ResolvedPoint, ...], tmp_path: Path
 ) -> None:
-    done = finish(made_up(rungs=(256,)), FolderStore(tmp_path))
+    done = finish(made_up(rungs=(256,)), open_store(tmp_path))
     everything = resolve_points(done.plan.points, done.store.records(), done.store)
     expected = {f.objectives: f.points for f in pareto_fronts(everything, speed="macs_speedup")}
     found = {f.objectives: f.points for f in pareto_fronts(points, speed="macs_speedup")}
@@ -248,7 +248,7 @@ def without(raced: Finished, kind: str, place: Path) -> Work:
     for record in raced.store.records().values():
         if record.kind == kind:
             shutil.rmtree(place / "artifacts" / record.key)
-    return Work(race_of(raced), FolderStore(place), lambda report: None)
+    return Work(race_of(raced), open_store(place), lambda report: None)
 
 
 def test_race_fails_where_its_reference_cannot_be_read(raced: Finished, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_race_fails_where_its_reference_cannot_be_read(raced: Finished, tmp_path
 
 def test_race_of_too_few_images_fails(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="kid of .* too few images"):
-        finish(made_up(rungs=(4, 256)), FolderStore(tmp_path))
+        finish(made_up(rungs=(4, 256)), open_store(tmp_path))
 
 
 # --- real images --------------------------------------------------------------------------------
@@ -293,15 +293,15 @@ def real_sweep(folder: Path, rungs: tuple[int, ...]) -> SweepFile:
     )  # fmt: skip
 
 
-def run_real(sweep: SweepFile, place: Path) -> tuple[FolderStore, RunResult]:
-    store = FolderStore(place)
+def run_real(sweep: SweepFile, place: Path) -> tuple[Store, RunResult]:
+    store = open_store(place)
     loaded.cache_clear()
     result = run_sweep(sweep, store, InProcessExecutor(), Listener())
     assert result.plan.complete, result.failed
     return store, result
 
 
-def arrays(store: FolderStore, record: Record, name: str) -> Mapping[str, Any]:
+def arrays(store: Store, record: Record, name: str) -> Mapping[str, Any]:
     return safetensors.numpy.load(store.get_artifact(record, name))
 
 

@@ -26,7 +26,7 @@ from orchestrator.report.sections import (
     protocols,
     rested_on,
 )
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
 
@@ -52,7 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         metrics=("fid", "clip", "psnr", "latency"),
     )  # fmt: skip
     models = [replace(m, evaluate=replace(m.evaluate, images=64)) for m in sweep.models]
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     finished = finish(
         replace(sweep, models=tuple(models)),
         store,
@@ -277,7 +277,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> Written:
         targets=(0.3, 0.7), baselines=ALL_BASELINES, metrics=("fid", "kid", "clip", "psnr"),
         rungs=(32, 64),
     )  # fmt: skip
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     finished = finish(sweep, store)
     points = resolve_points(finished.plan.points, store.records(), store)
     fronts = pareto_fronts(points)

@@ -34,7 +34,7 @@ from orchestrator.facts import gather_facts
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_settings import (
     Baseline,
     Calibration,
@@ -108,9 +108,9 @@ def sweep_of(folder: Path, reference: Reference | None = None) -> SweepFile:
 @pytest.fixture(scope="module")
 def finished(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[FolderStore, Plan, Mapping[str, Record]]:
+) -> tuple[Store, Plan, Mapping[str, Record]]:
     """The whole sweep, run once."""
-    store = FolderStore(tmp_path_factory.mktemp("store"))
+    store = open_store(tmp_path_factory.mktemp("store"))
     loaded.cache_clear()
     result = run_sweep(sweep_of(folder), store, InProcessExecutor(), Listener())
     assert result.plan.complete, result.failed
@@ -126,7 +126,7 @@ def tasks_of(plan: Plan, kind: str, label: str = "") -> list[Task]:
     return [t.task for t in plan.tasks if t.kind == kind and label in t.label and t.task]
 
 
-def arrays(store: FolderStore, record: Record, name: str) -> dict[str, Any]:
+def arrays(store: Store, record: Record, name: str) -> dict[str, Any]:
     return safetensors.numpy.load(store.get_artifact(record, name))
 
 
@@ -294,10 +294,10 @@ class Stop(Exception):
     """Raised out of a progress report, as a killed worker would stop."""
 
 
-def copied(finished: Any, tmp_path: Path, kinds: tuple[str, ...]) -> FolderStore:
+def copied(finished: Any, tmp_path: Path, kinds: tuple[str, ...]) -> Store:
     """A new store that has the finished records of some kinds."""
     store, _, records = finished
-    copy = FolderStore(tmp_path / "copy")
+    copy = open_store(tmp_path / "copy")
     for digest in (store.folder / "blobs").iterdir():
         copy.put_blob(digest.read_bytes())
     for record in records.values():
@@ -391,7 +391,7 @@ def test_run_task_refuses_weights_that_were_not_planned_with(finished: Any, tmp_
     task = tasks_of(plan, "reference", "test")[0]
     other = {**task.inputs["model"], "weights_sha256": "0" * 64}
     with pytest.raises(ModelFilesError, match="they changed"):
-        run_task(replace(task, inputs={**task.inputs, "model": other}), FolderStore(tmp_path))
+        run_task(replace(task, inputs={**task.inputs, "model": other}), open_store(tmp_path))
 
 
 def test_latency_refuses_another_device(finished: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from orchestrator.facts import gather_facts
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.records import Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store, open_store
 from orchestrator.sweep_file import load_sweep
 from orchestrator.task import run_task
 from orchestrator.task.run import gpu_memory
@@ -33,7 +33,7 @@ def first(plan: Plan, kind: str) -> Task:
 
 
 def work_of(task: Task, folder: Path) -> Work:
-    return Work(task, FolderStore(folder), lambda report: None)
+    return Work(task, open_store(folder), lambda report: None)
 
 
 def test_options_set_how_the_model_decodes_and_the_next_task_undoes_it(
@@ -63,14 +63,14 @@ def test_a_search_gets_the_ways_that_were_chosen(
     def strategy(problem: Any) -> Any:
         raise Seen(problem.images_at_once, problem.checkpoint_calls)
 
-    store, search = FolderStore(tmp_path), first(plan, "search")
+    store, search = open_store(tmp_path), first(plan, "search")
     monkeypatch.setitem(STRATEGIES, "dipgo", strategy)
     for name in ("model", "graph", "reference"):
         monkeypatch.setattr(Work, name, None)
     monkeypatch.setattr("orchestrator.task.search.items_and_seeds", lambda work: ((), ()))
     latents = torch.zeros(1, 4, 4, 4)
     monkeypatch.setattr("safetensors.torch.load", lambda data: {"latents": latents})
-    monkeypatch.setattr(FolderStore, "get_artifact", lambda *args: b"")
+    monkeypatch.setattr(Store, "get_artifact", lambda *args: b"")
     chosen = {"images_at_once": 2, "checkpoint_calls": True}
     with pytest.raises(Seen) as seen:
         run_task(replace(search, options={"memory": chosen}), store)

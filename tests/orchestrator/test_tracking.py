@@ -210,9 +210,36 @@ def test_mlflow_outage_is_logged_and_sent_at_finish(
     tracker.start(SWEEP)
     tracker.log([an_entry()])
     assert "could not open the parent run" in caplog.text
+    assert tracker.missing == {an_entry().key} and tracker.down
     tracker.uri, tracker._client = uri, None  # the server is back
-    tracker.finish("done")
+    tracker.finish("done", entries=[an_entry()])
+    assert not tracker.missing and not tracker.down
     assert runs(uri)["a" * 64].data.tags[DIGEST_TAG] == an_entry().digest
+
+
+def test_mlflow_outage_ends_while_the_sweep_goes_on(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.RETRY_S", 0.0)
+    tracker = MlflowTracker("demo", "http://127.0.0.1:1")
+    tracker.start(SWEEP)
+    tracker.uri, tracker._client = uri, None  # the server is back
+    tracker.log([an_entry()])
+    assert runs(uri)["a" * 64].info.status == "FINISHED"
+
+
+def test_mlflow_failed_server_is_left_alone_for_a_while(uri: str) -> None:
+    tracker = MlflowTracker("demo", "http://127.0.0.1:1")
+    tracker.start(SWEEP)
+    tracker.uri, tracker._client = uri, None
+    tracker.log([an_entry(key) for key in "abc"])  # without an attempt
+    assert len(tracker.missing) == 3
+
+
+def test_mlflow_warnings_hide_the_password(caplog: pytest.LogCaptureFixture) -> None:
+    track("http://me:canary-word@127.0.0.1:1", an_entry())
+    assert "could not open the parent run at http://***@127.0.0.1:1" in caplog.text
+    assert "canary-word" not in caplog.text
 
 
 def test_mlflow_lasting_outage_does_not_raise(caplog: pytest.LogCaptureFixture) -> None:

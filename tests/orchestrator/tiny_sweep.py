@@ -22,7 +22,7 @@ from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.facts import ItemSet, ModelFacts
 from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import Store
 from orchestrator.sweep_settings import (
     Baseline,
     Calibration,
@@ -202,7 +202,7 @@ class Listener:
 
 
 def run(
-    sweep: SweepFile, store: FolderStore, task_function: Any = run_tiny_task
+    sweep: SweepFile, store: Store, task_function: Any = run_tiny_task
 ) -> tuple[RunResult, Listener]:
     listener = Listener()
     result = run_sweep(

@@ -26,7 +26,7 @@ from dipgo_core.families import Scorers
 from orchestrator.facts import ModelFacts, gather_facts
 from orchestrator.plan import build_plan
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import (
     Baseline,
     Calibration,
@@ -101,7 +101,7 @@ def run_simulated(
     folder: Path, images: int, metrics: Sequence[Any], *, images_per_shard: int = 500
 ) -> Iterator[tuple[Task, Record]]:
     """Yield the tasks of a small sweep with their records, each when it is done."""
-    sweep, store = _sweep(images, metrics, images_per_shard), FolderStore(folder)
+    sweep, store = _sweep(images, metrics, images_per_shard), open_store(folder)
     facts = gather_facts(sweep)
     known = {name: _large(fact) for name, fact in facts.items()}
     store.put_blob(facts["tiny-sd"].test.blob())

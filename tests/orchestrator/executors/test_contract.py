@@ -18,7 +18,7 @@ from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.placement import NODE
 from orchestrator.failures import Failure
 from orchestrator.records import Pool, Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import TaskResources
 
 
@@ -151,7 +151,7 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 def run(executor: Executor, tmp_path: Path) -> Callable[[list[Task]], ListSource]:
     def run(tasks: list[Task]) -> ListSource:
         source = ListSource(tasks)
-        store = FolderStore(tmp_path / "store")
+        store = open_store(tmp_path / "store")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own
             with executor:
@@ -168,7 +168,7 @@ def test_executor_honours_dependencies_and_returns_the_stored_records(
     second = [task(3, first), task(4, first)]
     last = task(5, *second)
     source = run([last, *second, first])
-    stored = FolderStore(tmp_path / "store").records()
+    stored = open_store(tmp_path / "store").records()
     assert not source.errors
     assert {r.inputs["number"]: r.outputs["square"] for r in source.records.values()} == {
         2: 4,
@@ -223,7 +223,7 @@ def test_ray_executor_reuses_workers(ray_executor: Executor, tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with ray_executor:
-            ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+            ray_executor.run(source, fake_run_task(), open_store(tmp_path))
     pids = {record.host["pid"] for record in source.records.values()}
     assert len(source.records) == 10
     assert len(pids) <= 3  # two slots; a worker is started anew at most while another is kept
@@ -235,7 +235,7 @@ def test_ray_executor_survives_a_lost_worker(ray_executor: Executor, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with ray_executor:
-            ray_executor.run(source, fake_run_task(), FolderStore(tmp_path))
+            ray_executor.run(source, fake_run_task(), open_store(tmp_path))
     assert [record.outputs["square"] for record in source.records.values()] == [9]
     assert set(source.errors) == {lost.key, task(2, lost).key}
 

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.executors.placement import NODE
 from orchestrator.records import Record, Task
-from orchestrator.store import FolderStore
+from orchestrator.store import open_store
 from orchestrator.sweep_settings import TaskResources
 from tests.orchestrator.executors.test_contract import ListSource
 
@@ -69,7 +69,7 @@ def test_latencies_run_on_one_accelerator_each_alone_on_its_node(
     source = ListSource([*others[:3], *timed, *others[3:]])
     with RayTuneExecutor(address) as executor:
         executor.latency_device(TaskResources(gpus=1))
-        executor.run(source, timed_task(), FolderStore(tmp_path))
+        executor.run(source, timed_task(), open_store(tmp_path))
     ran = {key: record.outputs for key, record in source.records.items()}
     alone = [ran.pop(task.key) for task in timed]
     (node,) = {outputs["node"] for outputs in alone}

@@ -1,0 +1,6 @@
+"""Store: records and artifacts under content keys, each written once, where all workers reach."""
+
+from orchestrator.store.opening import open_store
+from orchestrator.store.store import Store
+
+__all__ = ["Store", "open_store"]

@@ -1,0 +1,159 @@
+"""FolderBackend: a store in a folder, local or shared (NFS)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dipgo_core.errors import StoreError
+from orchestrator.store import disk
+from orchestrator.store.backend import Entry
+from orchestrator.store.names import check_name
+
+_ADVICE = {
+    errno.ENOSPC: "free some space there and run again: nothing finished is lost",
+    errno.EDQUOT: "free some of the quota there and run again: nothing finished is lost",
+    errno.EROFS: "the file system is mounted read-only; mount it writable and run again",
+    errno.EACCES: "set `storage` to a folder that you may write to",
+    errno.ELOOP: "it is a symbolic link; put the file or folder itself there",
+    errno.EPERM: "the file system must allow hard links: they make a record appear whole and once",
+    errno.ENOTSUP: "the file system must have hard links: they make a record appear whole and once",
+}
+
+
+class FolderBackend:
+    """Files in a folder. Links inside that lead out of it are refused; itself may be one."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"storage {str(self._folder)!r} cannot be used as a folder ({error.strerror}); "
+                "set `storage` to a folder that you may write to"
+            ) from error
+
+    @property
+    def url(self) -> str:
+        return str(self._folder)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def place(self, name: str) -> str:
+        return str(self._folder.joinpath(*check_name(name)))
+
+    def get(self, name: str) -> bytes | None:
+        path = self._path(name)
+        with _told(path, "read"):
+            try:
+                return disk.read(path)
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # replaced on the server of NFS meanwhile
+                    raise
+                return disk.read(path)
+
+    def exists(self, name: str) -> bool:
+        return os.path.lexists(self._path(name))
+
+    def put(self, name: str, data: bytes, *, durable: bool = False) -> None:
+        path = self._path(name)
+        with _told(path, "written"):
+            disk.replace(path, data, durable=durable)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        with _told(path, "written"):
+            return disk.link_new(path, data)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        top = self._path(prefix)
+        for path in self._files(top):
+            if not path.name.startswith("."):
+                yield path.relative_to(self._folder).as_posix()
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        top = self._path(prefix) if prefix else self._folder
+        for path in self._files(top):
+            if not path.name.startswith("."):
+                yield from self._entry(path)
+
+    def leftovers(self, older_than_s: float) -> Iterator[Entry]:
+        for path in self._files(self._folder):
+            if path.name.startswith(".") and path.name.endswith(disk.TEMPORARY):
+                for entry in self._entry(path):
+                    if time.time() - entry.modified > older_than_s:
+                        yield entry
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with _told(path, "deleted"):
+            disk.remove(path)
+
+    def delete_all(self, prefix: str) -> None:
+        top = self._path(prefix)
+        with _told(top, "deleted"):
+            try:
+                shutil.rmtree(top)
+            except FileNotFoundError:  # never there, or somebody else deletes it as well
+                return
+
+    def delete_leftover(self, entry: Entry) -> None:
+        path = self._folder / entry.name
+        with _told(path, "deleted"):
+            disk.remove(path)
+
+    def _path(self, name: str) -> Path:
+        """Return the path of a name.
+
+        Raises:
+            StoreError: the name is none of a store, or a link on the way leads out of the folder.
+        """
+        path = self._folder.joinpath(*check_name(name))
+        root, parent = os.path.realpath(self._folder), os.path.realpath(path.parent)
+        if os.path.commonpath([root, parent]) != root:
+            raise StoreError(
+                f"{path} lies outside the storage: a symbolic link leads to {parent}; put the "
+                "folder itself there, or set `storage` to where everything lies"
+            )
+        return path
+
+    def _files(self, top: Path) -> Iterator[Path]:
+        """Return the files below a folder, sorted; folders that are links are not entered."""
+        with _told(top, "listed"):
+            try:
+                with os.scandir(top) as found:
+                    listed = [(e.name, e.is_dir(follow_symlinks=False)) for e in found]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, is_folder in sorted(listed):
+            if is_folder:
+                yield from self._files(top / name)
+            else:
+                yield top / name
+
+    def _entry(self, path: Path) -> Iterator[Entry]:
+        """Return the entry of a file, nothing if it is gone."""
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return
+        yield Entry(path.relative_to(self._folder).as_posix(), found.st_size, found.st_mtime)
+
+
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of the disk into one that names file, reason and next move."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        advice = _ADVICE.get(error.errno or 0, "see that the storage is reachable, and run again")
+        raise StoreError(f"{path} cannot be {what} ({reason}): {advice}") from error

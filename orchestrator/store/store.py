@@ -1,0 +1,294 @@
+"""Store: what of a sweep lies where in a storage, and in which order it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dipgo_core.errors import StoreError
+from orchestrator.records import Record, Task, content_key
+from orchestrator.store.backend import Backend
+from orchestrator.store.documents import guarded, parse_object, parse_record, sealed, unguarded
+from orchestrator.store.index import RecordIndex
+from orchestrator.store.names import check_key, check_name, check_part, is_key
+
+logger = logging.getLogger(__name__)
+
+
+class Store:
+    """Where finished work lives. The first record of a key wins and is never overwritten.
+
+    Its layout is in docs/store.md. It can be sent to other processes and shared by threads.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._index: RecordIndex | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self.backend, "_index": None}
+
+    @property
+    def url(self) -> str:
+        return self.backend.url
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder the store lies in, None if it is no folder."""
+        return self.backend.folder
+
+    def put_record(self, record: Record) -> bool:
+        """Write a done record unless its key has one; return whether this one was written.
+
+        Failures and progress of the task are removed either way: the task is done.
+
+        Raises:
+            StoreError: the record is not done, or its key is not that of its kind and inputs.
+        """
+        expected = content_key({"kind": record.kind, "inputs": record.inputs})
+        if record.state != "done" or record.key != expected:
+            raise StoreError(
+                f"record {record.key[:12]} of a {record.kind} task was refused: its state must be "
+                f"'done' (is {record.state!r}) and its key {expected[:12]}, that of its inputs"
+            )
+        name = _document("records", record.key)
+        won = self.backend.put_if_absent(name, sealed(record.to_json()))
+        if self._index is not None:
+            self._index.add(record.key)
+        try:
+            self.backend.delete(_document("failures", record.key))
+            self.clear_progress(record.key)
+        except StoreError as error:  # the record is there, and that is what counts
+            logger.warning("what is left of %s stays: %s", record.key[:12], error)
+        return won
+
+    def get_record(self, key: str) -> Record | None:
+        """Return the record of a key, None if there is none.
+
+        Raises:
+            StoreError: the file is torn or was edited.
+        """
+        return self._get_record("records", key)
+
+    def has_record(self, key: str) -> bool:
+        return self.backend.exists(_document("records", key))
+
+    def records(self) -> RecordIndex:
+        """Return a view of all records there are now; those of this object are added as they land.
+
+        Each is read and checked when it is first asked for. The records that other processes add
+        are in it after its `refresh()`, or the next call of this method, which returns the same.
+        """
+        if self._index is None:
+            self._index = RecordIndex(self._record_keys, self._read_record)
+        else:
+            self._index.refresh()
+        return self._index
+
+    def put_artifact(self, key: str, name: str, data: bytes) -> str:
+        """Write one file of a task and return its SHA-256, which belongs into the record."""
+        self.backend.put(_file("artifacts", key, name), data, durable=True)
+        return hashlib.sha256(data).hexdigest()
+
+    def get_artifact(self, record: Record, name: str) -> bytes:
+        """Return the bytes of an artifact, verified against the digest in its record.
+
+        Raises:
+            StoreError: the record names no such artifact, or the file is missing or differs.
+        """
+        if name not in record.artifacts:
+            raise StoreError(
+                f"the {record.kind} record {record.key[:12]} has no artifact {name!r}; it has "
+                f"{', '.join(sorted(record.artifacts)) or 'none'}"
+            )
+        place = self.backend.place(_document("records", record.key))
+        file = _file("artifacts", record.key, name)
+        return self._verified(file, record.artifacts[name], f"delete {place} and run again")
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep an input under its SHA-256, which is returned."""
+        digest = hashlib.sha256(data).hexdigest()
+        self.backend.put_if_absent(_blob(digest), data)
+        return digest
+
+    def get_blob(self, digest: str) -> bytes:
+        """Return an input by its SHA-256.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        name = _blob(digest)
+        remedy = f"delete {self.backend.place(name)} and run the sweep again"
+        return self._verified(name, digest, remedy)
+
+    def put_task(self, task: Task) -> None:
+        """Keep the specification, so that a worker needs only the key; the latest options count."""
+        name, data = _document("tasks", task.key), json.dumps(task.to_json(), sort_keys=True)
+        if self.backend.get(name) != data.encode():
+            self.backend.put(name, data.encode())
+
+    def get_task(self, key: str) -> Task:
+        """Return the specification of a task.
+
+        Raises:
+            StoreError: there is none, or it is damaged.
+        """
+        name = _document("tasks", key)
+        place, data = self.backend.place(name), self.backend.get(name)
+        remedy = f"delete {place} and run the sweep again"
+        if data is None:
+            raise StoreError(f"no task specification at {place}; run the sweep again to write it")
+        try:
+            task = Task.from_json(parse_object(data, place, remedy))
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{place} is not a task specification ({error}); {remedy}") from error
+        if task.key != key:
+            raise StoreError(f"{place} was edited: its inputs have another key; {remedy}")
+        return task
+
+    def put_progress(self, key: str, name: str, data: bytes) -> None:
+        """Keep the state of an unfinished task (a search's checkpoint, a shard of images)."""
+        self.backend.put(_file("progress", key, name), guarded(data))
+
+    def get_progress(self, key: str, name: str) -> bytes | None:
+        """Return the state of an unfinished task, None if there is none, or a torn one."""
+        return self._unguarded(_file("progress", key, name))
+
+    def clear_progress(self, key: str) -> None:
+        self.backend.delete_all(f"progress/{check_key(key)}")
+
+    def put_derived(self, key: str, name: str, data: bytes) -> None:
+        """Keep what follows from a record alone, but takes long; it may be deleted at any time."""
+        self.backend.put(_file("derived", key, name), guarded(data))
+
+    def get_derived(self, key: str, name: str) -> bytes | None:
+        """Return what was derived, None if it is not there, or torn."""
+        return self._unguarded(_file("derived", key, name))
+
+    def put_failure(self, record: Record) -> None:
+        """Keep the last failure of a task; `error` of the record says what happened."""
+        self.backend.put(_document("failures", record.key), sealed(record.to_json()))
+
+    def get_failure(self, key: str) -> Record | None:
+        return self._get_record("failures", key)
+
+    def put_sweep_file(self, sweep: str, name: str, data: bytes) -> None:
+        """Keep a file of a sweep, such as ``report/report.html``; nothing is written twice."""
+        file = _sweep_file(sweep, name)
+        if self.backend.get(file) != data:
+            self.backend.put(file, data, durable=True)
+
+    def get_sweep_file(self, sweep: str, name: str) -> bytes | None:
+        return self.backend.get(_sweep_file(sweep, name))
+
+    def sweep_file_place(self, sweep: str, name: str) -> str:
+        """Return where a file of a sweep lies, for people."""
+        return self.backend.place(_sweep_file(sweep, name))
+
+    def sweep_files(self, sweep: str, folder: str) -> tuple[str, ...]:
+        """Return the names of a sweep's files in one of its folders, such as ``report``."""
+        top = _sweep_file(sweep, folder)
+        return tuple(f"{folder}{name.removeprefix(top)}" for name in self.backend.list(top))
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[None]:
+        """Wait until no other process works on this task, and keep others out meanwhile."""
+        assert self.folder is not None
+        path = self.folder / "locks" / f"{check_key(key)}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            yield
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lease(self, sweep: str) -> Iterator[None]:
+        """Hold the sweep for this driver; the lease of a driver that died is free.
+
+        Raises:
+            StoreError: another driver runs this sweep; the message says which.
+        """
+        assert self.folder is not None
+        folder = self.folder / "sweeps" / sweep
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lease.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreError(
+                f"sweep {sweep!r} in {self.folder} is being run by {_holder(folder)}; wait for it, "
+                "or stop that process and run again (nothing finished is lost)"
+            ) from error
+        try:
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+            self.put_sweep_file(sweep, "lease.json", json.dumps(holder).encode())
+            yield
+        finally:
+            (folder / "lease.json").unlink(missing_ok=True)
+            lock.release()
+
+    def _record_keys(self) -> Iterator[str]:
+        names = self.backend.list("records")
+        keys = (name.removeprefix("records/").removesuffix(".json") for name in names)
+        return (key for key in keys if is_key(key))
+
+    def _get_record(self, room: str, key: str) -> Record | None:
+        name = _document(room, key)
+        data = self.backend.get(name)
+        return None if data is None else parse_record(data, key, self.backend.place(name))
+
+    def _read_record(self, key: str) -> tuple[Record, int] | None:
+        name = _document("records", key)
+        data = self.backend.get(name)
+        if data is None:
+            return None
+        return parse_record(data, key, self.backend.place(name)), len(data)
+
+    def _unguarded(self, name: str) -> bytes | None:
+        data = self.backend.get(name)
+        found = None if data is None else unguarded(data)
+        if data is not None and found is None:
+            logger.warning("%s is torn and left aside", self.backend.place(name))
+        return found
+
+    def _verified(self, name: str, digest: str, remedy: str) -> bytes:
+        data, place = self.backend.get(name), self.backend.place(name)
+        if data is None:
+            raise StoreError(f"{place} is missing; {remedy}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise StoreError(f"{place} is not what was written (its SHA-256 differs); {remedy}")
+        return data
+
+
+def _document(room: str, key: str) -> str:
+    return f"{room}/{check_key(key)}.json"
+
+
+def _file(room: str, key: str, name: str) -> str:
+    return f"{room}/{check_key(key)}/{check_part(name)}"
+
+
+def _blob(digest: str) -> str:
+    return f"blobs/{check_key(digest)}"
+
+
+def _sweep_file(sweep: str, name: str) -> str:
+    return "/".join(("sweeps", check_part(sweep), *check_name(name)))
+
+
+def _holder(folder: Path) -> str:
+    try:
+        data = json.loads((folder / "lease.json").read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["since"]))
+        return f"process {data['pid']} on {data['host']} since {since}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
