@@ -1,7 +1,7 @@
 """Tracker: the sweep as seen in MLflow; a view of the records, written by the driver alone.
 
-The only import of mlflow. Tracking never stops a sweep: what could not be sent is kept and sent
-again at `finish`; what still fails then is logged and sent by the next run of the same sweep.
+The only import of mlflow. Tracking never stops a sweep: a server that fails is left alone for a
+while; what it lacks is sent by `finish`, else by `dipgo-sweep sync` or the next run of the sweep.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from dipgo_core.errors import DipgoError, TrackingError
 from orchestrator.records import content_key
+from orchestrator.secrets import redact
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ KIND_TAG = "dipgo.kind"
 SWEEP_TAG = "dipgo.sweep"
 DIGEST_TAG = "dipgo.digest"
 PARENT_TAG = "mlflow.parentRunId"
+RETRY_S = 10.0  # before a server that failed is tried again; twice as long after each failure
+LONGEST_RETRY_S = 300.0
 _BATCH = 900  # a batch holds at most 1,000 metrics, parameters and tags together
 _PAGE = 1000
 
@@ -36,7 +39,7 @@ _STATUS: Mapping[RunState, str] = {"done": "FINISHED", "failed": "FAILED", "inte
 Series = Mapping[str, Sequence[tuple[int, float]]]  # metric -> (step, value), steps ascending
 
 
-_NO_SERIES: Series = MappingProxyType({})
+NO_SERIES: Series = MappingProxyType({})
 
 
 def _no_files() -> Mapping[str, bytes]:
@@ -92,9 +95,14 @@ class Tracker(Protocol):
         ...
 
     def finish(
-        self, state: RunState, *, folder: Path | None = None, series: Series = _NO_SERIES
+        self,
+        state: RunState,
+        *,
+        entries: Iterable[Entry] = (),
+        folder: Path | None = None,
+        series: Series = NO_SERIES,
     ) -> None:
-        """Send what is left, the report's files and metric series; close every run."""
+        """Write child runs as `log` does, the report's files and series; close every run."""
         ...
 
 
@@ -108,7 +116,12 @@ class NullTracker:
         pass
 
     def finish(
-        self, state: RunState, *, folder: Path | None = None, series: Series = _NO_SERIES
+        self,
+        state: RunState,
+        *,
+        entries: Iterable[Entry] = (),
+        folder: Path | None = None,
+        series: Series = NO_SERIES,
     ) -> None:
         pass
 
@@ -127,65 +140,95 @@ def tracking_uri(uri: str | None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What the server is known to show of a run. digest: of the entry it shows whole."""
+
+    run_id: str
+    status: str
+    digest: str | None = None
+    parent: str | None = None
+    params: bool = False
+
+
 class MlflowTracker:
     """One experiment: a parent run per resolved sweep file, a child run per search and point.
 
     A run is found again by the tag `dipgo.task_key`, which is set when the run is created, so a
     driver that was killed at any moment leaves nothing that the next one does not take up.
+    missing: keys of entries that could not be written so far.
     """
 
     def __init__(self, experiment: str, uri: str | None = None) -> None:
         self.experiment = experiment
         self.uri = tracking_uri(uri)
+        self.missing: set[str] = set()
         self._sweep: SweepRun | None = None
         self._experiment_id: str | None = None
         self._parent: str | None = None
-        self._runs: dict[str, Any] = {}  # task key -> mlflow Run, as last seen
-        self._unsent: dict[str, Entry] = {}
-        self._down = False
+        self._runs: dict[str, _Shown] = {}  # by task key
+        self._retry_at: float | None = None  # on the monotonic clock; None: nothing failed
+        self._pause_s = RETRY_S
         self._client: Any = None
+
+    @property
+    def down(self) -> bool:
+        """Whether the last attempt to reach the server failed."""
+        return self._retry_at is not None
 
     def start(self, sweep: SweepRun) -> None:
         self._sweep = sweep
-        self._attempt("open the parent run", self._open)
+        self._parent = None
+        self._reach()
 
     def log(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            done = not self._down and self._attempt(f"log {entry.name}", partial(self._put, entry))
-            if not done:
-                self._unsent[entry.key] = entry
+            if self._reach() and self._attempt(f"log {entry.name}", partial(self._put, entry)):
+                self.missing.discard(entry.key)
+            else:
+                self.missing.add(entry.key)
 
     def finish(
-        self, state: RunState, *, folder: Path | None = None, series: Series = _NO_SERIES
+        self,
+        state: RunState,
+        *,
+        entries: Iterable[Entry] = (),
+        folder: Path | None = None,
+        series: Series = NO_SERIES,
     ) -> None:
-        self._send_again()
-        if not self._down:
+        self._retry_at = None  # one more attempt, however short ago the last one was
+        if self._reach():
+            self.log(entries)
+        else:
+            self.missing.update(entry.key for entry in entries)
+        if not self.down:
             self._attempt("close the runs", lambda: self._close(state, folder, series))
-        if self._unsent:
+        if self.missing:
             logger.warning(
-                "tracking: %d runs could not be sent to %s; run the sweep again to send them "
+                "tracking: %d runs could not be sent to %s; `dipgo-sweep sync` sends them "
                 "(nothing is computed anew)",
-                len(self._unsent),
-                self.uri,
+                len(self.missing),
+                redact(self.uri),
             )
 
-    def _send_again(self) -> None:
-        if not self._down:
-            return
-        self._down = False
-        if self._parent is not None or self._attempt("open the parent run", self._open):
-            unsent, self._unsent = list(self._unsent.values()), {}
-            self.log(unsent)
+    def _reach(self) -> bool:
+        """Return whether the parent run is open, after an attempt where one is due."""
+        if self._retry_at is not None and time.monotonic() < self._retry_at:
+            return False
+        return self._parent is not None or self._attempt("open the parent run", self._open)
 
     def _attempt(self, what: str, action: Callable[[], None]) -> bool:
-        """Run `action`; a failure is logged and, until `finish`, stops further calls."""
+        """Run `action`; a failure is logged, and leaves the server alone for a while."""
         try:
             action()
         except Exception as error:  # a view must not stop the sweep, whatever its server raises
-            self._down = True
+            self._retry_at = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, LONGEST_RETRY_S)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            logger.warning("tracking: could not %s at %s: %s", what, self.uri, reason)
+            where = redact(self.uri)
+            logger.warning("tracking: could not %s at %s: %s", what, where, redact(reason))
             return False
+        self._retry_at, self._pause_s = None, RETRY_S
         return True
 
     def _open(self) -> None:
@@ -193,51 +236,59 @@ class MlflowTracker:
         self._client = self._client or _client(self.uri)
         self._experiment_id = _experiment(self._client, self.experiment, self.uri)
         found = _search(self._client, self._experiment_id, self._sweep.name)
-        self._runs = {run.data.tags[KEY_TAG]: run for run in found if KEY_TAG in run.data.tags}
+        self._runs = {r.data.tags[KEY_TAG]: _shown(r) for r in found if KEY_TAG in r.data.tags}
         name = f"{self._sweep.name} {self._sweep.digest[:12]}"
         parent = self._take_up(self._sweep.key, "sweep", name, {})
-        if not parent.data.params:
-            _log_batches(self._client, parent.info.run_id, params=self._sweep.params)
-        self._parent = parent.info.run_id
+        if not parent.params:
+            _log_batches(self._client, parent.run_id, params=self._sweep.params)
+        self._parent = parent.run_id
 
-    def _take_up(self, key: str, kind: str, name: str, tags: Mapping[str, str]) -> Any:
+    def _take_up(self, key: str, kind: str, name: str, tags: Mapping[str, str]) -> _Shown:
         """Return the run with this key; create it, with the key among its first tags, if absent."""
         if key not in self._runs:
             assert self._sweep is not None
             own = {KEY_TAG: key, KIND_TAG: kind, SWEEP_TAG: self._sweep.name}
-            self._runs[key] = self._client.create_run(
+            created = self._client.create_run(
                 self._experiment_id, tags={**own, **tags}, run_name=name
             )
+            self._runs[key] = _shown(created)
         return self._runs[key]
 
     def _put(self, entry: Entry) -> None:
         assert self._parent is not None
         run = self._take_up(entry.key, entry.kind, entry.name, {PARENT_TAG: self._parent})
-        run_id, tags = run.info.run_id, run.data.tags
-        written = tags.get(DIGEST_TAG) == entry.digest
+        written = run.digest == entry.digest
         if not written:
             self._reopen_parent()
             self._write(run, entry)
-        if tags.get(PARENT_TAG) != self._parent:
-            self._client.set_tag(run_id, PARENT_TAG, self._parent)
-        if not written or run.info.status != _STATUS[entry.state]:
-            self._client.set_terminated(run_id, _STATUS[entry.state])
-            self._runs[entry.key] = self._client.get_run(run_id)
+        if run.parent != self._parent:
+            self._client.set_tag(run.run_id, PARENT_TAG, self._parent)
+        status = _STATUS[entry.state]
+        if not written or run.status != status:
+            self._client.set_terminated(run.run_id, status)
+        self._runs[entry.key] = _Shown(
+            run_id=run.run_id,
+            status=status,
+            digest=entry.digest,
+            parent=self._parent,
+            params=True,
+        )
 
     def _reopen_parent(self) -> None:
         """Show the sweep as running again, now that something new comes in."""
         assert self._sweep is not None
         parent = self._runs[self._sweep.key]
-        if parent.info.status != "RUNNING":
+        if parent.status != "RUNNING":
             self._client.update_run(self._parent, status="RUNNING")
-            self._runs[self._sweep.key] = self._client.get_run(self._parent)
+            self._runs[self._sweep.key] = replace(parent, status="RUNNING")
 
-    def _write(self, run: Any, entry: Entry) -> None:
+    def _write(self, run: _Shown, entry: Entry) -> None:
         """Write files and curves first and the digest last, with the figures, in one batch."""
-        run_id = run.info.run_id
+        run_id = run.run_id
         _log_files(self._client, run_id, _files_of(entry))
         self._log_series(run_id, entry.curves)
-        params = {k: v for k, v in entry.params.items() if k not in run.data.params}
+        there = self._client.get_run(run_id).data.params if run.params else {}
+        params = {k: v for k, v in entry.params.items() if k not in there}
         tags = {**entry.tags, DIGEST_TAG: entry.digest}
         _log_batches(self._client, run_id, metrics=_once(entry.metrics), params=params, tags=tags)
 
@@ -278,6 +329,17 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
+def _shown(run: Any) -> _Shown:
+    tags = run.data.tags
+    return _Shown(
+        run_id=run.info.run_id,
+        status=run.info.status,
+        digest=tags.get(DIGEST_TAG),
+        parent=tags.get(PARENT_TAG),
+        params=bool(run.data.params),
+    )
+
+
 def _experiment(client: Any, name: str, uri: str) -> str:
     """Return the id of the experiment, created with artifacts beside a sqlite database.
 
@@ -289,7 +351,7 @@ def _experiment(client: Any, name: str, uri: str) -> str:
         return str(client.create_experiment(name, artifact_location=_artifact_location(uri, name)))
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"experiment {name!r} was deleted on {uri}: restore it there, or set "
+            f"experiment {name!r} was deleted on {redact(uri)}: restore it there, or set "
             "tracking.experiment to another name"
         )
     return str(found.experiment_id)
