@@ -46,7 +46,22 @@ def subnet_of(
     **provenance: Any,
 ) -> SubNet:
     """Return the SubNet that runs `gates` (closed) on this model and sampler."""
-    scheduler = noise_scheduler(model, sampler)
+    return subnet_from(
+        graph, gates, model_facts(model), sampler_facts(model, sampler), **provenance
+    )
+
+
+def subnet_from(
+    graph: BlockGraph,
+    gates: GateTable,
+    model: Mapping[str, Any],
+    sampler: Mapping[str, Any],
+    **provenance: Any,
+) -> SubNet:
+    """Return the SubNet that runs `gates` (closed) on a model that need not be loaded.
+
+    model, sampler: as `model_facts` and `sampler_facts` tell them.
+    """
     closed = graph.close(gates)
     macs = {
         convention: {
@@ -56,36 +71,48 @@ def subnet_of(
         }
         for convention in ("all", "paper")
     }
-    model_config, scheduler_config = deciding_config(model.denoiser), deciding_config(scheduler)
     return SubNet(
         gates=closed,
         block_names=graph.names,
         reuse=tuple(block.reuse for block in graph.blocks),
         granularity=graph.granularity,
-        model={
-            "family": model.family.name,
-            "id": model.settings.id,
-            "revision": model.settings.revision,
-            "base": model.settings.base,
-            "resolution": model.settings.resolution,
-            "denoiser": type(model.denoiser).__name__,
-            "config": model_config,
-            "config_sha256": config_sha256(model_config),
-            "latent_side": model.latent_side,
-            "tokens": tokens_of(model.pipe, model.family, model.settings.id),
-        },
-        sampler={
-            "scheduler": type(scheduler).__name__,
-            "config": scheduler_config,
-            "config_sha256": config_sha256(scheduler_config),
-            "steps": sampler.steps,
-            "custom": sampler.custom,
-            "timesteps": timesteps_of(scheduler),
-            "guidance_scale": sampler.guidance_scale,
-        },
+        model=model,
+        sampler=sampler,
         macs={**macs["all"], "convention": "all", "paper": macs["paper"]},
         provenance=provenance,
     )
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    """Return what a SubNet says of its model: where it is from, its denoiser's config, sizes."""
+    config = deciding_config(model.denoiser)
+    return {
+        "family": model.family.name,
+        "id": model.settings.id,
+        "revision": model.settings.revision,
+        "base": model.settings.base,
+        "resolution": model.settings.resolution,
+        "denoiser": type(model.denoiser).__name__,
+        "config": config,
+        "config_sha256": config_sha256(config),
+        "latent_side": model.latent_side,
+        "tokens": tokens_of(model.pipe, model.family, model.settings.id),
+    }
+
+
+def sampler_facts(model: LoadedModel, sampler: SamplerSettings) -> dict[str, Any]:
+    """Return what a SubNet says of its sampler: the noise scheduler's config and timesteps."""
+    scheduler = noise_scheduler(model, sampler)
+    config = deciding_config(scheduler)
+    return {
+        "scheduler": type(scheduler).__name__,
+        "config": config,
+        "config_sha256": config_sha256(config),
+        "steps": sampler.steps,
+        "custom": sampler.custom,
+        "timesteps": timesteps_of(scheduler),
+        "guidance_scale": sampler.guidance_scale,
+    }
 
 
 def scheduler_of(subnet: SubNet) -> Any:

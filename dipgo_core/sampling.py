@@ -29,12 +29,13 @@ from dipgo_core.pipelines import LoadedModel
 class Batch:
     """What a batch of images is generated from: one item and one noise seed an image.
 
-    Texts are encoded once, whatever number of rollouts a batch is used for.
+    Texts are encoded once for each guidance, whatever number of rollouts a batch is used for: some
+    pipelines encode the empty prompt only where guidance asks for it.
     """
 
     items: tuple[Item, ...]
     seeds: tuple[int, ...]
-    _encoded: list[Any] = field(default_factory=list, repr=False)
+    _encoded: dict[float, list[Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.items) != len(self.seeds):
@@ -168,7 +169,8 @@ def rollout(
         return result
 
     on_call(0)
-    with _hooked(model.pipe.scheduler, "step", stepped), _encoded_once(model.pipe, batch):
+    encoded = batch._encoded.setdefault(sampler.guidance_scale, [])
+    with _hooked(model.pipe.scheduler, "step", stepped), _encoded_once(model.pipe, encoded):
         return _undecoded(model.pipe, arguments)
 
 
@@ -217,8 +219,8 @@ def _not_upcast(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _encoded_once(pipe: Any, batch: Batch) -> Iterator[None]:
-    """Give back what `encode_prompt` returned when the batch was run first, call by call."""
+def _encoded_once(pipe: Any, encoded: list[Any]) -> Iterator[None]:
+    """Give back what `encode_prompt` returned at first, call by call; kept in `encoded`."""
     if not hasattr(pipe, "encode_prompt"):
         yield
         return
@@ -226,10 +228,10 @@ def _encoded_once(pipe: Any, batch: Batch) -> Iterator[None]:
 
     def intercept(encode: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = next(calls)
-        if number == len(batch._encoded):
+        if number == len(encoded):
             with torch.no_grad():
-                batch._encoded.append(encode(*args, **kwargs))
-        return batch._encoded[number]
+                encoded.append(encode(*args, **kwargs))
+        return encoded[number]
 
     with _hooked(pipe, "encode_prompt", intercept):
         yield

@@ -18,6 +18,7 @@ from orchestrator.plan import Memo, build_plan
 from orchestrator.planned import Plan, PlannedTask
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.records import Pool, Record, Task, TaskKind
+from orchestrator.resources import latency_resources
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.task import run_task
@@ -82,19 +83,20 @@ class Audience(Protocol):
     def finish(self, result: RunResult) -> None: ...
 
 
-def local_device(sweep: SweepFile) -> str:
+def local_device(sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> str:
     """Return the name of the device that this machine would measure latencies on."""
-    return device_name("cuda" if sweep.resources.latency.gpus else "cpu")
+    return device_name("cuda" if latency_resources(sweep, facts).gpus else "cpu")
 
 
-def latency_device(sweep: SweepFile, executor: Executor) -> str:
+def latency_device(sweep: SweepFile, facts: Mapping[str, ModelFacts], executor: Executor) -> str:
     """Return the name of the device that latencies of this sweep are keyed on in a run.
 
     Raises:
         TaskError: the executor has no device that fits.
     """
-    measured = any("latency" in model.evaluate.metrics for model in sweep.models)
-    return executor.latency_device(sweep.resources.latency) if measured else local_device(sweep)
+    if any("latency" in model.evaluate.metrics for model in sweep.models):
+        return executor.latency_device(latency_resources(sweep, facts))
+    return local_device(sweep, facts)
 
 
 def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
@@ -109,7 +111,7 @@ def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
     last = _last_run(sweep, store)
     sweep, facts = as_last_run(sweep, last)
     facts = with_kept_items(facts, store.get_blob)
-    device = last.get("device") or local_device(sweep)
+    device = last.get("device") or local_device(sweep, facts)
     sweep = with_gpu_memory(sweep, last.get("gpu_memory_gb") or local_gpu_memory_gb())
     records = store.records()
     memo: Memo = {}
@@ -150,7 +152,7 @@ def run_sweep(
             ready = prepare(sweep, last=last)
         else:
             ready = Ready(sweep=sweep, facts=facts, commits={})
-        device = latency_device(sweep, executor)
+        device = latency_device(ready.sweep, ready.facts, executor)
         memory = local_gpu_memory_gb()
         fitted = with_gpu_memory(ready.sweep, memory)
         source = SweepTasks(fitted, store, ready.facts, device, audience, on_event)

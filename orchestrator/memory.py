@@ -26,15 +26,15 @@ from orchestrator.methods import (
     searches,
     step_mask_search,
 )
-from orchestrator.records import TaskKind
-from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
+from orchestrator.resources import resources_of
+from orchestrator.sweep_settings import AskedResources, ResourceKind, SweepFile, SweepModel
 
 GB: Final = 10**9
 _SPLITS: Final[tuple[Split, ...]] = ("test", "calibration")
 #: Sides of tiles are whole latents: 8 pixels in all known autoencoders.
 _LATENT: Final = 8
-#: Kinds of tasks that have resources of their own.
-_KINDS: Final[tuple[TaskKind, ...]] = ("reference", "search", "evaluate", "latency")
+#: What may take a GPU.
+_KINDS: Final[tuple[ResourceKind, ...]] = ("reference", "search", "evaluate", "latency")
 #: Pipelines that decode in float32 if the autoencoder asks for it and the rest is float16.
 _UPCASTING: Final = ("sdxl",)
 
@@ -53,7 +53,7 @@ class MemoryRow:
     """
 
     model: str
-    kind: TaskKind
+    kind: ResourceKind
     what: Split | int | SearchSettings
     label: str
     asked: int
@@ -124,7 +124,7 @@ class ModelMemory:
     rows: tuple[MemoryRow, ...]
     tile: int | None
 
-    def fit(self, kind: TaskKind, what: Split | int | SearchSettings) -> Fit:
+    def fit(self, kind: ResourceKind, what: Split | int | SearchSettings) -> Fit:
         """Return how a task is run."""
         return next(row.fit for row in self.rows if (row.kind, row.what) == (kind, what))
 
@@ -135,10 +135,10 @@ def with_gpu_memory(sweep: SweepFile, found_gb: float | None) -> SweepFile:
     Tasks that take a part of a GPU have that part of its memory.
     """
 
-    def filled(resources: TaskResources) -> TaskResources:
-        if not resources.gpus or resources.gpu_memory_gb is not None or found_gb is None:
-            return resources
-        return replace(resources, gpu_memory_gb=found_gb * min(1.0, resources.gpus))
+    def filled(asked: AskedResources) -> AskedResources:
+        if asked.gpus == 0 or asked.gpu_memory_gb is not None or found_gb is None:
+            return asked
+        return replace(asked, gpu_memory_gb=found_gb * min(1.0, asked.gpus or 1.0))
 
     each: dict[str, Any] = {kind: filled(getattr(sweep.resources, kind)) for kind in _KINDS}
     return replace(sweep, resources=replace(sweep.resources, **each))
@@ -184,7 +184,7 @@ class ModelLoads:
 
     def _generation(
         self,
-        kind: TaskKind,
+        kind: ResourceKind,
         what: Split | int | SearchSettings,
         images: int,
         *,
@@ -215,7 +215,7 @@ class ModelLoads:
         return self._row("search", settings, settings.batch_size, fit)
 
     def _row(
-        self, kind: TaskKind, what: Split | int | SearchSettings, asked: int, fit: Fit
+        self, kind: ResourceKind, what: Split | int | SearchSettings, asked: int, fit: Fit
     ) -> MemoryRow:
         label = search_label(what) if isinstance(what, SearchSettings) else f"{what}"
         return MemoryRow(
@@ -253,9 +253,8 @@ class ModelLoads:
         source = self.model.evaluate if split == "test" else self.model.calibration
         return source.batch_size
 
-    def _limit(self, kind: TaskKind) -> int | None:
-        resources: TaskResources = getattr(self.sweep.resources, kind)
-        memory = resources.gpu_memory_gb
+    def _limit(self, kind: ResourceKind) -> int | None:
+        memory = resources_of(self.sweep, kind, self.facts).gpu_memory_gb
         return None if memory is None else round(memory * GB)
 
     @property
@@ -287,7 +286,7 @@ class ModelLoads:
 
 
 _SMALLER: Final = "Give it a larger GPU, or the model a dtype of 16 bits or a smaller resolution"
-_NEXT: Final[Mapping[TaskKind, str]] = {
+_NEXT: Final[Mapping[ResourceKind, str]] = {
     "reference": f"{_SMALLER}.",
     "evaluate": f"{_SMALLER}, or leave out metrics of large scorers.",
     "search": f"{_SMALLER}; fewer sampler.steps keep fewer caches, and best_step_mask takes "

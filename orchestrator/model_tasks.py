@@ -21,15 +21,23 @@ from orchestrator.memory import ModelLoads, ModelMemory
 from orchestrator.methods import PointSpec, point_specs, search_label
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
-from orchestrator.sweep_settings import SweepFile, SweepModel, TaskResources
+from orchestrator.resources import resources_of
+from orchestrator.sweep_settings import ResourceKind, SweepFile, SweepModel
 
 #: Libraries that decide images, and those that only decide what images are found to be worth.
 _GENERATING = ("torch", "diffusers", "transformers")
 _SCORING = ("torchmetrics", "torch-fidelity", "torchvision")
 
-#: A race reads a few arrays and computes for seconds.
-_RACE = TaskResources()
-
+#: What tasks of a kind occupy, of the kinds that a sweep file knows; those of images differ.
+_RESOURCES: Final[Mapping[TaskKind, ResourceKind]] = {
+    "reference": "reference",
+    "images": "evaluate",
+    "statistics": "evaluate",
+    "search": "search",
+    "evaluate": "evaluate",
+    "latency": "latency",
+    "race": "score",
+}
 
 #: The options that say where a model lies here, and what they replace.
 _LOCAL: Final = {"model_folder": "id", "model_base": "base"}
@@ -320,7 +328,7 @@ class ModelTasks:
                 "keep": list(keep),
                 "dense_sampler": self.model.sampler.to_json(),
                 "device": self.device,
-                "threads": max(1, round(self.sweep.resources.latency.cpus)),
+                "threads": max(1, round(resources_of(self.sweep, "latency", self.facts).cpus)),
                 "attention": "default",  # of diffusers; nothing is compiled
                 "compile": "none",
                 "batch_size": batch_size,
@@ -374,11 +382,7 @@ class ModelTasks:
         needs: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Task:
-        resources: TaskResources = (
-            _RACE
-            if kind == "race"
-            else getattr(self.sweep.resources, "evaluate" if kind == "statistics" else kind)
-        )
+        resources = resources_of(self.sweep, _RESOURCES[kind], self.facts)
         model = {
             **self.model.settings.to_json(),
             "resolution": self.facts.height,  # one key, whether the sweep file says it or not
@@ -401,4 +405,5 @@ class ModelTasks:
             affinity=f"{self.facts.weights_sha256}/{self.model.settings.dtype}",
             cpus=resources.cpus,
             gpus=resources.gpus,
+            accelerator=resources.accelerator,
         )

@@ -28,6 +28,7 @@ Metric = Literal[
     "fid", "kid", "cmmd", "clip", "image_reward", "psnr", "ssim", "lpips", "dino", "latency"
 ]
 PromptKind = Literal["bundled", "file", "hub", "labels"]
+ResourceKind = Literal["reference", "search", "evaluate", "latency", "score"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
 Axes = Mapping[str, tuple[Any, ...]]
@@ -162,26 +163,41 @@ class SweepModel:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResources:
-    """What one task of a kind occupies on its node.
+    """What one task occupies on its node (`orchestrator.resources` works it out).
 
     gpu_memory_gb: what it may use of a GPU's memory, in 10^9 bytes; None: of the GPU that is there,
-    and without one nothing is made to fit.
+    and without one nothing is made to fit. accelerator: Ray's name of the GPU type; None: any.
     """
 
     cpus: float = 1.0
     gpus: float = 0.0
     gpu_memory_gb: float | None = None
-    accelerator: str | None = None  # Ray's name of the GPU type; only latency tasks ask for one
+    accelerator: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedResources:
+    """What a sweep file says of `TaskResources`; None: estimated by the size of the model."""
+
+    cpus: float | None = None
+    gpus: float | None = None
+    gpu_memory_gb: float | None = None
+    accelerator: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What tasks occupy, by kind, and how many images one shard of an evaluation has."""
+    """What tasks occupy, by what they do, and how many images one shard of a run has.
 
-    reference: TaskResources = field(default_factory=TaskResources)
-    search: TaskResources = field(default_factory=TaskResources)
-    evaluate: TaskResources = field(default_factory=TaskResources)
-    latency: TaskResources = field(default_factory=TaskResources)
+    reference: images of the dense run. evaluate: images of the points, and features of references.
+    score: figures of images that others have made, and races.
+    """
+
+    reference: AskedResources = field(default_factory=AskedResources)
+    search: AskedResources = field(default_factory=AskedResources)
+    evaluate: AskedResources = field(default_factory=AskedResources)
+    latency: AskedResources = field(default_factory=AskedResources)
+    score: AskedResources = field(default_factory=AskedResources)
     images_per_shard: int = 500
 
 

@@ -108,9 +108,9 @@ def evaluate_shards(
 
     Neither images nor anything else of a shard stays in memory once it was yielded.
 
-    sampler: of this run; few-step baselines differ from the protocol's. dense: needed for paired
-    metrics, except by the dense run itself. shards: which images to make (see `shards_of`), all in
-    one shard by default.
+    sampler: of this run; few-step baselines differ from the protocol's. scorers: by role; features
+    are made by all of them that make any. dense: needed for paired metrics, except by the dense run
+    itself. shards: which images to make (see `cut`), all in one shard by default.
 
     Raises:
         EvaluationError: items, scorers or dense images are not the protocol's; broken images.
@@ -308,16 +308,16 @@ def _check_inputs(
     paired = set(PAIRED) & set(protocol.metrics)
     if dense is None and not itself and paired:
         raise EvaluationError(f"{' and '.join(sorted(paired))} need the dense images: give `dense`")
-    check_scorers(protocol, scorers)
+    check_scorers(protocol.scorers, scorers)
 
 
-def check_scorers(protocol: Protocol, scorers: Scorers) -> None:
-    """Check that the networks in memory are those of the protocol.
+def check_scorers(planned: Mapping[Role, Scorer], scorers: Scorers) -> None:
+    """Check that the networks in memory are those that were planned with.
 
     Raises:
         EvaluationError: one of them is another, or missing.
     """
-    for role, wanted in protocol.scorers.items():
+    for role, wanted in planned.items():
         loaded = scorers[role].scorer if role in scorers else None
         if loaded != wanted:
             raise EvaluationError(f"the protocol's {role} are by {wanted}, loaded is {loaded}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,33 @@ class ShardResult:
 
 
 def shards_of(protocol: Protocol, shard_size: int, first: int = 0) -> tuple[range, ...]:
-    """Return the image indices of each shard, in order, from image `first` on."""
     return tuple(
         range(start, min(start + shard_size, protocol.images))
         for start in range(first, protocol.images, shard_size)
+    )
+
+
+def cut(images: range, size: int, at: Sequence[int] = ()) -> tuple[range, ...]:
+    """Return shards of images, in order: cut at every `size`-th image of the run, and at `at`.
+
+    Cuts do not depend on where the images end, so that runs of other lengths share their shards.
+    """
+    inner = {*range(0, images.stop, size), *at}
+    ends = sorted({images.start, *(c for c in inner if c in images), images.stop})
+    return tuple(range(start, stop) for start, stop in pairwise(ends))
+
+
+def first_of(shard: ShardResult, protocol: Protocol) -> ShardResult:
+    """Return what a protocol asks of a shard that may have more images, metrics and features."""
+    count = min(shard.stop, protocol.images) - shard.start
+    metrics, roles = protocol.metrics, protocol.scorers.keys()
+    return ShardResult(
+        start=shard.start,
+        stop=shard.start + count,
+        scores={name: rows[:count] for name, rows in shard.scores.items() if name in metrics},
+        features={role: rows[:count] for role, rows in shard.features.items() if role in roles},
+        samples=shard.samples[:count],
+        forwards=shard.forwards * count // (shard.stop - shard.start),
     )
 
 

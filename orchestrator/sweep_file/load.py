@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -31,6 +32,7 @@ from orchestrator.sweep_file.overrides import apply_overrides
 from orchestrator.sweep_issues import Issues, SweepIssue
 from orchestrator.sweep_settings import (
     SCHEMA_VERSION,
+    AskedResources,
     Budget,
     LatencySettings,
     Metric,
@@ -38,7 +40,6 @@ from orchestrator.sweep_settings import (
     Resources,
     SweepFile,
     SweepModel,
-    TaskResources,
     Tracking,
 )
 from orchestrator.yaml_source import Node, parse_yaml
@@ -166,53 +167,42 @@ def _objective(node: Node, issues: Issues, models: Sequence[SweepModel]) -> Obje
 
 
 def _resources(node: Node, issues: Issues) -> Resources:
-    """Read `resources`; what makes images or times them takes what evaluations take."""
+    """Read `resources`; what makes the dense images or times them takes what evaluations take."""
     with Fields(node, issues) as fields:
-        evaluate = _task_resources(fields.section("evaluate"), issues, TaskResources())
+        evaluate = _asked(fields.section("evaluate"), issues)
         return Resources(
-            reference=_task_resources(fields.section("reference"), issues, evaluate),
-            search=_task_resources(fields.section("search"), issues, TaskResources()),
+            reference=_asked(fields.section("reference"), issues, evaluate),
+            search=_asked(fields.section("search"), issues),
             evaluate=evaluate,
-            latency=_latency_resources(fields.section("latency"), issues, evaluate),
+            latency=_asked(fields.section("latency"), issues, evaluate),
+            score=_asked(fields.section("score"), issues),
             images_per_shard=fields.get("images_per_shard", whole(1), 500),
         )
 
 
-def _task_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
+def _asked(
+    node: Node, issues: Issues, default: AskedResources = AskedResources()
+) -> AskedResources:
+    """Read what tasks of a kind take, and on which type of GPU they run."""
     with Fields(node, issues) as fields:
-        gpus = fields.get("gpus", number(0), default.gpus)
-        return TaskResources(
-            cpus=fields.get("cpus", number(above=0), default.cpus),
+        gpus = fields.maybe("gpus", number(0))
+        asked = AskedResources(
+            cpus=fields.maybe("cpus", number(above=0)),
             gpus=gpus,
-            gpu_memory_gb=_gpu_memory(fields, issues, gpus, default),
+            gpu_memory_gb=fields.maybe("gpu_memory_gb", number(above=0)),
+            accelerator=fields.maybe("accelerator", text()),
         )
+        none = (default.gpus if gpus is None else gpus) == 0
+        for name, what in _OF_A_GPU.items():
+            if getattr(asked, name) is not None and none:
+                rule = f"is {what}, but the tasks take none: give `gpus` of the same kind too"
+                issues.add(fields.place(name).issue(rule))
+        given = {name: value for name, value in asdict(asked).items() if value is not None}
+        return replace(default, **(given | (dict.fromkeys(_OF_A_GPU) if none else {})))
 
 
-def _gpu_memory(
-    fields: Fields, issues: Issues, gpus: float, default: TaskResources
-) -> float | None:
-    """Read how much of a GPU's memory a task may use."""
-    memory = fields.maybe("gpu_memory_gb", number(above=0))
-    if memory is not None and not gpus:
-        rule = "is memory of a GPU, but the tasks take none: give `gpus` of the same kind too"
-        issues.add(fields.place("gpu_memory_gb").issue(rule))
-    return default.gpu_memory_gb if memory is None and gpus else memory
-
-
-def _latency_resources(node: Node, issues: Issues, default: TaskResources) -> TaskResources:
-    """Read what a latency task takes, and on which type of GPU all of them run."""
-    with Fields(node, issues) as fields:
-        gpus = fields.get("gpus", number(0), default.gpus)
-        accelerator = fields.maybe("accelerator", text())
-        if accelerator is not None and not gpus:
-            rule = "is a type of GPU, but latency takes none: give resources.latency.gpus too"
-            issues.add(fields.place("accelerator").issue(rule))
-        return TaskResources(
-            cpus=fields.get("cpus", number(above=0), default.cpus),
-            gpus=gpus,
-            gpu_memory_gb=_gpu_memory(fields, issues, gpus, default),
-            accelerator=accelerator,
-        )
+#: What can only be asked of a GPU.
+_OF_A_GPU: Final = {"gpu_memory_gb": "memory of a GPU", "accelerator": "a type of GPU"}
 
 
 def _latency(node: Node, issues: Issues) -> LatencySettings:

@@ -19,7 +19,7 @@ from orchestrator import driver
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
-from orchestrator.sweep_settings import Budget, Resources, TaskResources
+from orchestrator.sweep_settings import Budget, AskedResources, Resources, TaskResources
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
     Listener,
@@ -112,7 +112,7 @@ def test_run_sweep_keeps_the_inputs_of_workers(store: Store) -> None:
 
 
 def test_run_sweep_stops_starting_tasks_at_the_budget(store: Store) -> None:
-    gpu = TaskResources(cpus=1, gpus=1)
+    gpu = AskedResources(cpus=1, gpus=1)
     sweep = replace(
         tiny_sweep(),
         resources=Resources(reference=gpu, search=gpu, evaluate=gpu, latency=gpu),
@@ -199,7 +199,7 @@ class Remote(InProcessExecutor):
 def test_run_sweep_plans_latencies_for_the_executors_device(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = Resources(latency=TaskResources(gpus=1, accelerator="A100"))
+    gpu = Resources(latency=AskedResources(gpus=1, accelerator="A100"))
     sweep = replace(tiny_sweep(), resources=gpu)
     facts = tiny_facts(sweep)
     driver.run_sweep(sweep, store, Remote(), Listener(), run_task=run_tiny_task, facts=facts)

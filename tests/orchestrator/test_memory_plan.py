@@ -21,7 +21,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.records import Task
 from orchestrator.store import open_store
-from orchestrator.sweep_settings import Baseline, Resources, SearchGrid, SweepFile, TaskResources
+from orchestrator.sweep_settings import AskedResources, Baseline, Resources, SearchGrid, SweepFile
 from tests.orchestrator.tiny_sweep import Listener, tiny_facts, tiny_sweep
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -31,7 +31,7 @@ def sdxl_sweep(
     gpu_memory_gb: float | None, *, images: int = 1, dtype: Any = "float16"
 ) -> SweepFile:
     """The tiny sweep, of SDXL at 1024 pixels, 50 calls, on GPUs of this size."""
-    gpu = TaskResources(gpus=1, gpu_memory_gb=gpu_memory_gb)
+    gpu = AskedResources(gpus=1, gpu_memory_gb=gpu_memory_gb)
     sweep = tiny_sweep()
     (model,) = sweep.models
     model = replace(
@@ -95,7 +95,7 @@ def test_images_at_a_time_are_no_part_of_a_key() -> None:
 def small(gb: float) -> SweepFile:
     """Only searches have a small GPU."""
     sweep = sdxl_sweep(None)
-    search = TaskResources(gpus=1, gpu_memory_gb=gb)
+    search = AskedResources(gpus=1, gpu_memory_gb=gb)
     return replace(sweep, resources=replace(sweep.resources, search=search))
 
 
@@ -131,7 +131,7 @@ def test_a_run_that_cannot_fit_computes_nothing(tmp_path: Any) -> None:
 
 def test_the_memory_of_the_gpu_that_is_there_is_filled_in() -> None:
     parts = Resources(
-        search=TaskResources(gpus=0.5), evaluate=TaskResources(gpus=1, gpu_memory_gb=20)
+        search=AskedResources(gpus=0.5), reference=AskedResources(gpus=0), evaluate=AskedResources(gpus=1, gpu_memory_gb=20)
     )
     found = with_gpu_memory(replace(tiny_sweep(), resources=parts), 80).resources
     assert (found.search.gpu_memory_gb, found.evaluate.gpu_memory_gb) == (40, 20)

@@ -21,7 +21,7 @@ from dipgo_core.config import SearchSettings
 from dipgo_core.errors import SweepFileError
 from dipgo_core.families import FAMILIES, find_known
 from orchestrator.sweep_file import SweepFile, load_sweep
-from orchestrator.sweep_settings import Budget
+from orchestrator.sweep_settings import AskedResources, Budget
 
 SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 Load = Callable[..., SweepFile]
@@ -305,6 +305,13 @@ def test_latency_takes_one_accelerator(load: Load) -> None:
     assert resources.evaluate.accelerator is None
 
 
+def test_what_is_not_given_is_left_to_the_size_of_the_model(load: Load) -> None:
+    resources = load(SMALL + "resources: {search: {accelerator: A100}, score: {cpus: 4}}").resources
+    assert (resources.search.gpus, resources.search.accelerator) == (None, "A100")
+    assert (resources.score.cpus, resources.score.gpus) == (4, None)
+    assert resources.evaluate == AskedResources()
+
+
 def test_gpu_memory_is_handed_down_like_gpus(load: Load) -> None:
     text = "resources: {evaluate: {gpus: 1, gpu_memory_gb: 24}, search: {gpus: 1}}"
     resources = load(SMALL + text).resources
@@ -363,11 +370,14 @@ BROKEN = [
         "6:34: latency.max_warmup: must be at least warmup (9)",
     ),
     ("latency: {batch_size: [8, 8]}", "6:27: latency.batch_size.1: is listed twice: 8"),
-    ("resources: {latency: {accelerator: A100}}", "6:36: resources.latency.accelerator: is a type"),
-    ("resources: {search: {accelerator: A100}}", "6:22: resources.search.accelerator: unknown key"),
     (
-        "resources: {search: {gpu_memory_gb: 24}}",
-        "6:37: resources.search.gpu_memory_gb: is memory of a GPU, but the tasks take none",
+        "resources: {latency: {gpus: 0, accelerator: A100}}",
+        "6:45: resources.latency.accelerator: is a type of GPU, but the tasks take none",
+    ),
+    ("resources: {score: {accelerator: 5}}", "6:34: resources.score.accelerator: must be text"),
+    (
+        "resources: {search: {gpus: 0, gpu_memory_gb: 24}}",
+        "6:46: resources.search.gpu_memory_gb: is memory of a GPU, but the tasks take none",
     ),
     ("resources: {search: {gpu: 1}}", "6:22: resources.search.gpu: unknown key"),
     ("resources: {search: {gpus: -1}}", "6:28: resources.search.gpus: must be a number, at least"),
