@@ -13,7 +13,6 @@ TEMPORARY = ".tmp"
 
 def replace(path: Path, data: bytes, *, durable: bool) -> None:
     """Write a file, new or again; durable: on disk, with its name, before this returns."""
-    make_folder(path.parent)
     temporary = _temporary(path, data, durable=durable)
     try:
         os.replace(temporary, path)
@@ -30,7 +29,6 @@ def link_new(path: Path, data: bytes) -> bool:
     link(2) is atomic on NFS too, but its answer may be lost and the call repeated by the client:
     then it fails although the link is there, which the number of links of the temporary tells.
     """
-    make_folder(path.parent)
     if os.path.lexists(path):
         sync_folder(path.parent)  # whoever wrote it may not have come to this
         return False
@@ -85,6 +83,8 @@ def read(path: Path) -> bytes | None:
 
 
 def _temporary(path: Path, data: bytes, *, durable: bool) -> Path:
+    """Write a file beside `path`, in a folder that is created if it is not there."""
+    make_folder(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     handle = os.open(temporary, flags, 0o666)

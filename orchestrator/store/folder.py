@@ -6,15 +6,19 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from dipgo_core.errors import StoreError
 from orchestrator.store import disk
 from orchestrator.store.backend import Entry
 from orchestrator.store.names import check_name
 
+T = TypeVar("T")
+
+_TRIES = 5
 _ADVICE = {
     errno.ENOSPC: "free some space there and run again: nothing finished is lost",
     errno.EDQUOT: "free some of the quota there and run again: nothing finished is lost",
@@ -66,12 +70,12 @@ class FolderBackend:
     def put(self, name: str, data: bytes, *, durable: bool = False) -> None:
         path = self._path(name)
         with _told(path, "written"):
-            disk.replace(path, data, durable=durable)
+            _while_folders_vanish(lambda: disk.replace(path, data, durable=durable))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
         with _told(path, "written"):
-            return disk.link_new(path, data)
+            return _while_folders_vanish(lambda: disk.link_new(path, data))
 
     def list(self, prefix: str) -> Iterator[str]:
         top = self._path(prefix)
@@ -102,8 +106,9 @@ class FolderBackend:
         with _told(top, "deleted"):
             try:
                 shutil.rmtree(top)
-            except FileNotFoundError:  # never there, or somebody else deletes it as well
-                return
+            except OSError as error:  # never there, or others delete or write there as well
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
     def delete_leftover(self, entry: Entry) -> None:
         path = self._folder / entry.name
@@ -146,6 +151,14 @@ class FolderBackend:
         except FileNotFoundError:
             return
         yield Entry(path.relative_to(self._folder).as_posix(), found.st_size, found.st_mtime)
+
+
+def _while_folders_vanish(write: Callable[[], T]) -> T:
+    """Write again if somebody deleted the folder (`delete_all`) between two steps of writing."""
+    for _ in range(_TRIES - 1):
+        with suppress(FileNotFoundError):
+            return write()
+    return write()
 
 
 @contextmanager

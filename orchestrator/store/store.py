@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import socket
-import time
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dipgo_core.errors import StoreError
 from orchestrator.records import Record, Task, content_key
 from orchestrator.store.backend import Backend
+from orchestrator.store.conditional import check_backend
 from orchestrator.store.documents import guarded, parse_object, parse_record, sealed, unguarded
 from orchestrator.store.index import RecordIndex
+from orchestrator.store.lease import Holder, Lease, held_lease, living_holder
 from orchestrator.store.names import check_key, check_name, check_part, is_key
 
 logger = logging.getLogger(__name__)
+
+#: A file of a sweep that asks its driver to end.
+STOP = "stop.json"
 
 
 class Store:
@@ -96,9 +97,14 @@ class Store:
         return self._index
 
     def put_artifact(self, key: str, name: str, data: bytes) -> str:
-        """Write one file of a task and return its SHA-256, which belongs into the record."""
-        self.backend.put(_file("artifacts", key, name), data, durable=True)
-        return hashlib.sha256(data).hexdigest()
+        """Write one file of a task and return its SHA-256, which belongs into the record.
+
+        It lies under a name of its own content: whoever does the same task again, believing that
+        the first worker is dead, never touches what the first record tells of.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        self.backend.put(_artifact(key, name, digest), data, durable=True)
+        return digest
 
     def get_artifact(self, record: Record, name: str) -> bytes:
         """Return the bytes of an artifact, verified against the digest in its record.
@@ -112,8 +118,9 @@ class Store:
                 f"{', '.join(sorted(record.artifacts)) or 'none'}"
             )
         place = self.backend.place(_document("records", record.key))
-        file = _file("artifacts", record.key, name)
-        return self._verified(file, record.artifacts[name], f"delete {place} and run again")
+        digest = record.artifacts[name]
+        file = _artifact(record.key, name, digest)
+        return self._verified(file, digest, f"delete {place} and run again")
 
     def put_blob(self, data: bytes) -> str:
         """Keep an input under its SHA-256, which is returned."""
@@ -201,40 +208,41 @@ class Store:
         return tuple(f"{folder}{name.removeprefix(top)}" for name in self.backend.list(top))
 
     @contextmanager
-    def claim(self, key: str) -> Iterator[None]:
+    def claim(self, key: str) -> Iterator[Lease]:
         """Wait until no other process works on this task, and keep others out meanwhile."""
-        assert self.folder is not None
-        path = self.folder / "locks" / f"{check_key(key)}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path):
-            yield
-            path.unlink(missing_ok=True)
+        prefix = f"claims/{check_key(key)}"
+        with held_lease(self.backend, prefix, what=f"task {key[:12]}", wait_s=math.inf) as lease:
+            yield lease
+        if self.has_record(key):  # nobody needs to know any more who did it
+            self.backend.delete_all(prefix)
 
     @contextmanager
-    def lease(self, sweep: str) -> Iterator[None]:
+    def lease(self, sweep: str, wait_s: float = 0.0) -> Iterator[Lease]:
         """Hold the sweep for this driver; the lease of a driver that died is free.
 
         Raises:
-            StoreError: another driver runs this sweep; the message says which.
+            StoreError: another driver runs this sweep, and still does after `wait_s`; or the
+                storage cannot hold a store.
         """
-        assert self.folder is not None
-        folder = self.folder / "sweeps" / sweep
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lease.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StoreError(
-                f"sweep {sweep!r} in {self.folder} is being run by {_holder(folder)}; wait for it, "
-                "or stop that process and run again (nothing finished is lost)"
-            ) from error
-        try:
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            self.put_sweep_file(sweep, "lease.json", json.dumps(holder).encode())
-            yield
-        finally:
-            (folder / "lease.json").unlink(missing_ok=True)
-            lock.release()
+        what = f"sweep {sweep!r}"
+        check_backend(self.backend)
+        with held_lease(self.backend, _lease(sweep), what=what, wait_s=wait_s) as lease:
+            yield lease
+
+    def runner(self, sweep: str) -> Holder | None:
+        """Return who runs a sweep at this moment, None if nobody does."""
+        return living_holder(self.backend, _lease(sweep))
+
+    def request_stop(self, sweep: str) -> None:
+        """Ask whoever runs a sweep to end what is running and to start nothing more."""
+        self.backend.put(_sweep_file(sweep, STOP), b"{}")
+
+    def stop_requested(self, sweep: str) -> bool:
+        return self.backend.exists(_sweep_file(sweep, STOP))
+
+    def clear_stop(self, sweep: str) -> None:
+        """Forget what was asked of an earlier run; the driver does this once it has the lease."""
+        self.backend.delete(_sweep_file(sweep, STOP))
 
     def _record_keys(self) -> Iterator[str]:
         names = self.backend.list("records")
@@ -277,6 +285,10 @@ def _file(room: str, key: str, name: str) -> str:
     return f"{room}/{check_key(key)}/{check_part(name)}"
 
 
+def _artifact(key: str, name: str, digest: str) -> str:
+    return _file("artifacts", key, f"{check_key(digest)[:16]}-{check_part(name)}")
+
+
 def _blob(digest: str) -> str:
     return f"blobs/{check_key(digest)}"
 
@@ -285,10 +297,5 @@ def _sweep_file(sweep: str, name: str) -> str:
     return "/".join(("sweeps", check_part(sweep), *check_name(name)))
 
 
-def _holder(folder: Path) -> str:
-    try:
-        data = json.loads((folder / "lease.json").read_text(encoding="utf-8"))
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["since"]))
-        return f"process {data['pid']} on {data['host']} since {since}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+def _lease(sweep: str) -> str:
+    return _sweep_file(sweep, "lease")

@@ -1,0 +1,188 @@
+"""Leases: one holder at a time, whoever dies or sleeps. Oracle: processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dipgo_core.errors import StoreError
+from orchestrator.records import Record, Task
+from orchestrator.store import LeaseLost, Store, lease, open_store
+
+TASK = Task(kind="search", inputs={"seed": 1})
+PREFIX = "sweeps/tiny/lease"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lease, "LEASE_S", 0.5)
+    monkeypatch.setattr(lease, "_SLOWEST_LOOK_S", 0.05)
+
+
+HOLD = """
+import sys, time
+from orchestrator.store import open_store
+with open_store(sys.argv[1]).{what}:
+    print("held", flush=True)
+    time.sleep({seconds})
+"""
+
+
+def holding(store: Store, repository: Path, what: str, seconds: float) -> subprocess.Popen[str]:
+    code = HOLD.format(what=what, seconds=seconds)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, store.url], stdout=subprocess.PIPE, text=True, cwd=repository
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def of_another_machine(store: Store, epoch: int = 1) -> None:
+    """Write a lease as a machine would that this one cannot look into."""
+    holder = {**lease.asdict(lease._myself()), "boot": "another", "host": "far", "pid": 7}
+    store.backend.put(f"{PREFIX}/{epoch:08d}.json", json.dumps(holder).encode())
+
+
+def test_lease_refuses_a_second_driver_and_is_free_when_the_first_is_killed(
+    store: Store, repository: Path
+) -> None:
+    with holding(store, repository, 'lease("tiny")', 60) as holder:
+        refusal = f"sweep 'tiny' in .* process {holder.pid} on .* since .*--wait"
+        with pytest.raises(StoreError, match=refusal), store.lease("tiny"):
+            pass
+        with store.lease("another"):
+            pass
+        assert store.runner("tiny") is not None
+        holder.send_signal(signal.SIGKILL)
+    assert store.runner("tiny") is None
+    with store.lease("tiny"):
+        pass
+
+
+def test_lease_is_free_after_use_and_leaves_one_epoch(store: Store) -> None:
+    for _ in range(3):
+        with store.lease("tiny") as held:
+            held.check()
+    assert store.runner("tiny") is None
+    assert [*store.backend.list(PREFIX)] == [f"{PREFIX}/00000003.beat", f"{PREFIX}/00000003.json"]
+
+
+def test_lease_waits_for_the_holder(store: Store, repository: Path) -> None:
+    with holding(store, repository, 'lease("tiny")', 1):
+        began = time.monotonic()
+        with store.lease("tiny", wait_s=60):
+            assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.usefixtures("quick")
+def test_lease_of_a_silent_machine_expires_by_the_observers_clock(store: Store) -> None:
+    of_another_machine(store)
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="process 7 on far"), store.lease("tiny", wait_s=0.2):
+        pass
+    with store.lease("tiny", wait_s=60):
+        assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.usefixtures("quick")
+def test_lease_is_kept_alive_against_observers_elsewhere(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.lease("tiny") as held:
+        monkeypatch.setattr(lease, "_boot", lambda: "another")
+        with pytest.raises(StoreError, match="being run"), store.lease("tiny", wait_s=1.5):
+            pass
+        held.check()
+
+
+@pytest.mark.usefixtures("quick")
+def test_holder_that_slept_finds_that_it_lost(store: Store) -> None:
+    with store.lease("tiny") as held:
+        of_another_machine(store, epoch=2)
+        time.sleep(0.3)
+        with pytest.raises(LeaseLost, match="process 7 on far since .* holds it now"):
+            held.check()
+    assert store.backend.get(f"{PREFIX}/00000002.beat") is None  # not released by the loser
+
+
+@pytest.mark.usefixtures("quick")
+def test_holder_that_cannot_reach_the_storage_loses_the_lease(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise StoreError("no route")
+
+    with store.lease("tiny") as held:
+        monkeypatch.setattr(store.backend, "put", refuse)
+        held.check()  # a short loss is none
+        time.sleep(0.7)
+        with pytest.raises(LeaseLost, match="out of reach"):
+            held.check()
+
+
+def test_observer_that_slept_does_not_take_an_epoch_of_the_past(store: Store) -> None:
+    for _ in range(3):
+        with store.lease("tiny"):
+            pass
+    assert not lease._won(store.backend, PREFIX, 2)  # held, released and swept away long ago
+    assert [*store.backend.list(PREFIX)] == [f"{PREFIX}/00000003.beat", f"{PREFIX}/00000003.json"]
+
+
+def test_lease_survives_a_damaged_file(store: Store) -> None:
+    store.backend.put(f"{PREFIX}/00000001.json", b"{torn")
+    with pytest.raises(StoreError, match="another process"), store.lease("tiny"):
+        pass
+
+
+def test_one_of_many_threads_holds_the_lease_at_a_time(store: Store) -> None:
+    inside, most = [], []
+
+    def work() -> None:
+        with store.claim(TASK.key):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+
+
+def test_claim_keeps_others_out_until_released(store: Store, repository: Path) -> None:
+    with holding(store, repository, f'claim("{TASK.key}")', 1):
+        began = time.monotonic()
+        with store.claim(TASK.key):
+            assert time.monotonic() - began > 0.5
+
+
+def test_claim_of_a_finished_task_leaves_nothing(store: Store) -> None:
+    with store.claim(TASK.key):
+        done = Record(key=TASK.key, kind=TASK.kind, state="done", inputs=TASK.inputs)
+        store.put_record(done)
+    assert [*store.backend.list("claims")] == []
+
+
+def test_stop_is_asked_for_seen_and_forgotten(store: Store) -> None:
+    assert not store.stop_requested("tiny")
+    store.request_stop("tiny")
+    assert store.stop_requested("tiny")
+    store.clear_stop("tiny")
+    assert not store.stop_requested("tiny")
