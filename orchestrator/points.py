@@ -378,7 +378,7 @@ def point_name(point: Point) -> str:
     if point.method == "search":
         alpha = (point.loss or {}).get("alpha")
         parts = [str(point.strategy), layers, "" if alpha is None else f"α={alpha:g}"]
-        return " ".join([*filter(None, parts), f"seed {point.seed}"])
+        return " ".join([*filter(None, parts), f"seed {point.seed}", *filter(None, [variant])])
     return point.method.replace("_", " ")
 
 

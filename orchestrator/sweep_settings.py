@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from dipgo_core.config import (
@@ -31,6 +31,8 @@ PromptKind = Literal["bundled", "file", "hub", "labels"]
 ResourceKind = Literal["reference", "search", "evaluate", "latency", "score"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
+ExploreSampler = Literal["tpe", "nsga2", "random"]
+DimensionKind = Literal["uniform", "loguniform", "int", "logint", "choice"]
 Axes = Mapping[str, tuple[Any, ...]]
 
 
@@ -142,6 +144,44 @@ class SearchGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One thing that an exploration varies: numbers from `low` to `high`, or `choices`.
+
+    kind int, logint: whole numbers. loguniform, logint: spread evenly over orders of magnitude.
+    """
+
+    kind: DimensionKind
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreStop:
+    """An exploration ends when its hypervolume has grown by less than a share of `epsilon` for
+    `gpu_hours` of searching (hours, where searches take no GPU)."""
+
+    epsilon: float = 0.01
+    gpu_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Searches that are proposed one batch after another, by what is known of the ones before.
+
+    points: how many at most. over: settings of a search, fields of its loss as ``loss.alpha``, and
+    `target`, which is one of the model's targets where it is not given.
+    """
+
+    sampler: ExploreSampler = "tpe"
+    points: int
+    over: Mapping[str, Dimension]
+    batch: int = 8
+    seed: int = 0
+    stop: ExploreStop | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepModel:
     """One model with one sampler, and everything to be done with it."""
 
@@ -155,10 +195,18 @@ class SweepModel:
     calibration: Calibration
     evaluate: EvaluateSettings
     postprocess: Postprocess = "budget"
+    explore: Explore | None = None  # in place of the grid, which then has one entry
 
     def searches(self) -> tuple[SearchSettings, ...]:
-        """Return every search of this model; each serves all targets."""
-        return self.grid.expand()
+        """Return every search of the grid; each serves all targets.
+
+        Of an exploration: what its searches have in common, once for each granularity.
+        """
+        searches = self.grid.expand()
+        if self.explore is None or "granularity" not in self.explore.over:
+            return searches
+        varied = self.explore.over["granularity"].choices
+        return tuple(replace(one, granularity=name) for one in searches for name in varied)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ _WHOLE: Final = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER: Final = re.compile(
     r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
+_OPEN_CALL: Final = re.compile(r"(uniform|loguniform|int|logint)\([^(),]*")
 _WORDS: Final[Mapping[str, bool | None]] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -217,8 +218,24 @@ class _Document:
                 first = nodes[name].key_line
                 repeat = f"key {name!r} is already given on line {first}; keep one"
                 self.issues.add(key.issue(repeat, path=join(path, name)))
-            nodes[name] = self._value(next(self.events), join(path, name), depth + 1, key)
+            inner = join(path, name)
+            value = self._whole_call(next(self.events), inner)
+            nodes[name] = self._value(value, inner, depth + 1, key)
         return nodes
+
+    def _whole_call(self, event: yaml.Event, path: str) -> yaml.Event:
+        """Put together what flow mappings cut at its comma: ``{a: uniform(0, 1)}``.
+
+        YAML reads that as two entries, ``a: uniform(0`` and ``1)`` without a value.
+        """
+        while _is_open_call(event):
+            assert isinstance(event, yaml.ScalarEvent)
+            rest, nothing = next(self.events), next(self.events)
+            if not isinstance(rest, yaml.ScalarEvent) or getattr(nothing, "value", None) != "":
+                raise _Fatal(self._place(event, path).issue(f"{event.value!r} lacks its ')'"))
+            event.value += f", {rest.value}"
+            event.end_mark = rest.end_mark
+        return event
 
     def _key(self, event: yaml.Event, place: Node) -> str:
         if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
@@ -269,6 +286,12 @@ class _Document:
             key_column=place.key_column,
             key_start=place.key_start,
         )
+
+
+def _is_open_call(event: yaml.Event) -> bool:
+    """Whether a plain scalar is the beginning of ``name(low, high)``."""
+    plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+    return plain and _OPEN_CALL.fullmatch(event.value) is not None
 
 
 def resolve(text: str) -> str | int | float | bool | None:

@@ -135,6 +135,7 @@ def _models(fields: Fields, shared: Shared, issues: Issues) -> tuple[SweepModel,
 def _check_size(models: Sequence[SweepModel], place: Node, issues: Issues) -> None:
     """Report a grid that is too large, from the lengths of its axes alone."""
     points = sum((len(model.grid) + len(model.baselines)) * len(model.targets) for model in models)
+    points += sum(model.explore.points for model in models if model.explore is not None)
     if points > MAX_POINTS:
         rule = f"a sweep has at most {MAX_POINTS:,} points, this one has {points:,}"
         issues.add(place.issue(f"{rule}; shorten the longest axis"))

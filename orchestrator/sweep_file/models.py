@@ -16,6 +16,7 @@ from dipgo_core.model_base import base_of, elsewhere
 from dipgo_core.postprocess import kept_share
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
+from orchestrator.sweep_file.explore import read_explore
 from orchestrator.sweep_file.fields import (
     Fields,
     choice,
@@ -35,11 +36,11 @@ from orchestrator.sweep_file.prompts import check_splits
 from orchestrator.sweep_file.sampler import read_samplers
 from orchestrator.sweep_file.search import SearchSection, read_search
 from orchestrator.sweep_issues import Issues
-from orchestrator.sweep_settings import Baseline, EvaluateSettings, SearchGrid, SweepModel
+from orchestrator.sweep_settings import Baseline, EvaluateSettings, Explore, SweepModel
 from orchestrator.yaml_source import Node
 
 #: What a model may override.
-SECTIONS: Final = ("search", "targets", "baselines", "evaluate")
+SECTIONS: Final = ("search", "explore", "targets", "baselines", "evaluate")
 MAX_MODELS: Final = 500
 
 _DTYPES: Final[tuple[DType, ...]] = get_args(DType)
@@ -97,9 +98,10 @@ def _check_names(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sections:
-    """The four sections of one model, read."""
+    """The sections of one model, read."""
 
     search: SearchSection
+    explore: Explore | None
     targets: tuple[float, ...]
     baselines: tuple[Baseline, ...]
     evaluate: EvaluateSettings
@@ -108,6 +110,7 @@ class _Sections:
 def _read_sections(nodes: Mapping[str, Node], issues: Issues, context: Context) -> _Sections:
     return _Sections(
         search=read_search(nodes["search"], issues, context),
+        explore=read_explore(nodes["explore"], issues),
         targets=read_targets(nodes["targets"], issues),
         baselines=read_baselines(nodes["baselines"], issues),
         evaluate=read_evaluate(nodes["evaluate"], issues, context),
@@ -139,7 +142,9 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
         check_prompt_pin(nodes["evaluate"], read.evaluate.prompts, issues)
         check_prompt_pin(_calibration(nodes["search"]), calibration, issues)
         check_scorer_pins(nodes["evaluate"], read.evaluate, issues)
-    _check_granularity(nodes["search"], read.search.grid, identity, issues)
+    _check_granularity(nodes["search"], read.search.grid.axes["granularity"], identity, issues)
+    if read.explore is not None:
+        _check_explore(nodes, read, identity, samplers, issues)
     for sampler in samplers:
         _check_targets(nodes["targets"], read.targets, sampler, issues)
     several = isinstance(fields.place("sampler").value, tuple)
@@ -163,6 +168,7 @@ def _read_entry(node: Node, shared: Shared, issues: Issues) -> list[SweepModel]:
             calibration=read.search.calibration,
             evaluate=read.evaluate,
             postprocess=read.search.postprocess,
+            explore=read.explore,
         )
         for model_name, sampler in zip(names, samplers, strict=True)
     ]
@@ -202,8 +208,31 @@ def _family(node: Node, issues: Issues) -> str | None:
     return choice(tuple(FAMILIES))(node, issues)
 
 
-def _check_granularity(node: Node, grid: SearchGrid, identity: Identity, issues: Issues) -> None:
-    for name in grid.axes["granularity"]:
+def _check_explore(
+    nodes: Mapping[str, Node],
+    read: _Sections,
+    identity: Identity,
+    samplers: Sequence[SamplerSettings],
+    issues: Issues,
+) -> None:
+    """Report what an exploration and the rest of its model cannot have together."""
+    assert read.explore is not None
+    node, over = nodes["explore"], read.explore.over
+    if len(read.search.grid) > 1:
+        rule = "has a list; an exploration proposes searches: name what it varies in explore.over"
+        issues.add(nodes["search"].issue(rule))
+    if "granularity" in over:
+        _check_granularity(node, over["granularity"].choices, identity, issues)
+    if "target" in over:
+        target = over["target"]
+        for sampler in samplers:
+            _check_targets(node, target.choices or (target.high,), sampler, issues)
+
+
+def _check_granularity(
+    node: Node, names: Sequence[str], identity: Identity, issues: Issues
+) -> None:
+    for name in names:
         if name not in identity.family.granularities:
             rule = (
                 f"{identity.family.pipeline} is in no family, so nothing is known of its layers: "

@@ -63,6 +63,15 @@ def read_search(node: Node, issues: Issues, context: Context) -> SearchSection:
     return SearchSection(grid=grid, calibration=calibration, postprocess=postprocess)
 
 
+def search_reader(name: str) -> Reader[Any]:
+    """Return the reader of one value of `search`; ``loss.x`` is a field of the loss."""
+    stem, _, field = name.rpartition(".")
+    default, readers = (
+        (LossSettings(), _LOSS_READERS) if stem == "loss" else (SearchSettings(), _SEARCH_READERS)
+    )
+    return readers.get(field) or _by_type(get_type_hints(type(default))[field])
+
+
 def _axes(
     section: Fields, default: SearchSettings | LossSettings, readers: Mapping[str, Reader[Any]]
 ) -> dict[str, tuple[Any, ...]]:

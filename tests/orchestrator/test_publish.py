@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.driver import RunResult
 from orchestrator.points import resolve_points
 from orchestrator.publish import Publisher, stored_report, task_hours
 from orchestrator.store import open_store
+from orchestrator.sweep_tasks import RunResult
 from orchestrator.tracking import Entry, SweepRun
 from tests.orchestrator.finished_sweep import Finished, finish
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
@@ -31,7 +31,10 @@ class ListTracker:
     def log(self, entries: Iterable[Entry]) -> None:
         self.entries |= {entry.key: entry for entry in entries}
 
-    def finish(self, state: str, *, folder: Path, **details: Any) -> None:
+    def finish(
+        self, state: str, *, entries: Iterable[Entry] = (), folder: Path, **details: Any
+    ) -> None:
+        self.log(entries)
         report = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.finished.append({"state": state, "report": report, **details})
 
