@@ -189,6 +189,10 @@ class Store:
     def get_failure(self, key: str) -> Record | None:
         return self._get_record("failures", key)
 
+    def failed_keys(self) -> frozenset[str]:
+        """Return the keys of all tasks whose last attempt failed; one listing."""
+        return frozenset(self._keys("failures"))
+
     def put_sweep_file(self, sweep: str, name: str, data: bytes) -> None:
         """Keep a file of a sweep, such as ``report/report.html``; nothing is written twice."""
         file = _sweep_file(sweep, name)
@@ -245,8 +249,11 @@ class Store:
         self.backend.delete(_sweep_file(sweep, STOP))
 
     def _record_keys(self) -> Iterator[str]:
-        names = self.backend.list("records")
-        keys = (name.removeprefix("records/").removesuffix(".json") for name in names)
+        return self._keys("records")
+
+    def _keys(self, room: str) -> Iterator[str]:
+        names = self.backend.list(room)
+        keys = (name.removeprefix(f"{room}/").removesuffix(".json") for name in names)
         return (key for key in keys if is_key(key))
 
     def _get_record(self, room: str, key: str) -> Record | None:
