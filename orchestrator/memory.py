@@ -126,7 +126,11 @@ class ModelMemory:
 
     def fit(self, kind: ResourceKind, what: Split | int | SearchSettings) -> Fit:
         """Return how a task is run."""
-        return next(row.fit for row in self.rows if (row.kind, row.what) == (kind, what))
+        return self._fits[kind, repr(what)]
+
+    @cached_property
+    def _fits(self) -> Mapping[tuple[ResourceKind, str], Fit]:
+        return {(row.kind, repr(row.what)): row.fit for row in self.rows}
 
 
 def with_gpu_memory(sweep: SweepFile, found_gb: float | None) -> SweepFile:

@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dipgo_core import NUMERICS_VERSION
 from dipgo_core.config import SamplerSettings, SearchSettings
-from dipgo_core.evaluation.metrics import FEATURE_ROLES, METRICS, Role, roles_of
-from dipgo_core.evaluation.protocol import Protocol, Split, largest_kid_subset
+from dipgo_core.evaluation.metrics import FEATURE_ROLES, METRICS, PAIRED, PER_IMAGE, Role
+from dipgo_core.evaluation.protocol import Protocol, Split
 from dipgo_core.evaluation.scorers import Scorer
+from dipgo_core.evaluation.shards import cut
 from dipgo_core.memory import Fit
-from orchestrator.bars import CALIBRATION_METRICS
 from orchestrator.facts import ModelFacts, scorer_places
 from orchestrator.memory import ModelLoads, ModelMemory
 from orchestrator.methods import PointSpec, point_specs, search_label
+from orchestrator.model_protocols import ModelProtocols
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
 from orchestrator.resources import resources_of
 from orchestrator.sweep_settings import ResourceKind, SweepFile, SweepModel
+from orchestrator.task_keys import SharedTexts
+
+T = TypeVar("T")
 
 #: Libraries that decide images, and those that only decide what images are found to be worth.
 _GENERATING = ("torch", "diffusers", "transformers")
 _SCORING = ("torchmetrics", "torch-fidelity", "torchvision")
 
-#: What tasks of a kind occupy, of the kinds that a sweep file knows; those of images differ.
-_RESOURCES: Final[Mapping[TaskKind, ResourceKind]] = {
-    "reference": "reference",
-    "images": "evaluate",
-    "statistics": "evaluate",
-    "search": "search",
-    "evaluate": "evaluate",
-    "latency": "latency",
-    "race": "score",
-}
-
 #: The options that say where a model lies here, and what they replace.
 _LOCAL: Final = {"model_folder": "id", "model_base": "base"}
 
+#: Tasks that load no pipeline.
+_LIGHT: Final[tuple[TaskKind, ...]] = ("reference", "statistics", "evaluate", "race")
+
 
 @cache
-def numerics_versions(kind: TaskKind) -> dict[str, str]:
+def numerics_versions(*, scored: bool) -> dict[str, str]:
     """Return the versions that decide a result: ours, and the minor ones of the libraries."""
-    names = (*_GENERATING, *_SCORING) if kind in ("evaluate", "statistics") else _GENERATING
+    names = (*_GENERATING, *_SCORING) if scored else _GENERATING
     return {"dipgo": str(NUMERICS_VERSION), **{name: _minor(version(name)) for name in names}}
 
 
@@ -64,9 +60,18 @@ def _held(fit: Fit) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to run a model: the rows of a gate table, what they switch, and the sampler."""
+
+    sampler: SamplerSettings
+    granularity: str
+    keep: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTasks:
-    """Makes the tasks of one model of a sweep.
+    """Makes the tasks of one model of a sweep, each once.
 
     device: name of the device that latencies are measured on.
     """
@@ -75,41 +80,8 @@ class ModelTasks:
     model: SweepModel
     facts: ModelFacts
     device: str
-
-    @cached_property
-    def protocol(self) -> Protocol:
-        """How points are measured on the test set, at the top rung of a race. Metrics come in the
-        order of their registry: the one in which a sweep names them decides no figure."""
-        metrics = tuple(name for name in METRICS if name in self.model.evaluate.metrics)
-        return self._test_protocol(self.model.evaluate.images, metrics)
-
-    @cached_property
-    def protocols(self) -> tuple[Protocol, ...]:
-        """The protocol of each rung, the top one last; lower ones leave FID out."""
-        metrics = raced_metrics(self.protocol.metrics)
-        lower = (self._test_protocol(n, metrics) for n in self.model.evaluate.rungs[:-1])
-        return (*lower, self.protocol)
-
-    def _test_protocol(self, images: int, metrics: tuple[str, ...]) -> Protocol:
-        return replace(
-            self._images_protocol("test"),
-            images=images,
-            metrics=metrics,
-            scorers={role: self.facts.scorers[role] for role in roles_of(metrics)},
-            reference=self.facts.reference,
-            kid_subset_size=largest_kid_subset(images) if "kid" in metrics else 0,
-        )
-
-    @cached_property
-    def calibration_protocol(self) -> Protocol:
-        """How points are measured on calibration prompts, where every choice is made."""
-        wanted = self.protocol.metrics
-        metrics = tuple(m for m in CALIBRATION_METRICS if m == "psnr" or m in wanted)
-        return replace(
-            self._images_protocol("calibration"),
-            metrics=metrics,
-            scorers={role: self.protocol.scorers[role] for role in roles_of(metrics)},
-        )
+    _texts: SharedTexts = field(default_factory=SharedTexts, repr=False, compare=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def memory(self) -> ModelMemory:
@@ -117,35 +89,12 @@ class ModelTasks:
         return ModelLoads(self.sweep, self.model, self.facts).memory
 
     @cached_property
-    def _protocols_json(self) -> tuple[dict[str, Any], ...]:
-        return tuple(protocol.to_json() for protocol in self.protocols)
-
-    @cached_property
-    def calibration_protocol_json(self) -> dict[str, Any]:
-        return self.calibration_protocol.to_json()
+    def protocols(self) -> ModelProtocols:
+        return ModelProtocols(model=self.model, facts=self.facts, tile=self.memory.tile)
 
     @cached_property
     def protocol_hash(self) -> str:
-        return self.protocol.hash
-
-    def _images_protocol(self, split: Split) -> Protocol:
-        """Return what decides the images alone: no scorers, no metrics."""
-        test = split == "test"
-        items = self.facts.test if test else self.facts.calibration
-        source = self.model.evaluate if test else self.model.calibration
-        return Protocol(
-            split=split,
-            items_sha256=items.sha256,
-            num_items=items.count,
-            images=source.images,
-            seed=source.seed,
-            height=self.facts.height,
-            width=self.facts.width,
-            sampler=self.model.sampler.to_json(),
-            dtype=self.model.settings.dtype,
-            metrics=(),
-            tile=self.memory.tile,
-        )
+        return self.protocols.top.hash
 
     @cached_property
     def measures_latency(self) -> bool:
@@ -156,22 +105,109 @@ class ModelTasks:
         """Every point of the model."""
         return tuple(point_specs(self.model))
 
-    def reference(self, split: Split) -> Task:
-        """The dense model: block graph, images, and final latents on the calibration split."""
-        return self._references[split]
+    # shards -------------------------------------------------------------------------------------
+
+    def layouts(self, split: Split, images: int) -> Iterator[tuple[range, ...]]:
+        """Yield ways to cut the first images of a split into shards, the one to plan first.
+
+        It has a cut at every rung, so that a higher one takes the shards of a lower one as they
+        are. The others are those of runs without a race, whose last shard may have more images.
+        """
+        size = self.sweep.resources.images_per_shard
+        rungs = [protocol.images for protocol in self.protocols.rungs] if split == "test" else []
+        yield cut(range(images), size, rungs)
+        if len(rungs) > 1:
+            for whole in (n for n in rungs if n >= images):
+                shards = cut(range(whole), size)
+                yield tuple(shard for shard in shards if shard.start < images)
+
+    def dense_shard(self, split: Split, images: range) -> Task:
+        """Images of the dense run, and on the calibration split their final latents."""
+        return self.once(("dense", split, images), lambda: self._dense_shard(split, images))
+
+    def _dense_shard(self, split: Split, images: range) -> Task:
+        return self._task(
+            "images",
+            self.model.sampler,
+            self._range(split, images),
+            resources="reference",
+            options=self._batch("reference", split),
+            label=f"dense images, {split}, {_named(images)}",
+        )
+
+    def shard(self, way: Way, split: Split, images: range, label: str) -> Task:
+        """Images of a way to run the model, scored."""
+        return self.once(
+            ("shard", way, split, images), lambda: self._shard(way, split, images, label)
+        )
+
+    def _shard(self, way: Way, split: Split, images: range, label: str) -> Task:
+        metrics, scorers = self._scored[split, self._is_dense(way)]
+        places = scorer_places(self.model)
+        return self._task(
+            "images",
+            way.sampler,
+            {
+                **self._range(split, images),
+                "keep": self._rows(way),
+                "granularity": way.granularity,
+                "metrics": metrics,
+                "scorers": scorers,
+            },
+            resources="evaluate",
+            scored=True,
+            needs=(self.reference(split).key,),
+            options={
+                **self._batch("evaluate", split),
+                "scorers": {role: places[role] for role in scorers},
+            },
+            label=f"{_of_split(label, split)}, {_named(images)}",
+        )
 
     @cached_property
-    def _references(self) -> dict[Split, Task]:
-        splits: tuple[Split, Split] = ("calibration", "test")
-        return {split: self._reference(split) for split in splits}
+    def _scored(self) -> dict[tuple[Split, bool], tuple[list[str], dict[Role, Any]]]:
+        """The metrics and networks of a split's images, of the dense run itself or another one.
+
+        All that the top rung asks for: a lower one leaves out what it does not. The dense run is
+        compared with no other, and the features of its images are those of the reference.
+        """
+        found = {}
+        both: tuple[tuple[Split, Protocol], ...] = (
+            ("test", self.protocols.top),
+            ("calibration", self.protocols.calibration),
+        )
+        for split, protocol in both:
+            for itself in (False, True):
+                metrics = [m for m in protocol.metrics if m in PER_IMAGE]
+                if itself:
+                    metrics = [m for m in metrics if m not in PAIRED]
+                roles = {METRICS[m].role for m in metrics}
+                if not (itself and protocol.reference == "dense"):
+                    roles |= set(FEATURE_ROLES)
+                known = protocol.scorers.items()
+                networks = {role: one.to_json() for role, one in known if role in roles}
+                found[split, itself] = (metrics, networks)
+        return found
+
+    def _is_dense(self, way: Way) -> bool:
+        return way.sampler == self.model.sampler and not any("0" in row for row in way.keep)
+
+    def _range(self, split: Split, images: range) -> dict[str, Any]:
+        decides = self.protocols.endless_json[split]
+        return {"protocol": decides, "start": images.start, "stop": images.stop}
+
+    # what is made of shards -----------------------------------------------------------------------
+
+    def reference(self, split: Split) -> Task:
+        """The dense model: block graph, images, and final latents on the calibration split."""
+        return self.once(("reference", split), lambda: self._reference(split))
 
     def _reference(self, split: Split) -> Task:
-        protocol = self._images_protocol(split)
         return self._task(
             "reference",
             self.model.sampler,
-            {"protocol": protocol.to_json()},
-            options=self._batch("reference", split),
+            self._range(split, range(self.protocols.images(split).images)),
+            resources="score",
             label=f"dense images, {split}",
         )
 
@@ -180,131 +216,115 @@ class ModelTasks:
         """Features of the reference images, by role; those of a statistics file need no task."""
         if self.facts.reference.startswith("statistics:"):
             return {}
-        known = {role: one for role, one in self.protocol.scorers.items() if role in FEATURE_ROLES}
-        return {role: self._statistics(role, scorer) for role, scorer in known.items()}
+        known = self.protocols.top.scorers.items()
+        return {role: self._statistics(role, one) for role, one in known if role in FEATURE_ROLES}
 
     def _statistics(self, role: Role, scorer: Scorer) -> Task:
         """The key of a folder's features says nothing of the model: all models share them."""
         dense = self.facts.reference == "dense"
+        batch = self._batch("evaluate", "test")
         task = self._task(
             "statistics",
             self.model.sampler,
             {"images": self.facts.reference, "role": role, "scorer": scorer.to_json()},
+            resources="evaluate",
+            scored=True,
             needs=(self.reference("test").key,) if dense else (),
             options={
-                **self._batch("evaluate", "test"),
+                **batch,
                 "scorer": scorer_places(self.model)[role],
                 "reference": self.facts.reference_value,
             },
             label=f"reference features, {scorer.id}",
         )
         if dense:
-            protocol = self._images_protocol("test").to_json()
+            protocol = self.protocols.images_json["test"]
             return replace(task, inputs={**task.inputs, "protocol": protocol})
         shared = {k: v for k, v in task.inputs.items() if k not in ("model", "sampler")}
-        return replace(task, inputs=shared, affinity="")
+        return replace(task, inputs=shared)
 
-    def search(self, settings: SearchSettings) -> Task:
-        """One search; it serves every target."""
-        return next(task for known, task in self._searches if known == settings)
+    def evaluate(self, way: Way, split: Split, label: str, *, rung: int = -1) -> Task:
+        """Figures of one gate table, which shards feed; no table is ever evaluated twice.
 
-    @cached_property
-    def _searches(self) -> list[tuple[SearchSettings, Task]]:
-        found: list[tuple[SearchSettings, Task]] = []
-        for spec in self.specs:
-            if spec.search is not None and all(known != spec.search for known, _ in found):
-                found.append((spec.search, self._search(spec.search)))
-        return found
-
-    def _search(self, settings: SearchSettings) -> Task:
-        calibration = self._images_protocol("calibration").to_json()
-        return self._task(
-            "search",
-            self.model.sampler,
-            {"search": settings.to_json(), "calibration": calibration},
-            needs=(self.reference("calibration").key,),
-            options=self._ways(settings),
-            label=search_label(settings),
+        rung: index into the rungs, on the test split.
+        """
+        return self.once(
+            ("evaluate", way, split, rung), lambda: self._evaluate(way, split, label, rung)
         )
 
-    def evaluate(
-        self,
-        sampler: SamplerSettings,
-        granularity: str,
-        keep: Sequence[str],
-        split: Split,
-        label: str,
-        *,
-        rung: int = -1,
-        continues: str | None = None,
-    ) -> Task:
-        """Images and figures of one gate table; the same table is never evaluated twice.
-
-        rung: index into `protocols`, on the test split. continues: key of an evaluation of the same
-        table with another number of images, whose images are not made again.
-        """
-        test = split == "test"
-        protocol = self._protocols_json[rung] if test else self.calibration_protocol_json
+    def _evaluate(self, way: Way, split: Split, label: str, rung: int) -> Task:
+        known = self.protocols
+        protocol = known.rungs_json[rung] if split == "test" else known.calibration_json
         statistics = {
             role: task.key for role, task in self.statistics.items() if role in protocol["scorers"]
         }
         return self._task(
             "evaluate",
-            sampler,
+            way.sampler,
             {
-                "keep": list(keep),
+                "keep": self._rows(way),
                 "protocol": protocol,
-                "granularity": granularity,
+                "granularity": way.granularity,
                 "macs_convention": self.sweep.macs_convention,
             },
-            needs=(
-                self.reference(split).key,
-                *statistics.values(),
-                *([] if continues is None else [continues]),
-            ),
-            options={
-                **self._batch("evaluate", split),
-                "scorers": scorer_places(self.model),
-                "reference": self.facts.reference_value,
-                "statistics": statistics,
-                **({} if continues is None else {"continues": continues}),
-            },
-            label=label if test else f"{label}, calibration",
+            resources="score",
+            scored=True,
+            needs=(self.reference(split).key, *statistics.values()),
+            options={"reference": self.facts.reference_value, "statistics": statistics},
+            label=_of_split(label, split),
+        )
+
+    # searches, races, latencies -------------------------------------------------------------------
+
+    def search(self, settings: SearchSettings) -> Task:
+        """One search; it serves every target."""
+        return self.once(("search", repr(settings)), lambda: self._search(settings))
+
+    def _search(self, settings: SearchSettings) -> Task:
+        calibration = self.protocols.images_json["calibration"]
+        return self._task(
+            "search",
+            self.model.sampler,
+            {"search": settings.to_json(), "calibration": calibration},
+            resources="search",
+            needs=(self.reference("calibration").key,),
+            options=self._ways(settings),
+            label=search_label(settings),
         )
 
     @cached_property
     def raced(self) -> tuple[str, ...]:
         """Metrics whose fronts a race must keep: those asked for, else the sweep's own quality."""
-        measured = raced_metrics(self.protocol.metrics)
+        measured = raced_metrics(self.protocols.top.metrics)
         quality = self.sweep.objective.quality
         own = "kid" if quality == "fid" else quality
         return self.model.evaluate.race or ((own,) if own in measured else measured)
 
     def race(self, rung: int, candidates: Sequence[Candidate]) -> Task:
         """Who of these goes on to the next rung."""
-        protocol = self.protocols[rung]
+        rungs = self.protocols.rungs
         ordered = sorted(candidates, key=lambda candidate: candidate.key)
         return self._task(
             "race",
             self.model.sampler,
             {
-                "images": protocol.images,
-                "top": self.protocol.images,
+                "images": rungs[rung].images,
+                "top": rungs[-1].images,
                 "metrics": list(self.raced),
-                "alpha": alpha_of_rung(len(self.protocols)),
+                "alpha": alpha_of_rung(len(rungs)),
                 "candidates": [asdict(candidate) for candidate in ordered],
             },
+            resources="score",
             needs=tuple(candidate.key for candidate in ordered),
-            label=f"race at {protocol.images} images",
+            label=f"race at {rungs[rung].images} images",
         )
 
-    def latencies(
-        self, sampler: SamplerSettings, granularity: str, keep: Sequence[str], label: str
-    ) -> tuple[Task, ...]:
+    def latencies(self, way: Way, label: str) -> tuple[Task, ...]:
         """Dense and pruned runs interleaved, alone on the node: a task for each batch size."""
         sizes = zip(self.sweep.latency.batch_size, self.latency_labels(label), strict=True)
         return tuple(
-            self._latency(sampler, granularity, keep, size, named) for size, named in sizes
+            self.once(("latency", way, size), partial(self._latency, way, size, named))
+            for size, named in sizes
         )
 
     def latency_labels(self, label: str) -> tuple[str, ...]:
@@ -312,23 +332,17 @@ class ModelTasks:
         first, *others = self.sweep.latency.batch_size
         return (f"{label}, latency", *(f"{label}, latency of {size} images" for size in others))
 
-    def _latency(
-        self,
-        sampler: SamplerSettings,
-        granularity: str,
-        keep: Sequence[str],
-        batch_size: int,
-        label: str,
-    ) -> Task:
+    def _latency(self, way: Way, batch_size: int, label: str) -> Task:
         settings = self.sweep.latency
-        task = self._task(
+        cpus = resources_of(self.sweep, "latency", self.facts).cpus
+        return self._task(
             "latency",
-            sampler,
+            way.sampler,
             {
-                "keep": list(keep),
-                "dense_sampler": self.model.sampler.to_json(),
+                "keep": self._rows(way),
+                "dense_sampler": self._sampler(self.model.sampler),
                 "device": self.device,
-                "threads": max(1, round(resources_of(self.sweep, "latency", self.facts).cpus)),
+                "threads": max(1, round(cpus)),
                 "attention": "default",  # of diffusers; nothing is compiled
                 "compile": "none",
                 "batch_size": batch_size,
@@ -338,9 +352,10 @@ class ModelTasks:
                 "min_seconds": settings.min_seconds,
                 "repeat": settings.repeat,
                 **({"tile": self.memory.tile} if self.memory.tile else {}),
-                "granularity": granularity,
-                "shown_sha256": self.facts.test.shown_sha256(batch_size),
+                "granularity": way.granularity,
+                "shown_sha256": self._shown(batch_size),
             },
+            resources="latency",
             needs=(self.reference("test").key,),
             options={
                 "tries": settings.tries,
@@ -349,15 +364,15 @@ class ModelTasks:
             },
             label=label,
         )
-        return replace(task, exclusive=True)
 
-    def _batch(self, kind: TaskKind, split: Split) -> dict[str, Any]:
+    def _shown(self, images: int) -> str:
+        return self.once(("shown", images), lambda: self.facts.test.shown_sha256(images))
+
+    # what every task is made of -------------------------------------------------------------------
+
+    def _batch(self, kind: ResourceKind, split: Split) -> dict[str, Any]:
         fit = self.memory.fit(kind, split)
-        return {
-            "batch_size": fit.run.images,
-            "images_per_shard": self.sweep.resources.images_per_shard,
-            **_held(fit),
-        }
+        return {"batch_size": fit.run.images, **_held(fit)}
 
     def _ways(self, settings: SearchSettings) -> dict[str, Any]:
         """Return how a search is run so that it fits; nothing where nobody had to decide."""
@@ -368,9 +383,35 @@ class ModelTasks:
         again = fit.run.checkpoint_calls
         return {**_held(fit), "memory": {"images_at_once": split, "checkpoint_calls": again}}
 
+    @cached_property
     def _where(self) -> dict[str, str]:
         places = {"model_folder": self.facts.folder, "model_base": self.facts.base_folder}
         return {name: place for name, place in places.items() if place is not None}
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        """What decides the model: its weights, not where they lie."""
+        model = {
+            **self.model.settings.to_json(),
+            "resolution": self.facts.height,  # one key, whether the sweep file says it or not
+            "weights_sha256": self.facts.weights_sha256,
+        }
+        return model | {_LOCAL[name]: Path(place).name for name, place in self._where.items()}
+
+    def _sampler(self, sampler: SamplerSettings) -> dict[str, Any]:
+        known: dict[str, Any] = self.once(("sampler", sampler), sampler.to_json)
+        return known
+
+    def _rows(self, way: Way) -> list[str]:
+        rows: list[str] = self.once(("rows", way.keep), lambda: list(way.keep))
+        return rows
+
+    def once(self, name: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Return what was made under this name, making it at first: it is the same object."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
 
     def _task(
         self,
@@ -378,32 +419,44 @@ class ModelTasks:
         sampler: SamplerSettings,
         inputs: Mapping[str, Any],
         *,
+        resources: ResourceKind,
         label: str,
+        scored: bool = False,
         needs: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Task:
-        resources = resources_of(self.sweep, _RESOURCES[kind], self.facts)
-        model = {
-            **self.model.settings.to_json(),
-            "resolution": self.facts.height,  # one key, whether the sweep file says it or not
-            "weights_sha256": self.facts.weights_sha256,
-        }
-        where = self._where()
-        for name, place in where.items():  # what lies where decides nothing, its weights do
-            model[_LOCAL[name]] = Path(place).name
-        return Task(
-            kind=kind,
-            inputs={
-                "model": model,
-                "sampler": sampler.to_json(),
-                "versions": numerics_versions(kind),
-                **inputs,
-            },
-            needs=needs,
-            options={**(options or {}), **where},
-            label=f"{self.model.name}: {label}",
-            affinity=f"{self.facts.weights_sha256}/{self.model.settings.dtype}",
-            cpus=resources.cpus,
-            gpus=resources.gpus,
-            accelerator=resources.accelerator,
+        """Return a task. resources: which part of the sweep file says what it takes."""
+        taken = self.once(
+            ("taken", resources), lambda: resources_of(self.sweep, resources, self.facts)
         )
+        decides = {
+            "model": self._model,
+            "sampler": self._sampler(sampler),
+            "versions": numerics_versions(scored=scored),
+            **inputs,
+        }
+        return Task.of_key(
+            self._texts.key(kind, decides),
+            kind=kind,
+            inputs=decides,
+            needs=needs,
+            options={**(options or {}), **self._where},
+            label=f"{self.model.name}: {label}",
+            affinity="" if kind in _LIGHT else self._pipeline,
+            cpus=taken.cpus,
+            gpus=taken.gpus,
+            accelerator=taken.accelerator,
+            exclusive=kind == "latency",
+        )
+
+    @cached_property
+    def _pipeline(self) -> str:
+        return f"{self.facts.weights_sha256}/{self.model.settings.dtype}"
+
+
+def _named(images: range) -> str:
+    return f"images {images.start} to {images.stop - 1}"
+
+
+def _of_split(label: str, split: Split) -> str:
+    return label if split == "test" else f"{label}, {split}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.errors import TargetError
+from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.facts import ModelFacts
-from orchestrator.memory import MemoryRow
 from orchestrator.methods import (
     CALIBRATED,
     PointSpec,
@@ -19,11 +18,12 @@ from orchestrator.methods import (
     searches,
     step_mask_search,
 )
-from orchestrator.model_tasks import ModelTasks
+from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.records import Record, Task, TaskKind, content_key
+from orchestrator.resources import resource_rows, with_latency_resources
 from orchestrator.rungs import candidates_of
-from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_settings import ResourceKind, SweepFile
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Resolution:
 
 #: Resolutions kept between plans of one sweep, by point; what they follow from never changes.
 Memo = MutableMapping[str, Resolution]
+
+_KINDS: tuple[ResourceKind, ...] = ("reference", "search", "evaluate", "latency", "score")
 
 
 def build_plan(
@@ -51,142 +53,272 @@ def build_plan(
 
     facts: by name of the model (`gather_facts`). device: name of the device latency is measured on.
     failed: keys of tasks that nobody tries again; races do not wait for points that rest on them.
-    memo: pass the same one again to plan anew at little cost after a record has landed.
+    memo: pass the same one again to plan anew without selecting gates again (see `Planner`).
     """
-    builder = _Builder(records, {} if memo is None else memo, frozenset(failed))
-    for model in sweep.models:
-        builder.add_model(
-            ModelTasks(sweep=sweep, model=model, facts=facts[model.name], device=device)
-        )
+    return Planner(sweep, facts=facts, device=device, memo=memo).plan(records, failed=failed)
+
+
+class Planner:
+    """Plans one sweep again and again, as records land.
+
+    Tasks are made once. Only the models are worked out anew that something landed or failed of.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepFile,
+        *,
+        facts: Mapping[str, ModelFacts],
+        device: str,
+        memo: Memo | None = None,
+    ) -> None:
+        settled = with_latency_resources(sweep, facts)
+        self._makers = {
+            model.name: ModelTasks(
+                sweep=settled, model=model, facts=facts[model.name], device=device
+            )
+            for model in sweep.models
+        }
+        self._memo: Memo = {} if memo is None else memo
+        self._parts: dict[str, Plan] = {}
+
+    def plan(
+        self,
+        records: Mapping[str, Record],
+        *,
+        failed: Collection[str] = (),
+        changed: Collection[str] | None = None,
+    ) -> Plan:
+        """Return the plan of the whole sweep.
+
+        failed: as for `build_plan`. changed: keys of tasks that landed or failed since the last
+        call; None: any may have.
+        """
+        for name, maker in self._makers.items():
+            if changed is None or self._knows(name, changed):
+                builder = _Builder(maker, records, self._memo, failed)
+                self._parts[name] = builder.plan()
+        return _joined(tuple(self._parts[name] for name in self._makers))
+
+    def _knows(self, name: str, keys: Collection[str]) -> bool:
+        """Whether one of these tasks is part of a model."""
+        if name not in self._parts:
+            return True
+        wanted = frozenset(keys)
+        return any(task.key in wanted for task in self._parts[name].tasks)
+
+
+def _joined(parts: Sequence[Plan]) -> Plan:
+    """Return the plans of several models as one; what they share is listed once."""
+    tasks: dict[str, PlannedTask] = {}
+    for part in parts:
+        for task in part.tasks:
+            tasks.setdefault(task.key, task)
     return Plan(
-        models=tuple(model.name for model in sweep.models),
-        tasks=tuple(builder.tasks.values()),
-        points=tuple(builder.points),
-        protocols=builder.protocols,
-        searches=tuple(dict.fromkeys(builder.searches)),
-        memory=tuple(builder.memory),
+        models=tuple(name for part in parts for name in part.models),
+        tasks=tuple(tasks.values()),
+        points=tuple(point for part in parts for point in part.points),
+        protocols={digest: one for part in parts for digest, one in part.protocols.items()},
+        searches=tuple(dict.fromkeys(key for part in parts for key in part.searches)),
+        memory=tuple(row for part in parts for row in part.memory),
+        resources=tuple(row for part in parts for row in part.resources),
     )
 
 
 class _Builder:
-    """Collects the tasks and points of one plan."""
+    """Collects the tasks and points of one model."""
 
-    def __init__(self, records: Mapping[str, Record], memo: Memo, failed: Collection[str]) -> None:
+    def __init__(
+        self,
+        maker: ModelTasks,
+        records: Mapping[str, Record],
+        memo: Memo,
+        failed: Collection[str],
+    ) -> None:
+        self.maker = maker
         self.records = records
         self.memo = memo
         self.failed = failed
         self.tasks: dict[str, PlannedTask] = {}
-        self.points: list[Point] = []
-        self.searches: list[str] = []
-        self.protocols: dict[str, Mapping[str, Any]] = {}
-        self.memory: list[MemoryRow] = []
+        self._dead: dict[str, bool] = {}
+        self._last_outcome: tuple[str, SearchOutcome] | None = None
 
-    def add_model(self, tasks: ModelTasks) -> None:
-        for protocol in (*tasks.protocols, tasks.calibration_protocol):
-            self.protocols[protocol.hash] = protocol.to_json()
-        self.memory += tasks.memory.rows
-        self._add(tasks, tasks.reference("test"))
-        if any(spec.search is not None or spec.method in CALIBRATED for spec in tasks.specs):
-            self._add(tasks, tasks.reference("calibration"))
-        for task in tasks.statistics.values():
-            self._add(tasks, task)
-        for settings in searches(tasks.model):
-            self.searches.append(self._add(tasks, tasks.search(settings)))
-        step_masks = step_mask_search(tasks.model)
+    def plan(self) -> Plan:
+        """Return the plan of this model alone."""
+        maker = self.maker
+        specs = self._specs()
+        self._add_reference("test")
+        if any(spec.search is not None or spec.method in CALIBRATED for spec in specs):
+            self._add_reference("calibration")
+        for task in maker.statistics.values():
+            self._add(task)
+        found = tuple(self._add(maker.search(one)) for one in searches(maker.model))
+        step_masks = step_mask_search(maker.model)
         if step_masks is not None:
-            self._add(tasks, tasks.search(step_masks))
-        points = [self._add_point(tasks, spec) for spec in tasks.specs]
-        for rung in range(len(tasks.protocols) - 1):
-            points = self._race(tasks, points, rung)
-        self.points += points
+            self._add(maker.search(step_masks))
+        points = [self._add_point(spec) for spec in specs]
+        for rung in range(len(maker.protocols.rungs) - 1):
+            points = self._race(points, rung)
+        return Plan(
+            models=(maker.model.name,),
+            tasks=tuple(self.tasks.values()),
+            points=tuple(points),
+            protocols=maker.protocols.by_hash,
+            searches=found,
+            memory=maker.memory.rows,
+            resources=resource_rows(maker.sweep, maker.model.name, _KINDS, maker.facts),
+        )
 
-    def _add_point(self, tasks: ModelTasks, spec: PointSpec) -> Point:
-        point = _unresolved_point(tasks, spec)
+    def _specs(self) -> Sequence[PointSpec]:
+        """Return the points that are wanted."""
+        return self.maker.specs
+
+    # images and their figures --------------------------------------------------------------------
+
+    def _add_reference(self, split: Split) -> None:
+        """Add the dense run of a split, and its images while nobody has put them together."""
+        maker, images = self.maker, self.maker.protocols.images(split).images
+        self._add_merge(
+            maker.reference(split), split, images, lambda shard: maker.dense_shard(split, shard)
+        )
+
+    def _add_evaluation(self, way: Way, split: Split, label: str, *, rung: int = -1) -> str:
+        """Add the figures of a gate table, and its images while they have no figures."""
+        maker = self.maker
+        images = (
+            maker.protocols.rungs[rung].images
+            if split == "test"
+            else maker.protocols.calibration.images
+        )
+        return self._add_merge(
+            maker.evaluate(way, split, label, rung=rung),
+            split,
+            images,
+            lambda shard: maker.shard(way, split, shard, label),
+        )
+
+    def _add_merge(
+        self, task: Task, split: Split, images: int, shard: Callable[[range], Task]
+    ) -> str:
+        if task.key in self.records:
+            return self._add(task)
+        return self._add(
+            task.fed_by([self._add(one) for one in self._shards(split, images, shard)])
+        )
+
+    def _shards(
+        self, split: Split, images: int, shard: Callable[[range], Task]
+    ) -> tuple[Task, ...]:
+        """Return the shards of the first images: those of an earlier run if all of them are there,
+        whatever it was cut like."""
+        layouts = self.maker.layouts(split, images)
+        planned = tuple(map(shard, next(layouts)))
+        if all(one.key in self.records for one in planned):
+            return planned
+        for layout in layouts:
+            if all(shard(each).key in self.records for each in layout):
+                return tuple(map(shard, layout))
+        return planned
+
+    # points --------------------------------------------------------------------------------------
+
+    def _add_point(self, spec: PointSpec) -> Point:
+        point = self.maker.once(("point", repr(spec)), lambda: _unresolved_point(self.maker, spec))
         if all(need in self.records for need in point.needs):
-            found = self._resolve(tasks, spec, point)
+            found = self._resolve(spec, point)
             point = replace(point, keep=found.keep, error=found.error)
         if point.keep is not None:
-            point = self._add_measurements(tasks, spec, point, point.keep)
-        elif point.error is None:
-            self._add_placeholders(tasks, spec, point)
+            return self._add_measurements(spec, point, self._way(point))
+        if point.error is None:
+            self._add_placeholders(spec, point)
         return point
 
-    def _resolve(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> Resolution:
+    def _resolve(self, spec: PointSpec, point: Point) -> Resolution:
         if point.key not in self.memo:
-            search = None if point.search_key is None else self.records[point.search_key]
-            self.memo[point.key] = resolve_gates(
-                tasks, spec, self.records[point.reference_key], search
-            )
+            graph = self._graph(point.reference_key, spec.granularity)
+            outcome = None if point.search_key is None else self._outcome(point.search_key)
+            self.memo[point.key] = resolve_gates(self.maker, spec, graph, outcome)
         return self.memo[point.key]
 
-    def _add_measurements(
-        self, tasks: ModelTasks, spec: PointSpec, point: Point, keep: tuple[str, ...]
-    ) -> Point:
+    def _graph(self, reference_key: str, granularity: str) -> BlockGraph:
+        def read() -> BlockGraph:
+            return BlockGraph.from_json(self.records[reference_key].outputs["graphs"][granularity])
+
+        graph: BlockGraph = self.maker.once(("graph", reference_key, granularity), read)
+        return graph
+
+    def _outcome(self, search_key: str) -> SearchOutcome:
+        """Return what a search has found, the one that was asked for last at no cost."""
+        known = self._last_outcome
+        if known is None or known[0] != search_key:
+            found = SearchOutcome.from_json(self.records[search_key].outputs["outcome"])
+            known = self._last_outcome = (search_key, found)
+        return known[1]
+
+    def _add_measurements(self, spec: PointSpec, point: Point, way: Way) -> Point:
         calibration = None
         if spec.method in CALIBRATED:
-            task = tasks.evaluate(spec.sampler, spec.granularity, keep, "calibration", spec.label)
-            calibration = self._add(tasks, task)
+            calibration = self._add_evaluation(way, "calibration", spec.label)
         timed: tuple[Task, ...] = ()
-        if tasks.measures_latency:
-            timed = tasks.latencies(spec.sampler, spec.granularity, keep, spec.label)
-        latencies = [self._add(tasks, task) for task in timed]
+        if self.maker.measures_latency:
+            timed = self.maker.latencies(way, spec.label)
+        latencies = [self._add(task) for task in timed]
         return replace(
-            self._evaluated(tasks, point, keep, rung=0),
+            self._evaluated(point, way, rung=0),
             calibration_key=calibration,
             latency_key=latencies[0] if latencies else None,
             throughput_keys=tuple(latencies[1:]),
         )
 
-    def _evaluated(
-        self, tasks: ModelTasks, point: Point, keep: tuple[str, ...], *, rung: int
-    ) -> Point:
+    def _evaluated(self, point: Point, way: Way, *, rung: int) -> Point:
         """Add the evaluation of a point at a rung; images of another rung are not made again."""
-        sampler, images = SamplerSettings(**point.sampler), tasks.protocols[rung].images
-        racing = len(tasks.protocols) > 1
-        label = f"{point.label}, {images} images" if racing else point.label
-
-        def at(rung: int, continues: str | None = None) -> Task:
-            return tasks.evaluate(
-                sampler, point.granularity, keep, "test", label, rung=rung, continues=continues
-            )
-
-        higher = (at(above).key for above in range(rung + 1, len(tasks.protocols)))
-        known = next((key for key in higher if key in self.records), None)  # of an earlier run
-        task = at(rung, known or point.evaluate_key)
-        if known is not None:  # it may be no part of this plan: nobody has to run it first
-            task = replace(task, needs=tuple(need for need in task.needs if need != known))
+        rungs = self.maker.protocols.rungs
+        images = rungs[rung].images
+        label = f"{point.label}, {images} images" if len(rungs) > 1 else point.label
+        key = self._add_evaluation(way, "test", label, rung=rung)
         lower = () if point.evaluate_key is None else (*point.lower_keys, point.evaluate_key)
-        return replace(point, evaluate_key=self._add(tasks, task), lower_keys=lower, images=images)
+        return replace(point, evaluate_key=key, lower_keys=lower, images=images)
 
-    def _race(self, tasks: ModelTasks, points: Sequence[Point], rung: int) -> list[Point]:
+    def _way(self, point: Point) -> Way:
+        """Return how a point runs the model; its gates are known."""
+        assert point.keep is not None
+        sampler: SamplerSettings = self.maker.once(
+            ("sampler of", point.key), lambda: SamplerSettings(**point.sampler)
+        )
+        return Way(sampler, point.granularity, point.keep)
+
+    # races ---------------------------------------------------------------------------------------
+
+    def _race(self, points: Sequence[Point], rung: int) -> list[Point]:
         """Let points race at a rung; those that are kept are evaluated at the next one."""
         runners = {p.key: p for p in points if self._runs(p)}
         if not runners:
             return list(points)
-        timed = tasks.sweep.objective.speed == "latency" and tasks.measures_latency
+        maker = self.maker
+        timed = maker.sweep.objective.speed == "latency" and maker.measures_latency
         open_keys = (key for p in runners.values() for key in self._awaited(p, timed))
         awaited = tuple(dict.fromkeys(open_keys))
         if awaited:
-            key = self._add_unresolved_race(tasks, rung, awaited)
+            key = self._add_unresolved_race(rung, awaited)
         else:
             found = candidates_of(
                 list(runners.values()),
                 points,
                 self.records,
                 by_latency=timed,
-                metrics=tasks.protocol.metrics,
+                metrics=maker.protocols.top.metrics,
             )
-            key = self._add(tasks, tasks.race(rung, found))
-        return [self._after_race(tasks, p, rung, key) if p.key in runners else p for p in points]
+            key = self._add(maker.race(rung, found))
+        return [self._after_race(p, rung, key) if p.key in runners else p for p in points]
 
-    def _after_race(self, tasks: ModelTasks, point: Point, rung: int, race: str) -> Point:
+    def _after_race(self, point: Point, rung: int, race: str) -> Point:
         point = replace(point, race_keys=(*point.race_keys, race))
         if race not in self.records or point.keep is None or point.evaluate_key is None:
             return point
         lost = self.records[race].outputs["dropped"].get(point.evaluate_key)
         if lost is not None:
             return replace(point, dropped=Dropped(images=lost["images"], by=lost["by"]))
-        return self._evaluated(tasks, point, point.keep, rung=rung + 1)
+        return self._evaluated(point, self._way(point), rung=rung + 1)
 
     def _runs(self, point: Point) -> bool:
         """Whether a point is in the race: it exists, was not dropped, and its images were scored.
@@ -198,11 +330,12 @@ class _Builder:
 
     def _is_dead(self, key: str) -> bool:
         """Whether a task failed, or waits for one that did."""
-        if key in self.failed:
-            return True
         known = self.tasks.get(key)
-        open_needs = () if known is None or known.state == "cached" else known.needs
-        return any(map(self._is_dead, open_needs))
+        if key in self.failed or known is None or known.state == "cached":
+            return key in self.failed
+        if key not in self._dead:
+            self._dead[key] = any(map(self._is_dead, known.needs))
+        return self._dead[key]
 
     def _awaited(self, point: Point, timed: bool) -> tuple[str, ...]:
         """Return what a race has to wait for: tasks it looks at that are neither done nor dead.
@@ -215,50 +348,70 @@ class _Builder:
         keys = (*_scored_by(point), *([] if latency is None else [latency]))
         return tuple(key for key in keys if key not in self.records)
 
-    def _add_unresolved_race(self, tasks: ModelTasks, rung: int, needs: tuple[str, ...]) -> str:
+    def _add_unresolved_race(self, rung: int, needs: tuple[str, ...]) -> str:
         """List a race under a key of its own, until everything it looks at is measured."""
-        protocol = tasks.protocols[rung]
-        key = content_key({"kind": "race", "model": tasks.model.name, "protocol": protocol.hash})
+        maker = self.maker
+        protocol, name = maker.protocols.rungs[rung], maker.model.name
+        key = content_key({"kind": "race", "model": name, "protocol": protocol.hash})
+        label = f"{name}: race at {protocol.images} images"
+        return self._add_unresolved(key, "race", label, needs)
+
+    # tasks ---------------------------------------------------------------------------------------
+
+    def _add_placeholders(self, spec: PointSpec, point: Point) -> None:
+        """List the tasks a point will need, under keys of their own, until its gates are known."""
+        self._add_unresolved_evaluation(point, "test", spec.label)
+        if spec.method in CALIBRATED:
+            self._add_unresolved_evaluation(point, "calibration", f"{spec.label}, calibration")
+        if self.maker.measures_latency:
+            for label in self.maker.latency_labels(spec.label):
+                self._add_placeholder(point, "latency", label, point.needs)
+
+    def _add_unresolved_evaluation(self, point: Point, split: Split, label: str) -> None:
+        protocols = self.maker.protocols
+        first = protocols.rungs[0] if split == "test" else protocols.calibration
+        layout = next(self.maker.layouts(split, first.images))
+        shards = [
+            self._add_placeholder(
+                point, "images", f"{label}, images {s.start} to {s.stop - 1}", point.needs
+            )
+            for s in layout
+        ]
+        self._add_placeholder(point, "evaluate", label, (*point.needs, *shards))
+
+    def _add_placeholder(
+        self, point: Point, kind: TaskKind, label: str, needs: tuple[str, ...]
+    ) -> str:
+        named = ("placeholder", point.key, kind, label)
+        key: str = self.maker.once(
+            named, lambda: content_key({"kind": kind, "label": label, "point": point.key})
+        )
+        return self._add_unresolved(key, kind, f"{self.maker.model.name}: {label}", needs)
+
+    def _add_unresolved(self, key: str, kind: TaskKind, label: str, needs: tuple[str, ...]) -> str:
         self.tasks[key] = PlannedTask(
             key=key,
-            kind="race",
-            model=tasks.model.name,
-            label=f"{tasks.model.name}: race at {protocol.images} images",
+            kind=kind,
+            model=self.maker.model.name,
+            label=label,
             needs=needs,
             state="unresolved",
         )
         return key
 
-    def _add_placeholders(self, tasks: ModelTasks, spec: PointSpec, point: Point) -> None:
-        """List the tasks a point will need, under keys of their own, until its gates are known."""
-        kinds: list[tuple[TaskKind, str]] = [("evaluate", spec.label)]
-        if spec.method in CALIBRATED:
-            kinds.append(("evaluate", f"{spec.label}, calibration"))
-        if tasks.measures_latency:
-            kinds += [("latency", label) for label in tasks.latency_labels(spec.label)]
-        for kind, label in kinds:
-            key = content_key({"kind": kind, "label": label, "point": point.key})
+    def _add(self, task: Task) -> str:
+        key = task.key
+        if key not in self.tasks:
             self.tasks[key] = PlannedTask(
                 key=key,
-                kind=kind,
-                model=tasks.model.name,
-                label=f"{tasks.model.name}: {label}",
-                needs=point.needs,
-                state="unresolved",
-            )
-
-    def _add(self, tasks: ModelTasks, task: Task) -> str:
-        if task.key not in self.tasks:
-            self.tasks[task.key] = PlannedTask(
-                key=task.key,
                 kind=task.kind,
-                model=tasks.model.name,
+                model=self.maker.model.name,
                 label=task.label,
                 needs=task.needs,
                 state=self._state(task),
                 task=task,
             )
-        return task.key
+        return key
 
     def _state(self, task: Task) -> TaskState:
         if task.key in self.records:
@@ -266,15 +419,15 @@ class _Builder:
         return "ready" if all(need in self.records for need in task.needs) else "waiting"
 
 
-def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
+def _unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
     """Return what is known of a point before any record is."""
-    model = tasks.model
-    reference_key = tasks.reference("test").key
-    search_key = None if spec.search is None else tasks.search(spec.search).key
+    model = maker.model
+    reference_key = maker.reference("test").key
+    search_key = None if spec.search is None else maker.search(spec.search).key
     identity = {
         "model": model.name,
         "reference": reference_key,
-        "protocol": tasks.protocol_hash,
+        "protocol": maker.protocol_hash,
         "method": spec.method,
         "sampler": spec.sampler.to_json(),
         "granularity": spec.granularity,
@@ -282,7 +435,7 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         "target": spec.target,
         "variant": spec.variant,
         "postprocess": model.postprocess,
-        "macs_convention": tasks.sweep.macs_convention,
+        "macs_convention": maker.sweep.macs_convention,
     }
     searched: SearchSettings | None = spec.search if spec.method == "search" else None
     return Point(
@@ -299,9 +452,9 @@ def _unresolved_point(tasks: ModelTasks, spec: PointSpec) -> Point:
         target=spec.target,
         seed=spec.seed,
         variant=spec.variant,
-        protocol_hash=tasks.protocol_hash,
+        protocol_hash=maker.protocol_hash,
         reference_key=reference_key,
-        statistics_keys=tuple(task.key for task in tasks.statistics.values()),
+        statistics_keys=tuple(task.key for task in maker.statistics.values()),
         search_key=search_key,
         needs=(reference_key,) if search_key is None else (reference_key, search_key),
         label=spec.label,
@@ -315,13 +468,11 @@ def _scored_by(point: Point) -> tuple[str, ...]:
 
 
 def resolve_gates(
-    tasks: ModelTasks, spec: PointSpec, reference: Record, search: Record | None
+    maker: ModelTasks, spec: PointSpec, graph: BlockGraph, outcome: SearchOutcome | None
 ) -> Resolution:
     """Return the gates of a point from the records they follow from, or why there are none."""
-    graph = BlockGraph.from_json(reference.outputs["graphs"][spec.granularity])
-    outcome = None if search is None else SearchOutcome.from_json(search.outputs["outcome"])
     try:
-        gates = gates_of(spec, tasks.model, graph, outcome, tasks.sweep.macs_convention)
+        gates = gates_of(spec, maker.model, graph, outcome, maker.sweep.macs_convention)
     except TargetError as error:
         return Resolution(error=str(error))
     return Resolution(keep=tuple(gates.to_strings()))

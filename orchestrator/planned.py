@@ -9,6 +9,7 @@ from typing import Any, Literal
 from orchestrator.memory import MemoryRow, without_repetition
 from orchestrator.methods import Method
 from orchestrator.records import Task, TaskKind
+from orchestrator.resources import ResourceRow
 
 TaskState = Literal["cached", "ready", "waiting", "unresolved"]
 
@@ -86,7 +87,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTask:
-    """A task with its place in the plan; `task` is None until its inputs are known."""
+    """A task with its place in the plan; `task` is None until its inputs are known.
+
+    expect: of such a placeholder, what it will be: `images`, and `compute`, the kept share of MACs.
+    """
 
     key: str
     kind: TaskKind
@@ -95,6 +99,7 @@ class PlannedTask:
     needs: tuple[str, ...]
     state: TaskState
     task: Task | None = None
+    expect: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -117,6 +122,7 @@ class Plan:
     protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by hash
     searches: tuple[str, ...] = ()  # keys of the grid's searches, not of best_step_mask
     memory: tuple[MemoryRow, ...] = ()
+    resources: tuple[ResourceRow, ...] = ()
 
     @property
     def ready(self) -> tuple[Task, ...]:
@@ -140,6 +146,7 @@ class Plan:
             "cached": sum(planned.state == "cached" for planned in self.tasks),
             "tasks": [planned.to_json() for planned in self.tasks],
             "memory": [row.to_json() for row in self.memory],
+            "resources": [row.to_json() for row in self.resources],
         }
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -40,7 +40,16 @@ def canonical(value: Any) -> Any:
 
 def content_key(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
-    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return digest_of(canonical_text(value))
+
+
+def canonical_text(value: Any) -> str:
+    """Return the canonical JSON of `value`: keys sorted, no spaces, ASCII."""
+    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -81,6 +90,19 @@ class Task:
     @cached_property
     def key(self) -> str:
         return content_key({"kind": self.kind, "inputs": self.inputs})
+
+    @classmethod
+    def of_key(cls, key: str, **fields: Any) -> Task:
+        """Return a task whose key was worked out before."""
+        task = cls(**fields)
+        vars(task)["key"] = key  # where `cached_property` keeps it
+        return task
+
+    def fed_by(self, keys: Sequence[str]) -> Task:
+        """Return the task that merges these shards, in their order; its key stays the same."""
+        needs, options = (*self.needs, *keys), {**self.options, "shards": list(keys)}
+        fields = {name: value for name, value in vars(self).items() if name != "key"}
+        return Task.of_key(self.key, **{**fields, "needs": needs, "options": options})
 
     def to_json(self) -> dict[str, Any]:
         return {"key": self.key, **asdict(self), "needs": list(self.needs)}

@@ -60,13 +60,6 @@ class ShardResult:
         return cls(start, stop, scores, features, samples, forwards)
 
 
-def shards_of(protocol: Protocol, shard_size: int, first: int = 0) -> tuple[range, ...]:
-    return tuple(
-        range(start, min(start + shard_size, protocol.images))
-        for start in range(first, protocol.images, shard_size)
-    )
-
-
 def cut(images: range, size: int, at: Sequence[int] = ()) -> tuple[range, ...]:
     """Return shards of images, in order: cut at every `size`-th image of the run, and at `at`.
 

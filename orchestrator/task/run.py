@@ -16,6 +16,7 @@ from dipgo_core.evaluation.device import cpu_name, device_name
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.task.evaluate import run_evaluate
+from orchestrator.task.images import run_images
 from orchestrator.task.latency import run_latency
 from orchestrator.task.latency_process import stop_measuring
 from orchestrator.task.memory import return_freed_memory
@@ -27,6 +28,7 @@ from orchestrator.task.work import OnProgress, Outcome, Work
 
 RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "reference": run_reference,
+    "images": run_images,
     "statistics": run_statistics,
     "search": run_search,
     "evaluate": run_evaluate,

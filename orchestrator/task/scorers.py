@@ -6,23 +6,21 @@ from functools import lru_cache
 
 from dipgo_core.evaluation.evaluate import LOADERS, LoadedScorer, Scorers, check_scorers
 from dipgo_core.evaluation.metrics import ROLES, Role
+from dipgo_core.evaluation.scorers import Scorer
 from orchestrator.task.work import Work
 
 
 def scorers_of(work: Work) -> Scorers:
-    """Return the networks that the task's protocol asks for, by role.
+    """Return the networks that a shard is scored by, by role.
 
     Raises:
         ModelFilesError: weights that are missing or broken.
-        EvaluationError: a network is not the one in the protocol.
+        EvaluationError: a network is not the one that was planned with.
     """
     names = work.task.options["scorers"]
-    scorers = {
-        role: loaded_scorer(role, names[role], work.device)
-        for role in work.protocol.scorers
-        if role in names
-    }
-    check_scorers(work.protocol, scorers)
+    planned = {role: Scorer.from_json(one) for role, one in work.task.inputs["scorers"].items()}
+    scorers = {role: loaded_scorer(role, names[role], work.device) for role in planned}
+    check_scorers(planned, scorers)
     return scorers
 
 

@@ -15,7 +15,7 @@ from dipgo_core.evaluation.reference import folder_id, image_files
 from dipgo_core.evaluation.scorers import Scorer
 from orchestrator.facts import reference_path
 from orchestrator.gains import FEATURES_FILE
-from orchestrator.task.reference import DenseImages
+from orchestrator.task.dense import DenseImages
 from orchestrator.task.scorers import loaded_scorer
 from orchestrator.task.work import Outcome, Work, packed
 

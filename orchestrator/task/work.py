@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.decoding import Decoding, set_decoding
 from dipgo_core.errors import ModelFilesError, StoreError
+from dipgo_core.evaluation.metrics import roles_of
 from dipgo_core.evaluation.prompts import item_of_image
 from dipgo_core.evaluation.protocol import Protocol, image_seed
 from dipgo_core.gates import GateTable
@@ -60,8 +61,27 @@ class Work:
 
     @cached_property
     def protocol(self) -> Protocol:
-        name = "calibration" if self.task.kind == "search" else "protocol"
-        return Protocol.from_json(self.task.inputs[name])
+        """How images are made, and scored; of a shard all images up to its last one."""
+        inputs = self.task.inputs
+        if self.task.kind == "search":
+            return Protocol.from_json(inputs["calibration"])
+        if "stop" not in inputs:
+            return Protocol.from_json(inputs["protocol"])
+        metrics = tuple(inputs.get("metrics", ()))
+        roles = roles_of(metrics)  # features are no business of a shard's metrics
+        scorers = {role: one for role, one in inputs.get("scorers", {}).items() if role in roles}
+        scored = {"images": inputs["stop"], "metrics": metrics, "scorers": scorers}
+        return Protocol.from_json({**inputs["protocol"], **scored})
+
+    @property
+    def images(self) -> range:
+        """The images of a shard, or of the whole dense run."""
+        return range(int(self.task.inputs["start"]), int(self.task.inputs["stop"]))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether gates and sampler are those of the dense run, whose images are there."""
+        return bool(self.gates.keep.all()) and self.sampler.to_json() == self.protocol.sampler
 
     @cached_property
     def model(self) -> LoadedModel:
@@ -119,10 +139,6 @@ class Work:
         return GateTable.from_strings(self.task.inputs["keep"])
 
     @property
-    def shard_size(self) -> int:
-        return int(self.task.options["images_per_shard"])
-
-    @property
     def batch_size(self) -> int:
         return int(self.task.options["batch_size"])
 
@@ -148,9 +164,24 @@ def items_and_seeds(work: Work) -> tuple[tuple[Item, ...], tuple[int, ...]]:
     )
 
 
-def put_shard(work: Work, start: int, arrays: Arrays) -> None:
-    """Keep a finished shard, so that an interrupted task goes on after it."""
-    work.store.put_progress(work.task.key, _shard_name(start), packed(arrays))
+def shard_records(store: Store, keys: Sequence[str]) -> Iterator[Record]:
+    """Yield the records of shards, in order.
+
+    Raises:
+        StoreError: one of them is gone.
+    """
+    for key in keys:
+        record = store.get_record(key)
+        if record is None:
+            raise StoreError(
+                f"the shard {key[:12]} of a run is gone from {store.url}: run the sweep again"
+            )
+        yield record
+
+
+def put_piece(work: Work, start: int, arrays: Arrays) -> None:
+    """Keep a finished piece of a shard, so that an interrupted task goes on after it."""
+    work.store.put_progress(work.task.key, _piece_name(start), packed(arrays))
 
 
 #: Names of numpy's types in safetensors' header.
@@ -178,18 +209,18 @@ def packed(arrays: Mapping[str, Any]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def stored_shard(work: Work, shard: range) -> Arrays | None:
-    """Return what an interrupted run of this task has kept of a shard; None if nothing."""
-    data = work.store.get_progress(work.task.key, _shard_name(shard.start))
+def stored_piece(work: Work, piece: range) -> Arrays | None:
+    """Return what an interrupted run of this task has kept of a piece; None if nothing."""
+    data = work.store.get_progress(work.task.key, _piece_name(piece.start))
     if data is None:
         return None
     try:
         arrays: Arrays = safetensors.numpy.load(data)
     except SafetensorError as error:
-        logger.warning("shard %d of %s is damaged: %s", shard.start, work.task.key[:12], error)
+        logger.warning("piece %d of %s is damaged: %s", piece.start, work.task.key[:12], error)
         return None
-    return arrays if int(arrays["facts"][1]) == shard.stop else None  # else of another shard size
+    return arrays if int(arrays["facts"][1]) == piece.stop else None  # else of other batches
 
 
-def _shard_name(start: int) -> str:
-    return f"shard-{start:06d}.safetensors"
+def _piece_name(start: int) -> str:
+    return f"piece-{start:06d}.safetensors"

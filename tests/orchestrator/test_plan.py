@@ -15,12 +15,18 @@ from dipgo_core.baselines import random_gates
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import select
 from orchestrator.facts import gather_facts
-from orchestrator.model_tasks import ModelTasks
-from orchestrator.plan import build_plan
+from orchestrator.model_tasks import ModelTasks, Way
+from orchestrator.plan import Planner, build_plan
 from orchestrator.planned import Plan
-from orchestrator.records import Record, Task
+from orchestrator.records import Pool, Record, Task, content_key
 from orchestrator.sweep_file import load_sweep
-from orchestrator.sweep_settings import Baseline, LatencySettings, SweepFile
+from orchestrator.sweep_settings import (
+    AskedResources,
+    Baseline,
+    LatencySettings,
+    Resources,
+    SweepFile,
+)
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
     GRAPH,
@@ -70,7 +76,7 @@ def test_bundled_sweeps_keep_their_protocols(repository: Path) -> None:
     sweep = load_sweep(repository / "sweeps" / "tiny_full.yaml")
     facts = gather_facts(sweep)
     tasks = [ModelTasks(sweep=sweep, model=m, facts=facts[m.name], device="") for m in sweep.models]
-    assert [(t.protocol.hash[:8], t.calibration_protocol.hash[:8]) for t in tasks] == [
+    assert [(t.protocols.top.hash[:8], t.protocols.calibration.hash[:8]) for t in tasks] == [
         ("35ad4ee1", "7d29617c"),
         ("45241734", "41f60071"),
     ]
@@ -108,7 +114,8 @@ def latency_keys(*prompts: str) -> list[str]:
     model = sweep.models[0]
     facts = replace(tiny_facts(sweep)[model.name], test=item_set(*prompts))
     made = ModelTasks(sweep=sweep, model=model, facts=facts, device="a cpu")
-    return [task.key for task in made.latencies(model.sampler, "block", ["1101"], "a point")]
+    way = Way(model.sampler, "block", ("1101",))
+    return [task.key for task in made.latencies(way, "a point")]
 
 
 def test_latency_is_keyed_on_the_prompts_that_it_shows() -> None:
@@ -132,7 +139,7 @@ def test_plan_lists_what_is_unresolved_with_the_search_it_needs() -> None:
     waiting = [task for task in plan.tasks if task.kind == "evaluate" and search.key in task.needs]
     assert len(waiting) == 2  # on test and on calibration prompts
     assert {task.state for task in waiting} == {"unresolved"}
-    assert [task.kind for task in plan.ready] == ["reference", "reference"]
+    assert [task.kind for task in plan.ready] == ["images", "images"]  # the dense runs
 
 
 def test_reference_features_are_planned_once_and_evaluations_need_them() -> None:
@@ -153,7 +160,7 @@ def test_models_share_the_features_of_a_folder_and_a_file_needs_none() -> None:
         }
         plan = build_plan(sweep, {}, facts=facts, device="a cpu")
         assert kinds(plan.tasks).get("statistics", 0) == count
-        assert kinds(plan.ready)["reference"] == 4
+        assert kinds(plan.ready)["images"] == 4
 
 
 def test_plan_grows_no_task_it_had_not_counted() -> None:
@@ -162,7 +169,8 @@ def test_plan_grows_no_task_it_had_not_counted() -> None:
     first = kinds(plan_of(sweep).tasks)
     last = kinds(final.tasks)
     assert final.complete
-    assert kinds(ran) == last
+    assert {**last, "images": first["images"]} == kinds(ran) | {"images": first["images"]}
+    assert kinds(ran)["images"] <= first["images"] and "images" not in last
     # dense, 2 x 2 searched, few_steps x 2 x 2, uniform x 2, best_step_mask x 2, random x 2 x 2
     assert first["latency"] == 1 + 4 + 4 + 2 + 2 + 4
     assert last["latency"] <= first["latency"]
@@ -181,13 +189,13 @@ def test_plan_of_a_finished_sweep_has_nothing_to_do() -> None:
 def test_adding_a_target_adds_only_its_points() -> None:
     _, records, _ = run_all(tiny_sweep(targets=(0.5, 0.7)))
     _, _, ran = run_all(tiny_sweep(targets=(0.3, 0.5, 0.7)), records)
-    assert kinds(ran) == {"evaluate": 2, "latency": 1}  # evaluated on both splits
+    assert kinds(ran) == {"images": 2, "evaluate": 2, "latency": 1}  # evaluated on both splits
 
 
 def test_adding_a_metric_keeps_references_and_searches() -> None:
     _, records, _ = run_all(tiny_sweep(metrics=("clip",)))
     _, _, ran = run_all(tiny_sweep(metrics=("clip", "psnr")), records)
-    assert kinds(ran) == {"evaluate": 3}
+    assert kinds(ran) == {"images": 2, "evaluate": 3}  # the dense run has no psnr
 
 
 def test_identical_gates_share_one_evaluation() -> None:
@@ -283,7 +291,106 @@ def test_memo_gives_the_same_plan() -> None:
 def test_models_are_planned_separately() -> None:
     plan, _, ran = run_all(tiny_sweep(models=("one", "two"), targets=(0.5,)))
     assert plan.complete
-    assert kinds(ran) == {"reference": 4, "search": 2, "evaluate": 6, "latency": 4}
+    assert kinds(ran) == {"images": 4 + 6, "reference": 4, "search": 2, "evaluate": 6, "latency": 4}
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+def of_images(sweep: SweepFile, images: int, *, size: int = 500) -> SweepFile:
+    (model,) = sweep.models
+    model = replace(model, evaluate=replace(model.evaluate, images=images))
+    resources = replace(sweep.resources, images_per_shard=size)
+    return replace(sweep, models=(model,), resources=resources)
+
+
+def ranges(tasks: Any) -> list[tuple[int, int]]:
+    made = (t.inputs for t in tasks if t.kind == "images")
+    return [
+        (inputs["start"], inputs["stop"])
+        for inputs in made
+        if inputs["protocol"]["split"] == "test" and "keep" not in inputs
+    ]
+
+
+def test_runs_are_cut_into_shards_that_their_merge_needs_in_order() -> None:
+    plan, records, ran = run_all(of_images(tiny_sweep(targets=(0.5,)), 10, size=4))
+    assert ranges(ran) == [(0, 4), (4, 8), (8, 10)]
+    for task in ran:
+        shards = task.options.get("shards", ())
+        assert set(shards) <= set(task.needs)
+        split = task.inputs.get("protocol", {}).get("split")
+        if task.kind in ("reference", "evaluate"):
+            starts = [records[key].inputs["start"] for key in shards]
+            assert starts == ([0, 4, 8] if split == "test" else list(range(0, 32, 4)))
+    assert plan.complete
+
+
+def test_shards_of_what_is_done_are_no_part_of_a_plan() -> None:
+    plan, records, _ = run_all(tiny_sweep())
+    assert "images" not in kinds(plan.tasks)
+    lost = next(t.key for t in plan.tasks if t.kind == "evaluate")
+    again = plan_of(tiny_sweep(), {k: r for k, r in records.items() if k != lost})
+    assert [t.state for t in again.tasks if t.kind == "images"] == ["cached"]
+
+
+def test_more_images_take_the_whole_shards_of_fewer() -> None:
+    sweep = tiny_sweep(targets=(0.5,))
+    _, records, _ = run_all(of_images(sweep, 10, size=4))
+    _, _, ran = run_all(of_images(sweep, 14, size=4), records)
+    assert ranges(ran) == [(8, 12), (12, 14)]
+    assert "search" not in kinds(ran)
+
+
+def test_dense_run_is_scored_by_what_needs_no_twin_and_features_are_made_once() -> None:
+    sweep = tiny_sweep(targets=(0.5,), metrics=("fid", "clip", "psnr"))
+    plan, _, ran = run_all(sweep)
+    dense = next(point for point in plan.points if point.method == "dense")
+    found = {
+        tuple(t.inputs["keep"]) == dense.keep: (t.inputs["metrics"], set(t.inputs["scorers"]))
+        for t in ran
+        if t.kind == "images" and "keep" in t.inputs and t.inputs["protocol"]["split"] == "test"
+    }
+    assert found[True] == (["clip"], {"clip"})
+    assert found[False] == (["clip", "psnr"], {"clip", "features"})
+
+
+def test_what_loads_no_pipeline_waits_for_no_gpu() -> None:
+    sweep = tiny_sweep(targets=(0.5,), metrics=("fid", "clip", "psnr"))
+    gpu = AskedResources(cpus=2, gpus=1, accelerator="A100")
+    sweep = replace(sweep, resources=Resources(reference=gpu, search=gpu, evaluate=gpu))
+    _, _, ran = run_all(sweep)
+    taken = {task.kind: task.pool for task in ran}
+    for kind in ("images", "search", "statistics"):
+        assert taken[kind] == Pool(2, 1, "A100")
+    assert taken["reference"] == taken["evaluate"] == Pool(1, 0)
+
+
+# --- planning again -----------------------------------------------------------------------------
+
+
+def test_planner_plans_again_only_what_something_landed_of() -> None:
+    sweep = tiny_sweep(models=("one", "two"), targets=(0.5,), baselines=ALL_BASELINES)
+    planner = Planner(sweep, facts=tiny_facts(sweep), device="a cpu")
+    records: Records = {}
+    plan = planner.plan(records)
+    while plan.ready:
+        task = plan.ready[-1]
+        records[task.key] = record_of(task)
+        before = {t.key: t for t in plan.tasks}
+        plan = planner.plan(records, changed=[task.key])
+        other = [t for t in plan.tasks if t.model != before[task.key].model]
+        assert all(t is before[t.key] for t in other)
+        assert plan == plan_of(sweep, records)
+    assert plan.complete
+
+
+def test_planned_keys_are_those_of_the_inputs() -> None:
+    """Oracle: the key worked out from the inputs alone."""
+    _, _, ran = run_all(tiny_sweep(baselines=ALL_BASELINES, metrics=("fid", "clip", "latency")))
+    assert len(ran) > 40
+    for task in ran:
+        assert task.key == content_key({"kind": task.kind, "inputs": task.inputs})
 
 
 def test_importing_plan_imports_no_torch() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan, Point
-from orchestrator.records import Record, Task
+from orchestrator.records import Record, Task, content_key
 from orchestrator.sweep_settings import Objective, SweepFile
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_facts, tiny_outputs, tiny_sweep
 
@@ -121,14 +121,30 @@ def test_kept_points_have_the_evaluations_of_a_plan_without_a_race(raced: Raced)
     assert len(kept) == len(top) - 2
 
 
-def test_higher_rung_goes_on_from_the_lower_one(raced: Raced) -> None:
+def test_higher_rung_takes_the_shards_of_the_lower_one(raced: Raced) -> None:
     plan, _, ran = raced
     by_key = {task.key: task for task in ran}
     for point in plan.points:
         for lower, higher in zip(point.lower_keys, point.evaluate_keys[1:], strict=True):
-            task = by_key[higher]
-            assert task.options["continues"] == lower
-            assert lower in task.needs and task.needs[0] == point.reference_key
+            task, below = by_key[higher], by_key[lower].options["shards"]
+            assert task.options["shards"][: len(below)] == below
+            assert set(below) < set(task.needs) and task.needs[0] == point.reference_key
+
+
+def images_made(tasks: list[Task]) -> Counter[tuple[str, int]]:
+    """How often each image of each run was made."""
+    return Counter(
+        (content_key([t.inputs["sampler"], t.inputs.get("keep"), t.inputs["protocol"]]), image)
+        for t in tasks
+        if t.kind == "images"
+        for image in range(t.inputs["start"], t.inputs["stop"])
+    )
+
+
+def test_no_image_is_made_twice(raced: Raced) -> None:
+    made = images_made(raced[2])
+    assert set(made.values()) == {1}
+    assert {image for _, image in made} >= set(range(16))
 
 
 def test_lower_rungs_measure_no_fid(raced: Raced) -> None:
@@ -146,12 +162,11 @@ def test_adding_a_target_pays_only_for_new_images(raced: Raced) -> None:
     _, records, _ = raced
     plan, _, ran = run_all(a_sweep(targets=(0.3, 0.5, 0.7)), records)
     assert plan.complete
-    assert {task.kind for task in ran} == {"evaluate", "latency", "race"}
+    assert {task.kind for task in ran} == {"images", "evaluate", "latency", "race"}
     # what was dropped before the new target came may go on now; it goes on from what it has
     known = {key for key, record in records.items() if record.kind == "evaluate"}
     assert not {task.key for task in ran} & known
-    assert all("continues" in t.options for t in evaluations(ran)
-               if t.inputs["protocol"]["images"] > 4)  # fmt: skip
+    assert max(images_made(raced[2] + ran).values()) == 1
 
 
 def test_dense_run_is_protected_and_bars_go_with_their_points(raced: Raced) -> None:
@@ -265,12 +280,11 @@ def test_everything_at_the_top_is_not_made_again_for_a_race() -> None:
     _, _, ran = run_all(a_sweep(rungs=(4, 16)), records)
     assert {task.kind for task in ran} == {"evaluate", "race"}
     for task in evaluations(ran):
-        assert task.inputs["protocol"]["images"] == 4
-        assert records[task.options["continues"]].inputs["protocol"]["images"] == 16
+        (shard,) = task.options["shards"]
+        assert task.inputs["protocol"]["images"] == 4 and records[shard].inputs["stop"] == 16
 
 
 def test_one_number_of_images_makes_no_race() -> None:
     plan, _, ran = run_all(a_sweep(rungs=()))
     assert "race" not in {task.kind for task in ran}
-    assert all("continues" not in task.options for task in ran)
     assert {point.images for point in plan.points} == {16}

@@ -17,7 +17,7 @@ from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.families import Scorers
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.items import Item
-from orchestrator.driver import Event, RunResult, run_sweep
+from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.facts import ItemSet, ModelFacts
 from orchestrator.planned import Plan
@@ -33,6 +33,7 @@ from orchestrator.sweep_settings import (
     SweepModel,
     Tracking,
 )
+from orchestrator.sweep_tasks import Event, RunResult
 
 GRAPH = BlockGraph(
     denoiser="UNet2DConditionModel",
@@ -135,6 +136,8 @@ def run_tiny_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
 def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "reference":
         return {"graphs": GRAPHS, "timesteps": list(range(901, 0, -100))}
+    if kind == "images":
+        return {"forwards": 40, "n_images": inputs["stop"] - inputs["start"]}
     if kind == "statistics":
         return {"n_images": 16, "feature_dim": 8}
     if kind == "search":
