@@ -167,12 +167,6 @@ def test_names_cannot_leave_the_store(store: Store, name: str) -> None:
         store.get_record(name)
 
 
-def test_open_store_refuses_what_is_not_there_yet(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="s3:// is not supported"):
-        open_store("s3://bucket/sweeps")
-    assert open_store(f"file://{tmp_path}").folder == tmp_path
-
-
 def test_open_store_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be used as a folder"):
