@@ -20,6 +20,7 @@ from dipgo_core.errors import (
     UnknownModelError,
 )
 from orchestrator.records import Record, Task
+from orchestrator.secrets import redact
 
 FailureClass = Literal["out_of_memory", "preempted", "node_lost", "worker_lost", "data", "code"]
 
@@ -88,8 +89,8 @@ def failure_of(error: BaseException, *, seconds: float = 0.0, log: str | None = 
     """Return the failure of an error that is being handled in the process that ran the task."""
     return Failure(
         kind=classify(error),
-        error=one_line(f"{type(error).__name__}: {error}"),
-        trace="".join(traceback.format_exception(error)),
+        error=redact(one_line(f"{type(error).__name__}: {error}")),
+        trace=redact("".join(traceback.format_exception(error))),
         host=platform.node(),
         log=log,
         seconds=seconds,

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
-from orchestrator.driver import RunResult
 from orchestrator.export import export_subnet
 from orchestrator.gains import Comparisons
 from orchestrator.metrics import IMAGE_FIGURES, label_of, tracking_name
@@ -21,6 +20,7 @@ from orchestrator.records import Record, Task, content_key
 from orchestrator.speeds import TIMES
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_tasks import RunResult
 from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
 
 COUNTS = (

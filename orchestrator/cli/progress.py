@@ -44,6 +44,10 @@ class Display(Protocol):
 
     def ended(self, key: str, label: str, error: str | None) -> None: ...
 
+    def again(self, key: str, label: str, error: str) -> None:
+        """Say that an attempt failed, and that there will be another."""
+        ...
+
 
 def open_display() -> Display:
     """Return the live display for a terminal, the plain one for a pipe, a log or NO_COLOR."""
@@ -111,6 +115,10 @@ class LiveDisplay:
         if error is not None:
             self._console.print(f"failed: {label}: {first_line(error)}", markup=False)
 
+    def again(self, key: str, label: str, error: str) -> None:
+        self.ended(key, label, None)
+        self._console.print(f"tried again: {label}: {first_line(error)}", markup=False)
+
 
 class LineDisplay:
     """One line at the start, one now and then while a task runs, one when it ends."""
@@ -146,6 +154,10 @@ class LineDisplay:
         self._last.pop(key, None)
         outcome = "done" if error is None else "failed"
         self._line(f"{outcome} {label}{'' if error is None else f': {first_line(error)}'}")
+
+    def again(self, key: str, label: str, error: str) -> None:
+        self._last.pop(key, None)
+        self._line(f"tried again {label}: {first_line(error)}")
 
     def _line(self, text: str) -> None:
         done, total = self._counts

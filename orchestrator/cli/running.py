@@ -14,13 +14,14 @@ from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import Display, open_display
 from orchestrator.cli.show import say
 from orchestrator.cli.tables import print_fronts, print_verdicts
-from orchestrator.driver import Event, RunResult, run_sweep
+from orchestrator.driver import run_sweep
 from orchestrator.executors.base import Executor
 from orchestrator.headlines import Headline, headlines
 from orchestrator.publish import REPORT, Publisher
 from orchestrator.records import Task
 from orchestrator.store import open_store
 from orchestrator.sweep_file import SweepFile, load_sweep
+from orchestrator.sweep_tasks import Event, RunResult
 from orchestrator.tracking import MlflowTracker, tracking_uri
 
 #: Failures told at the end; `status` lists all.
@@ -80,24 +81,19 @@ def make_executor(command: Command) -> Executor:
 
         silence_loading()
         return InProcessExecutor()
-    from orchestrator.executors.ray_tune import RayTuneExecutor
+    from orchestrator.executors.ray_tune.run import RayTuneExecutor
 
     return RayTuneExecutor(command.address, command.workers)
 
 
 class Watcher:
-    """Passes the driver's events on to a display, with the count of tasks that are done."""
+    """Passes the driver's events on to a display."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
-        self._done: set[str] = set()
 
     def __call__(self, event: Event) -> None:
-        keys = {task.key for task in event.plan.tasks}
-        self._done |= {task.key for task in event.plan.tasks if task.state == "cached"}
-        if event.kind == "done" and event.task is not None:
-            self._done.add(event.task.key)
-        self._display.totals(len(self._done & keys), len(keys))
+        self._display.totals(event.done, event.total)
         if event.task is not None:
             self._pass_on(event, event.task)
 
@@ -106,6 +102,8 @@ class Watcher:
             self._display.started(task.key, task.label)
         elif event.kind == "progress":
             self._display.progress(task.key, event.report)
+        elif event.kind == "again":
+            self._display.again(task.key, task.label, event.error or "")
         else:
             self._display.ended(task.key, task.label, event.error)
 

@@ -12,9 +12,9 @@ from orchestrator.cli import progress
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import LineDisplay, LiveDisplay, detail, open_display
 from orchestrator.cli.running import Command, Watcher, exit_code
-from orchestrator.driver import Event, RunResult
 from orchestrator.planned import Plan, PlannedTask
 from orchestrator.records import Task
+from orchestrator.sweep_tasks import Event, RunResult
 
 TASK = Task(kind="search", inputs={"model": "x"}, label="tiny: search")
 OTHER = Task(kind="evaluate", inputs={"model": "x"}, label="tiny: evaluate")
@@ -93,23 +93,26 @@ class RecordingDisplay:
     def ended(self, key: str, label: str, error: str | None) -> None:
         self.calls.append(("ended", label, error))
 
+    def again(self, key: str, label: str, error: str) -> None:
+        self.calls.append(("again", label, error))
 
-def test_watcher_counts_tasks_of_the_store_and_of_this_run() -> None:
+
+def test_watcher_passes_counts_and_ends_on() -> None:
     display = RecordingDisplay()
     watch = Watcher(display)
-    plan = plan_of(TASK, OTHER, cached=(OTHER,))
-    watch(Event(kind="planned", plan=plan))
-    watch(Event(kind="started", plan=plan, task=TASK))
-    watch(Event(kind="done", plan=plan, task=TASK))
+    watch(Event(kind="planned", done=1, total=2))
+    watch(Event(kind="started", done=1, total=2, task=TASK))
+    watch(Event(kind="done", done=2, total=2, task=TASK))
     totals = [call for call in display.calls if call[0] == "totals"]
     assert totals == [("totals", 1, 2), ("totals", 1, 2), ("totals", 2, 2)]
     assert display.calls[-1] == ("ended", "tiny: search", None)
 
 
-def test_watcher_does_not_count_failures_as_done() -> None:
+@pytest.mark.parametrize(("kind", "called"), [("failed", "ended"), ("again", "again")])
+def test_watcher_tells_failures_apart_from_new_attempts(kind: Any, called: str) -> None:
     display = RecordingDisplay()
-    Watcher(display)(Event(kind="failed", plan=plan_of(TASK), task=TASK, error="no"))
-    assert display.calls == [("totals", 0, 1), ("ended", "tiny: search", "no")]
+    Watcher(display)(Event(kind=kind, done=0, total=1, task=TASK, error="no"))
+    assert display.calls == [("totals", 0, 1), (called, "tiny: search", "no")]
 
 
 @pytest.mark.parametrize(

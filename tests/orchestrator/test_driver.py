@@ -19,7 +19,7 @@ from orchestrator import driver
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
-from orchestrator.sweep_settings import Budget, AskedResources, Resources, TaskResources
+from orchestrator.sweep_settings import AskedResources, Budget, Resources, TaskResources
 from tests.orchestrator.tiny_sweep import (
     ALL_BASELINES,
     Listener,
@@ -69,7 +69,8 @@ def test_run_sweep_again_does_nothing(store: Store) -> None:
     again, listener = run(sweep, store, failing("search"))
     after = written(store)
     assert again.done == ()
-    assert sorted(again.cached) == sorted(first.done)
+    assert again.plan.complete
+    assert set(again.cached) <= set(first.done)  # shards of what is done are not planned
     assert listener.landed_keys == []
     assert before == after
 
@@ -77,7 +78,7 @@ def test_run_sweep_again_does_nothing(store: Store) -> None:
 def test_run_sweep_starts_references_first_and_latencies_last(store: Store) -> None:
     _, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
     kinds = [e.task.kind for e in listener.events if e.kind == "started" and e.task]
-    assert kinds[0] == "reference"
+    assert kinds[0] == "images"  # of the dense model
     assert kinds[kinds.index("latency") :] == ["latency"] * kinds.count("latency")
 
 
@@ -94,8 +95,8 @@ def test_run_sweep_goes_on_beside_a_failure(store: Store) -> None:
     result, listener = run(sweep, store, failing("search"))
     assert set(result.failed.values()) == {"RuntimeError: out of luck"}
     assert len(result.failed) == 2  # the grid's search and the step masks
-    # their points wait for ever, each for two evaluations (test, calibration) and a latency
-    assert len(result.skipped) == 6
+    # their points wait for ever: two evaluations (test, calibration) of a shard each, a latency
+    assert len(result.skipped) == 10
     assert Counter(record.kind for record in store.records().values())["evaluate"] >= 4
     assert [e.error for e in listener.events if e.kind == "failed"] == list(result.failed.values())
 
@@ -127,8 +128,10 @@ def test_run_sweep_stops_starting_tasks_at_the_budget(store: Store) -> None:
     )
     result, _ = run(sweep, store)
     assert result.budget_reached
-    assert len(result.done) == 3
+    kinds = [record.kind for record in store.records().values()]
+    assert sum(kind in ("images", "search", "latency") for kind in kinds) == 3  # others take no GPU
     assert result.skipped
+    assert result.stopped is not None and "GPU-hours" in result.stopped
     assert not run(sweep, store)[0].done
 
 
@@ -140,7 +143,7 @@ def test_run_sweep_keeps_what_is_done_when_interrupted(store: Store) -> None:
 
     result, listener = run(tiny_sweep(), store, interrupting)
     assert result.interrupted
-    assert len(result.done) == len(store.records()) == 3
+    assert len(result.done) == len(store.records()) >= 3
     assert result.skipped
     assert listener.results == [result]
 
@@ -176,7 +179,7 @@ def test_run_sweep_after_a_kill_computes_no_finished_task_again(
     runs = Counter(log.read_text().split())
     assert result.plan.complete
     assert len(before) >= 5
-    assert set(result.cached) == before
+    assert set(result.cached) <= before
     assert max(runs.values()) == 1
 
 

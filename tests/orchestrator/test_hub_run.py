@@ -15,11 +15,12 @@ from huggingface_hub import constants
 
 from dipgo_core.zoo import zoo_path
 from orchestrator.cli.sweeps import open_results
-from orchestrator.driver import RunResult, run_sweep
+from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.records import Record
 from orchestrator.store import open_store
 from orchestrator.sweep_file import load_sweep
+from orchestrator.sweep_tasks import RunResult
 
 SWEEP = """
 schema_version: 1

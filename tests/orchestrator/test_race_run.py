@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from dipgo_core.errors import TaskError
 from orchestrator import driver
-from orchestrator.driver import RunResult, run_sweep
+from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.headlines import headlines
 from orchestrator.pareto import pareto_fronts
@@ -22,6 +22,7 @@ from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from orchestrator.sweep_settings import SweepFile
+from orchestrator.sweep_tasks import RunResult
 from orchestrator.task.race import run_race
 from orchestrator.task.work import Work, loaded
 from tests.orchestrator.finished_sweep import Finished, finish
@@ -135,7 +136,7 @@ def made_up_results(folder: str) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_ray_holds_every_race(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from orchestrator.executors.ray_tune import RayTuneExecutor
+    from orchestrator.executors.ray_tune.run import RayTuneExecutor
 
     sweep, store, listener = a_sweep(targets=(0.5,)), open_store(tmp_path), Listener()
     result = run_sweep(
