@@ -1,7 +1,7 @@
-"""Where tasks run on a cluster: what each asks Ray for, and which device all latencies share. Pure.
+"""Where workers run on a cluster: what each asks Ray for, which device all latencies share. Pure.
 
-A node is what ``ray.nodes()`` says of it. Every node should declare one `NODE` resource: a latency
-task takes all of it and is alone, any other task takes a thousandth.
+A node is what ``ray.nodes()`` says of it. Every node should declare one `NODE` resource: a worker
+for latencies takes all of it and is alone, any other takes a thousandth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dipgo_core.errors import TaskError, nearest
-from orchestrator.records import Task
+from orchestrator.records import Pool
 from orchestrator.sweep_settings import TaskResources
 
 logger = logging.getLogger(__name__)
@@ -83,31 +83,48 @@ def declares_nodes(nodes: Iterable[Node]) -> bool:
     return not lacking
 
 
-def bundle_of(task: Task, nodes: Iterable[Node], extra: Bundle, *, by_node: bool) -> Bundle:
-    """Return what a task asks Ray for.
+def bundle_of(pool: Pool, nodes: Iterable[Node], extra: Bundle, *, by_node: bool) -> Bundle:
+    """Return what a worker of a pool asks Ray for.
 
     extra: of latency tasks (`narrowed`). by_node: whether all nodes declare `NODE`; if they do not,
     whoever must be alone takes all CPUs of the largest node that fits.
     """
-    bundle = {"CPU": float(task.cpus), "GPU": float(task.gpus)}
-    if by_node:
-        bundle[NODE] = 1.0 if task.exclusive else SHARE
-    elif task.exclusive:
-        bundle["CPU"] = _largest(nodes, task, extra)
-    if task.exclusive:
+    bundle = {"CPU": float(pool.cpus), "GPU": float(pool.gpus)}
+    if pool.accelerator:
+        bundle[f"{_TYPE}{pool.accelerator}"] = SHARE
+    if pool.exclusive:
         bundle |= extra
+    if by_node:
+        bundle[NODE] = 1.0 if pool.exclusive else SHARE
+    elif pool.exclusive:
+        bundle["CPU"] = _largest(nodes, bundle)
     return {name: value for name, value in bundle.items() if value}
 
 
-def _largest(nodes: Iterable[Node], task: Task, extra: Bundle) -> float:
+def slots(bundle: Bundle, nodes: Iterable[Node], used: Mapping[str, Bundle] | None = None) -> int:
+    """Return how many workers that ask for `bundle` the cluster holds.
+
+    used: what is taken already, by node id.
+    """
+    taken = used or {}
+    alive = (node for node in nodes if node["Alive"])
+    return sum(
+        _slots_on(node["Resources"], taken.get(node["NodeID"], {}), bundle) for node in alive
+    )
+
+
+def _slots_on(total: Mapping[str, float], taken: Bundle, bundle: Bundle) -> int:
+    free = {name: total.get(name, 0.0) - taken.get(name, 0.0) for name in bundle}
+    return max(0, min(int(free[name] / asked + 1e-6) for name, asked in bundle.items()))
+
+
+def _largest(nodes: Iterable[Node], bundle: Bundle) -> float:
     fitting = [
         node["Resources"].get("CPU", 0.0)
         for node in nodes
-        if node["Alive"]
-        and node["Resources"].get("GPU", 0.0) >= task.gpus
-        and all(name in node["Resources"] for name in extra)
+        if node["Alive"] and _slots_on(node["Resources"], {}, bundle)
     ]
-    return max(fitting, default=task.cpus) or task.cpus
+    return max(fitting, default=bundle["CPU"]) or bundle["CPU"]
 
 
 def _fits(node: Node, wanted: TaskResources) -> bool:

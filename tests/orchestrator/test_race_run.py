@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from dipgo_core.errors import TaskError
+from dipgo_core.evaluation import evaluate
 from orchestrator import driver
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
@@ -302,19 +304,37 @@ def run_real(sweep: SweepFile, place: Path) -> tuple[Store, RunResult]:
     return store, result
 
 
+def counting(made: Counter[Any]) -> Any:
+    """Generate images, counting each by its run and its seed."""
+    real = evaluate.generate
+
+    def generate(model: Any, items: Any, seeds: Any, sampler: Any, **options: Any) -> Any:
+        gates = options.get("gates")
+        for seed in seeds:
+            made[str(sampler), gates and gates.digest, seed] += 1
+        return real(model, items, seeds, sampler, **options)
+
+    return generate
+
+
 def arrays(store: Store, record: Record, name: str) -> Mapping[str, Any]:
     return safetensors.numpy.load(store.get_artifact(record, name))
 
 
-def test_top_rung_equals_a_direct_evaluation(folder: Path, tmp_path: Path) -> None:
+def test_top_rung_equals_a_direct_evaluation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # rungs of 8 and 16 have the batches of a direct evaluation: they are multiples of 4
+    made = Counter[Any]()
+    monkeypatch.setattr(evaluate, "generate", counting(made))
     store, result = run_real(real_sweep(folder, (8, 16)), tmp_path / "raced")
+    monkeypatch.undo()
     direct, plain = run_real(real_sweep(folder, (16,)), tmp_path / "direct")
+    assert set(made.values()) == {1}  # no image twice, whatever rung it was made for
     kept = {point.evaluate_key for point in result.plan.points if point.dropped is None}
     assert kept and kept <= {point.evaluate_key for point in plain.plan.points}
     for key in kept:
         ours, theirs = (s.records()[str(key)] for s in (store, direct))
-        assert ours.outputs["n_continued"] == 8
         assert ours.artifacts == theirs.artifacts  # digests: the same scores, features and samples
         for name in ("metrics", "forwards", "n_images", "macs"):
             assert ours.outputs[name] == theirs.outputs[name]

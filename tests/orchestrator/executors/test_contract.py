@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, Lane, RunTask
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.placement import NODE
-from orchestrator.failures import Failure
+from orchestrator.failures import Failure, next_attempt
 from orchestrator.records import Pool, Record, Task
 from orchestrator.store import open_store
 from orchestrator.sweep_settings import TaskResources
@@ -25,7 +26,13 @@ from orchestrator.sweep_settings import TaskResources
 class ListSource:
     """Serves a fixed list of tasks; remembers what happened."""
 
-    def __init__(self, tasks: list[Task]) -> None:
+    def __init__(self, tasks: list[Task], again: bool = False) -> None:
+        self.again = again
+        self.given: dict[str, Task] = {}
+        self.failed_before: dict[str, list[Failure]] = {}
+        self.lanes: list[Lane | None] = []
+        self.hosts: set[str] = set()
+        self.stop_after: int | None = None
         self.waiting = {task.key: task for task in tasks}
         self.running: set[str] = set()
         self.records: dict[str, Record] = {}
@@ -36,13 +43,15 @@ class ListSource:
 
     def next_ready(self, lane: Lane | None = None) -> Task | None:
         for task in self._ready():
-            if lane is None or task.pool == lane.pool:
+            if not self.draining and (lane is None or task.pool == lane.pool):
+                self.lanes.append(lane)
                 self.running.add(task.key)
+                self.given[task.key] = task
                 return self.waiting.pop(task.key)
         return None
 
     def demand(self) -> Mapping[Pool, int]:
-        return Counter(task.pool for task in self._ready())
+        return Counter() if self.draining else Counter(task.pool for task in self._ready())
 
     def _ready(self) -> list[Task]:
         self._drop_blocked()
@@ -51,18 +60,19 @@ class ListSource:
 
     @property
     def draining(self) -> bool:
-        return False
+        return self.stop_after is not None and len(self.records) >= self.stop_after
 
     def tick(self) -> None:
         self.ticks += 1
 
     def started(self, key: str, host: str) -> None:
         assert key in self.running
+        self.hosts.add(host)
 
     @property
     def finished(self) -> bool:
         self._drop_blocked()
-        return not self.waiting and not self.running
+        return (self.draining or not self.waiting) and not self.running
 
     def _drop_blocked(self) -> None:
         blocked = [
@@ -82,6 +92,11 @@ class ListSource:
 
     def failed(self, key: str, failure: Failure) -> None:
         self.running.remove(key)
+        self.failed_before.setdefault(key, []).append(failure)
+        again = next_attempt(self.given[key], self.failed_before[key]) if self.again else None
+        if again is not None:
+            self.waiting[key] = again
+            return
         self.failures[key] = failure
         self.errors[key] = failure.error
 
@@ -102,6 +117,13 @@ def fake_run_task() -> RunTask:
             raise ValueError(f"number {task.inputs['number']} is unlucky")
         if task.inputs.get("die"):
             os._exit(1)
+        if task.inputs.get("die_once"):
+            before = store.get_progress(task.key, "attempts")
+            store.put_progress(task.key, "attempts", b"one")
+            if before is None:
+                os.kill(os.getpid(), 9)
+        if task.inputs.get("hungry") and task.options.get("batch_size", 8) > 4:
+            raise MemoryError("batch of 8")
         on_progress({"search_step": 1})
         began = time.time()
         time.sleep(task.inputs.get("seconds", 0))
@@ -125,7 +147,7 @@ def ray_executor() -> Iterator[Executor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray = pytest.importorskip("ray")
-        from orchestrator.executors.ray_tune import RayTuneExecutor
+        from orchestrator.executors.ray_tune.run import RayTuneExecutor
 
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
@@ -148,9 +170,14 @@ def executor(request: pytest.FixtureRequest) -> Executor:
 
 
 @pytest.fixture
-def run(executor: Executor, tmp_path: Path) -> Callable[[list[Task]], ListSource]:
-    def run(tasks: list[Task]) -> ListSource:
-        source = ListSource(tasks)
+def run(executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
+    return runner(executor, tmp_path)
+
+
+def runner(executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
+    def run(tasks: list[Task], *, again: bool = False, stop_after: int | None = None) -> ListSource:
+        source = ListSource(tasks, again)
+        source.stop_after = stop_after
         store = open_store(tmp_path / "store")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own
@@ -159,6 +186,11 @@ def run(executor: Executor, tmp_path: Path) -> Callable[[list[Task]], ListSource
         return source
 
     return run
+
+
+@pytest.fixture
+def ray_run(ray_executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
+    return runner(ray_executor, tmp_path)
 
 
 def test_executor_honours_dependencies_and_returns_the_stored_records(
@@ -218,26 +250,84 @@ def test_executor_reports_progress(run: Callable[..., ListSource]) -> None:
     assert run([only]).reports == [(only.key, {"search_step": 1})]
 
 
-def test_ray_executor_reuses_workers(ray_executor: Executor, tmp_path: Path) -> None:
-    source = ListSource([task(number) for number in range(10)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with ray_executor:
-            ray_executor.run(source, fake_run_task(), open_store(tmp_path))
+def test_lane_does_its_tasks_in_one_process(
+    run: Callable[..., ListSource], executor: Executor
+) -> None:
+    source = run([task(number) for number in range(10)])
     pids = {record.host["pid"] for record in source.records.values()}
     assert len(source.records) == 10
-    assert len(pids) <= 3  # two slots; a worker is started anew at most while another is kept
+    assert len(pids) <= 2  # one a slot
 
 
-def test_ray_executor_survives_a_lost_worker(ray_executor: Executor, tmp_path: Path) -> None:
+def test_lane_tells_whose_pipelines_it_holds(
+    ray_run: Callable[..., ListSource],
+) -> None:
+    tasks = [replace(task(number), affinity=f"model {number}") for number in range(3)]
+    chained = [tasks[0], replace(tasks[1], needs=(tasks[0].key,))]
+    source = ray_run([*chained, replace(tasks[2], needs=(chained[1].key,))])
+    held = [lane.held for lane in source.lanes if lane is not None]
+    assert set(held) <= {(), ("model 0",), ("model 1",), ("model 1", "model 0")}
+    assert held[0] == ()
+
+
+def test_lost_worker_is_a_failure_of_its_class(ray_run: Callable[..., ListSource]) -> None:
     lost = task(1, die=True)
-    source = ListSource([lost, task(2, lost), task(3)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with ray_executor:
-            ray_executor.run(source, fake_run_task(), open_store(tmp_path))
+    source = ray_run([lost, task(2, lost), task(3)])
     assert [record.outputs["square"] for record in source.records.values()] == [9]
     assert set(source.errors) == {lost.key, task(2, lost).key}
+    assert source.failures[lost.key].kind == "worker_lost"
+    assert source.failures[lost.key].host
+
+
+def test_task_of_a_killed_worker_is_done_by_another(ray_run: Callable[..., ListSource]) -> None:
+    killed = task(5, die_once=True)
+    source = ray_run([killed, task(6)], again=True)
+    assert not source.errors
+    assert {record.outputs["square"] for record in source.records.values()} == {25, 36}
+    assert [each.kind for each in source.failed_before[killed.key]] == ["worker_lost"]
+
+
+def test_task_out_of_memory_is_done_at_half_the_batch(run: Callable[..., ListSource]) -> None:
+    hungry = replace(task(4, hungry=True), options={"batch_size": 8})
+    source = run([hungry], again=True)
+    assert [record.outputs["square"] for record in source.records.values()] == [16]
+    assert [each.kind for each in source.failed_before[hungry.key]] == ["out_of_memory"]
+
+
+def test_failure_of_a_task_names_host_log_and_trace(ray_run: Callable[..., ListSource]) -> None:
+    (failure,) = ray_run([task(7, fail=True)]).failures.values()
+    assert failure.kind == "code"
+    assert failure.host in failure_hosts()
+    assert failure.log is not None and Path(failure.log).exists()
+    assert "unlucky" in failure.trace
+
+
+def failure_hosts() -> set[str]:
+    import ray
+
+    return {node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+def test_draining_source_ends_the_run_once_running_tasks_are_done(
+    run: Callable[..., ListSource],
+) -> None:
+    source = run([task(number, seconds=0.05) for number in range(20)], stop_after=4)
+    assert 4 <= len(source.records) < 20
+    assert not source.running and not source.errors
+
+
+def test_lanes_of_another_pool_take_the_place_of_idle_ones(
+    ray_run: Callable[..., ListSource],
+) -> None:
+    small = [task(number) for number in range(4)]
+    large = replace(task(9, small[3]), cpus=2.0)
+    after = task(10, large)
+    source = ray_run([*small, large, after])
+    assert len(source.records) == 6 and not source.errors
+
+
+def test_source_is_ticked_while_tasks_run(ray_run: Callable[..., ListSource]) -> None:
+    assert ray_run([task(1, seconds=2)]).ticks >= 4
 
 
 def test_executor_knows_the_device_of_latencies(executor: Executor) -> None:

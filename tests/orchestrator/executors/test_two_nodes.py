@@ -59,7 +59,7 @@ def timed_task() -> Any:
 def test_latencies_run_on_one_accelerator_each_alone_on_its_node(
     address: str, tmp_path: Path
 ) -> None:
-    from orchestrator.executors.ray_tune import RayTuneExecutor
+    from orchestrator.executors.ray_tune.run import RayTuneExecutor
 
     timed = [
         Task(kind="latency", inputs={"number": i}, gpus=1, exclusive=True, label=f"latency {i}")
