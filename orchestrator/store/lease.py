@@ -31,6 +31,8 @@ HEARTBEAT_S = 10.0
 LEASE_S = 60.0
 
 _RELEASED = b"released"
+#: Tokens of the leases that this process holds, or is about to.
+_HELD_HERE: set[str] = set()
 _FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.05, 2.0
 
 
@@ -56,18 +58,19 @@ class Holder:
 
     @property
     def gone(self) -> bool:
-        """Return whether this machine knows that the process has ended."""
-        here = (_boot(), _namespace())
-        return bool(self.boot) and here == (self.boot, self.namespace) and not self._runs()
-
-    def _runs(self) -> bool:
-        return bool(self.started) and _started(self.pid) == self.started
+        """Return whether this machine knows that the process has ended, or let go of the lease."""
+        if not self.boot or (_boot(), _namespace()) != (self.boot, self.namespace):
+            return False
+        if not self.started or _started(self.pid) != self.started:
+            return True
+        return self.pid == os.getpid() and self.token not in _HELD_HERE
 
 
 class Lease:
     """A lease that is held; a thread of its own keeps it alive until `release`."""
 
-    def __init__(self, backend: Backend, prefix: str, epoch: int) -> None:
+    def __init__(self, backend: Backend, prefix: str, epoch: int, token: str) -> None:
+        self._token = token
         self._backend = backend
         self._prefix = prefix
         self._epoch = epoch
@@ -105,6 +108,7 @@ class Lease:
                 except StoreError as error:
                     logger.warning("%s is not released, it expires: %s", self._prefix, error)
         self._thread.join()
+        _HELD_HERE.discard(self._token)
 
     def _keep_alive(self) -> None:
         while not self._over.wait(HEARTBEAT_S) and self._lost is None:
@@ -175,8 +179,9 @@ def _acquire(backend: Backend, prefix: str, what: str, wait_s: float) -> Lease:
         epoch = _latest(backend, prefix)
         holder = _holder(backend, prefix, epoch) if epoch else None
         if _is_free(backend, prefix, epoch, holder, watched):
-            if _won(backend, prefix, epoch + 1):
-                return Lease(backend, prefix, epoch + 1)
+            token = _won(backend, prefix, epoch + 1)
+            if token is not None:
+                return Lease(backend, prefix, epoch + 1, token)
             continue  # somebody was faster
         if _now() - began >= wait_s:
             raise StoreError(
@@ -199,14 +204,32 @@ def _is_free(
     return watched.look(epoch, beat) > LEASE_S
 
 
-def _won(backend: Backend, prefix: str, epoch: int) -> bool:
-    """Try to become the holder of an epoch, and sweep away those before it.
+def _won(backend: Backend, prefix: str, epoch: int) -> str | None:
+    """Try to become the holder of an epoch; return the token of it, None if another one was faster.
+
+    A storage that fails half-way may have written the epoch all the same: then its token is not
+    among those held here, by which this process knows that it does not hold it.
+    """
+    me = _myself()
+    _HELD_HERE.add(me.token)
+    try:
+        won = _write_epoch(backend, prefix, epoch, me)
+    except BaseException:
+        _HELD_HERE.discard(me.token)
+        raise
+    if not won:
+        _HELD_HERE.discard(me.token)
+    return me.token if won else None
+
+
+def _write_epoch(backend: Backend, prefix: str, epoch: int, me: Holder) -> bool:
+    """Write an epoch if it is new, and sweep away those before it; return whether it is ours.
 
     An observer that slept may write an epoch that was held, released and swept away long ago: then
     there is a later one, since the latest is never swept away.
     """
     name = _who(prefix, epoch)
-    if not backend.put_if_absent(name, json.dumps(asdict(_myself()), indent=1).encode()):
+    if not backend.put_if_absent(name, json.dumps(asdict(me), indent=1).encode()):
         return False
     if _latest(backend, prefix) > epoch:
         backend.delete(name)
