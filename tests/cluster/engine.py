@@ -1,4 +1,4 @@
-"""A driver in a process of its own: a real engine and store, twelve tasks that need no model.
+"""A driver in a process of its own: a real engine and store, fourteen tasks that need no model.
 
     python -m tests.cluster.engine --store FOLDER --address IP:PORT --acks FILE --work FILE
 
@@ -25,7 +25,8 @@ from orchestrator.driver import run_sweep
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from orchestrator.store.folder import FolderBackend
-from orchestrator.sweep_settings import AskedResources, Baseline, Resources, SweepFile
+from orchestrator.sweep_settings import AskedResources, Resources, SweepFile
+from orchestrator.sweep_tasks import Event
 from orchestrator.sweep_tasks import Event
 from tests.cluster.slow import SlowBackend
 from tests.orchestrator.tiny_sweep import Listener, tiny_facts, tiny_outputs, tiny_sweep
@@ -35,14 +36,17 @@ STEPS = 10
 
 
 def engine_sweep(gpus: float) -> SweepFile:
-    """Return a sweep of twelve tasks, each of which asks for a share of a made-up GPU."""
+    """Return a sweep of fourteen tasks, each of which asks for a share of a made-up GPU."""
     asked = AskedResources(cpus=0.5, gpus=gpus)
-    settings = Resources(reference=asked, search=asked, evaluate=asked, score=asked)
-    sweep = tiny_sweep(
-        targets=(0.5, 0.7), alphas=(1.0, 2.0), baselines=(Baseline(name="uniform"),),
-        metrics=("psnr",),
-    )  # fmt: skip
-    return replace(sweep, resources=settings)
+    kinds = {"reference": asked, "search": asked, "evaluate": asked, "score": asked}
+    sweep = tiny_sweep(targets=(0.5,), metrics=("psnr",))
+    (model,) = sweep.models
+    calibration = replace(model.calibration, images=8)
+    return replace(
+        sweep,
+        models=(replace(model, calibration=calibration),),
+        resources=Resources(**kinds, images_per_shard=8),
+    )
 
 
 def note(file: Path, **facts: Any) -> None:

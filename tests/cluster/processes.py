@@ -131,7 +131,9 @@ class Child:
     def told(self) -> str:
         """Return the ends of what it printed."""
         state = "running" if self.code is None else f"exit code {self.code}"
-        return f"{self.name} ({state})\n{self.stdout()[-3000:]}\n--- stderr\n{self.stderr()[-6000:]}"
+        return (
+            f"{self.name} ({state})\n{self.stdout()[-3000:]}\n--- stderr\n{self.stderr()[-6000:]}"
+        )
 
     def wait(self, seconds: float) -> int:
         """Return the exit code."""

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.checker import check_equal, records_in
-from tests.cluster.drivers import EngineSweep, moment
+from tests.cluster.drivers import TASKS, EngineSweep, moment
 from tests.cluster.harness import Cluster, Node
 from tests.cluster.processes import Process, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-TASKS = 12
 RUN_S = 150.0
 
 
@@ -25,7 +24,7 @@ def expected(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
     cluster.with_nodes(3)
     child = sweep.run()
     assert child.wait(RUN_S) == 0, child.told()
-    sweep.checked(TASKS)
+    sweep.checked()
     assert len(sweep.acks()) == TASKS
     return sweep.storage
 
@@ -34,7 +33,7 @@ def finished(sweep: EngineSweep, expected: Path) -> None:
     """Let the last run of a sweep end well, and compare everything that is left."""
     child = sweep.runs[-1]
     assert child.wait(RUN_S) == 0, child.told()
-    sweep.checked(TASKS)
+    sweep.checked()
     assert len(sweep.acks()) == TASKS, child.told()
     check_equal(sweep.storage, expected, tolerance=0.0)
 
@@ -80,7 +79,7 @@ def test_killed_driver_is_gone_on_with(
     finished_before, begun = {*records_in(engine.storage)}, len(engine.work("began"))
     again = engine.run()
     assert again.wait(RUN_S) == 0, again.told()
-    engine.checked(TASKS)
+    engine.checked()
     recomputed = {line["key"] for line in engine.work("began")[begun:]} & finished_before
     assert not recomputed
     check_equal(engine.storage, expected, tolerance=0.0)
@@ -95,7 +94,7 @@ def test_two_drivers_at_the_same_instant_one_works(
     refused, working = sorted(both, key=lambda child: child.code is None)
     assert "being run by" in refused.stderr() and "Traceback" not in refused.stderr()
     assert working.wait(RUN_S) == 0, working.told()
-    engine.checked(TASKS)
+    engine.checked()
     check_equal(engine.storage, expected, tolerance=0.0)
 
 
@@ -129,6 +128,6 @@ def test_lost_head_ends_the_driver_and_a_new_cluster_finishes(
     done = len(engine.acks())
     engine.run()
     assert engine.runs[-1].wait(RUN_S) == 0, engine.runs[-1].told()
-    engine.checked(TASKS)
+    engine.checked()
     assert len(engine.acks()) >= done
     check_equal(engine.storage, expected, tolerance=0.0)

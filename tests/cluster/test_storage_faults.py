@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.checker import check_artifacts
-from tests.cluster.drivers import EngineSweep, moment
+from tests.cluster.drivers import TASKS, EngineSweep, moment
 from tests.cluster.harness import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-TASKS = 12
 RUN_S = 150.0
 MEGABYTES = 4
 
@@ -67,7 +66,7 @@ def refused(engine: EngineSweep) -> None:
 def goes_on(engine: EngineSweep) -> None:
     child = engine.run()
     assert child.wait(RUN_S) == 0, child.told()
-    engine.checked(TASKS)
+    engine.checked()
     check_artifacts(engine.storage)
 
 
@@ -99,5 +98,5 @@ def test_slow_storage(cluster: Cluster, engine: EngineSweep) -> None:
     engine.slow, engine.seconds = 0.2, 0.2
     child = engine.run()
     assert child.wait(RUN_S) == 0, child.told()
-    engine.checked(TASKS)
+    engine.checked()
     assert len(engine.acks()) == TASKS
