@@ -78,19 +78,21 @@ def run_sweep(
     facts: Mapping[str, ModelFacts] | None = None,
     retry: Sequence[str] | None = None,
     stop: Flag | None = None,
+    wait_s: float = 0.0,
 ) -> RunResult:
     """Run whatever of the sweep is not in the store yet; to go on after any stop, run it again.
 
     facts: as `gather_facts` gives them; if None they are looked up, and what a run needs checked.
     retry: do only what these keys name, and what depends on it; empty: what failed before.
     stop: once it is set nothing more is started; what runs may end.
+    wait_s: how long to wait for another driver of this sweep.
 
     Raises:
         PreflightError: something that the run needs is missing, or does not fit on its GPU.
         StoreError: another driver runs this sweep, or the store is damaged.
         TaskError: `retry` names what there is not.
     """
-    with store.lease(sweep.name) as lease, executor:
+    with store.lease(sweep.name, wait_s=wait_s) as lease, executor:
         store.clear_stop(sweep.name)
         last = _last_run(sweep, store)
         if facts is None:

@@ -21,7 +21,16 @@ from dipgo_core.errors import (
     UnknownModelError,
 )
 from orchestrator.cli.model_commands import models
-from orchestrator.cli.options import AsJson, ExitCode, ModelName, Overrides, SweepPath
+from orchestrator.cli.options import (
+    Address,
+    AsJson,
+    Executors,
+    ExitCode,
+    ModelName,
+    Overrides,
+    SweepPath,
+    Workers,
+)
 from orchestrator.cli.show import print_json, say
 
 app = typer.Typer(
@@ -88,22 +97,41 @@ def settings(
 def run(
     file: SweepPath,
     override: Overrides = None,
-    executor: Annotated[
-        Literal["ray", "local"],
-        typer.Option(help="ray: Ray Tune; local: one task after another in this process."),
-    ] = "ray",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to use [default: RAY_ADDRESS, else this machine]."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Tasks at a time on this machine [default: CPUs].")
-    ] = None,
+    executor: Executors = "ray",
+    address: Address = None,
+    workers: Workers = None,
 ) -> None:
     """Run a sweep, or go on with it: whatever the store holds already is not computed again."""
     from orchestrator.cli.running import Command, run_and_show
 
     raise typer.Exit(run_and_show(Command(file, override or [], executor, address, workers)))
+
+
+@app.command()
+def retry(
+    file: SweepPath,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY...]", help="Tasks, by the first characters of their keys."),
+    ] = None,
+    override: Overrides = None,
+    executor: Executors = "ray",
+    address: Address = None,
+    workers: Workers = None,
+) -> None:
+    """Try the tasks that failed again, or those named, and run what depends on them."""
+    from orchestrator.cli.running import Command, run_and_show
+
+    command = Command(file, override or [], executor, address, workers, retry=keys or [])
+    raise typer.Exit(run_and_show(command))
+
+
+@app.command()
+def stop(file: SweepPath, override: Overrides = None) -> None:
+    """Ask whoever runs a sweep to end: running tasks finish, no more are started."""
+    from orchestrator.cli.stopping import stop_and_show
+
+    stop_and_show(file, override or [])
 
 
 @app.command()
@@ -149,10 +177,12 @@ def validate(file: SweepPath, override: Overrides = None, as_json: AsJson = Fals
 @app.command()
 def status(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
     """Show what is done, what is not, and what failed, from the store alone."""
+    from orchestrator.cli.running import Command
+    from orchestrator.cli.status import print_status, status_json
     from orchestrator.cli.sweeps import open_results
-    from orchestrator.cli.tables import print_status, status_json
 
-    document = status_json(open_results(file, override or []))
+    overrides = override or []
+    document = status_json(open_results(file, overrides), Command(file, overrides))
     if as_json:
         print_json(document)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,4 +36,15 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Only this model of the sweep.")
+]
+Executors = Annotated[
+    Literal["ray", "local"],
+    typer.Option(help="ray: Ray Tune; local: one task after another in this process."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use [default: RAY_ADDRESS, else this machine]."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Tasks at a time on this machine [default: CPUs].")
 ]

@@ -13,6 +13,7 @@ from orchestrator.background import BackgroundTracker
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import Display, open_display
 from orchestrator.cli.show import say
+from orchestrator.cli.stopping import drained_by_sigterm
 from orchestrator.cli.tables import print_fronts, print_verdicts
 from orchestrator.driver import run_sweep
 from orchestrator.executors.base import Executor
@@ -37,6 +38,7 @@ class Command:
     executor: str = "ray"
     address: str | None = None
     workers: int | None = None
+    retry: Sequence[str] | None = None  # as `run_sweep` takes it
 
     def again(self) -> str:
         """Return the command that goes on with this run."""
@@ -62,10 +64,13 @@ def run_and_show(command: Command) -> ExitCode:
     tracker = MlflowTracker(sweep.tracking.experiment, sweep.tracking.uri)
     publisher = Publisher(sweep, store, BackgroundTracker(tracker))
     executor = make_executor(command)
-    logging.getLogger("orchestrator.driver").setLevel(logging.ERROR)  # the display tells failures
+    logging.getLogger("orchestrator.sweep_tasks").setLevel(logging.ERROR)  # the display tells them
     try:
-        with open_display() as display:
-            result = run_sweep(sweep, store, executor, publisher, Watcher(display))
+        with open_display() as display, drained_by_sigterm() as stop:
+            watcher = Watcher(display)
+            result = run_sweep(
+                sweep, store, executor, publisher, watcher, retry=command.retry, stop=stop
+            )
     except KeyboardInterrupt:
         say(f"interrupted before anything ran; to go on: {command.again()}", stderr=True)
         return ExitCode.INTERRUPTED
@@ -166,8 +171,10 @@ def _print_ending(command: Command, result: RunResult) -> None:
     for error in list(result.failed.values())[:SHOWN_FAILURES]:
         say(f"failed: {error}", stderr=True)
     if result.failed:
-        say(f"all failures: {command.line('status')}", stderr=True)
+        say(f"all failures, with traces: {command.line('status')}", stderr=True)
+        say(f"to try them again: {command.line('retry')}", stderr=True)
     if result.budget_reached and result.skipped:
-        say(f"the budget is reached; raise it and go on: {command.again()}", stderr=True)
+        say(f"{result.stopped}; raise it and go on: {command.again()}", stderr=True)
     elif result.interrupted:
-        say(f"interrupted, finished tasks are kept; to go on: {command.again()}", stderr=True)
+        why = result.stopped or "interrupted"
+        say(f"{why}, finished tasks are kept; to go on: {command.again()}", stderr=True)

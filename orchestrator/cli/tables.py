@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, get_args
 
 from dipgo_core.memory import Fit
 from orchestrator.cli.show import print_table, say
@@ -15,12 +15,13 @@ from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table, name_at_target
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
+from orchestrator.records import TaskKind
 from orchestrator.sweep_settings import SweepFile
 
 if TYPE_CHECKING:
     from orchestrator.cli.sweeps import Results
 
-KINDS = ("reference", "statistics", "search", "evaluate", "latency", "race")
+KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 
 def print_sweep(file: Path, sweep: SweepFile) -> None:
@@ -77,46 +78,6 @@ def _gigabytes(fit: Fit) -> str:
     need = f"{'over ' if fit.need.unknown else ''}{fit.need.total / GB:.1f}"
     there = "" if fit.limit is None else f" of {fit.limit / GB:.1f}"
     return f"{need}{there}{' (too large)' if fit.fits is False else ''}"
-
-
-def status_json(results: Results) -> dict[str, Any]:
-    """Return what is done, what is not, and every failure that still stands."""
-    tasks = results.plan.tasks
-    failures = [
-        {"key": task.key, "kind": task.kind, "label": task.label, "error": failure.error}
-        for task in tasks
-        if task.state != "cached" and (failure := results.store.get_failure(task.key)) is not None
-    ]
-    done = Counter(str(task.kind) for task in tasks if task.state == "cached")
-    return {
-        "sweep": results.sweep.name,
-        "storage": results.store.url,
-        "complete": results.plan.complete,
-        "tasks": {"total": len(tasks), "done": sum(done.values()), "failed": len(failures)},
-        "kinds": {
-            kind: {"total": sum(task.kind == kind for task in tasks), "done": done[kind]}
-            for kind in KINDS
-        },
-        "points": dict(Counter(point.state for point in results.points)),
-        "failures": failures,
-    }
-
-
-def print_status(document: dict[str, Any]) -> None:
-    """Print the status document for people."""
-    rows = [
-        (kind, f"{count['done']}", f"{count['total']}") for kind, count in document["kinds"].items()
-    ]
-    print_table(
-        f"{document['sweep']} in {document['storage']}",
-        ("tasks", "done", "in all"),
-        rows,
-        right=("done", "in all"),
-    )
-    states = ", ".join(f"{count} {state}" for state, count in sorted(document["points"].items()))
-    say(f"points: {states or 'none'}{'; complete' if document['complete'] else ''}")
-    for failure in document["failures"]:
-        say(f"failed: {failure['label']} ({failure['key'][:12]}): {failure['error']}")
 
 
 def print_fronts(points: Sequence[ResolvedPoint], fronts: Iterable[Front]) -> None:

@@ -1,0 +1,215 @@
+"""Stopping, budgets, retries: oracle: which tasks ran, counted by hand on a made-up model."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from threading import Event as Flag
+from typing import Any
+
+import pytest
+
+from dipgo_core.errors import StoreError, TaskError
+from orchestrator.budget import Meter, limit_reached, spent_gpu_hours
+from orchestrator.cli.stopping import drained_by_sigterm
+from orchestrator.driver import run_sweep
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.records import Record, Task
+from orchestrator.store import Store, open_store
+from orchestrator.store.lease import LeaseLost
+from orchestrator.sweep_settings import Budget
+from orchestrator.sweep_tasks import RunResult, SweepTasks, Watch
+from tests.orchestrator.tiny_sweep import Listener, run, run_tiny_task, tiny_facts, tiny_sweep
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+def doing(action: Any, kind: str = "search") -> Any:
+    """Run tiny tasks; before one of a kind, do something."""
+
+    def run_task(task: Task, store: Store, *, on_progress: Any = None) -> Record:
+        if task.kind == kind:
+            action(task)
+        return run_tiny_task(task, store)
+
+    return run_task
+
+
+def run_with(store: Store, task_function: Any, **options: Any) -> tuple[RunResult, Listener]:
+    sweep, listener = tiny_sweep(targets=(0.5,)), Listener()
+    result = run_sweep(
+        sweep,
+        store,
+        InProcessExecutor(),
+        listener,
+        listener.events.append,
+        run_task=task_function,
+        facts=tiny_facts(sweep),
+        **options,
+    )
+    return result, listener
+
+
+def tasks_of(store: Store, **options: Any) -> SweepTasks:
+    sweep = tiny_sweep(targets=(0.5,))
+    listener = Listener()
+    return SweepTasks(
+        sweep, store, tiny_facts(sweep), "cpu", listener, listener.events.append, **options
+    )
+
+
+def test_signal_lets_the_running_task_end_and_starts_no_other(store: Store) -> None:
+    clock, flag = Clock(), Flag()
+    source = tasks_of(store, watch=Watch(stop=flag, clock=clock))
+    task = source.next_ready()
+    assert task is not None
+    flag.set()
+    clock.now += 2
+    source.tick()
+    assert source.draining and not source.finished and source.next_ready() is None
+    source.done(run_tiny_task(task, store))
+    assert source.finished
+    result = source.result(interrupted=False)
+    assert result.interrupted and result.done == (task.key,) and result.skipped
+
+
+def test_request_to_stop_in_the_store_drains(store: Store) -> None:
+    clock = Clock()
+    source = tasks_of(store, watch=Watch(clock=clock))
+    store.request_stop("tiny")
+    clock.now += 6
+    source.tick()
+    assert source.finished and not source.demand()
+    assert "stop" in (source.result(interrupted=False).stopped or "")
+
+
+def test_request_of_an_earlier_run_is_forgotten(store: Store) -> None:
+    store.request_stop("tiny")
+    result, _ = run_with(store, run_tiny_task)
+    assert result.plan.complete
+
+
+def test_wall_time_is_of_one_run_and_gpu_time_of_all(store: Store) -> None:
+    clock = Clock()
+    meter = Meter(Budget(wall_hours=1, gpu_hours=3), store, "tiny", clock)
+    meter.start("a", 2.0)
+    clock.now += 1800
+    assert meter.gpu_hours == pytest.approx(1)  # while it runs
+    assert meter.reached() is None
+    meter.end("a", 5400.0)
+    meter.write(now=True)
+    assert spent_gpu_hours(store, "tiny") == pytest.approx(3)
+    assert meter.reached() == "3 GPU-hours"
+    again = Meter(Budget(wall_hours=1), store, "tiny", clock)
+    assert (again.gpu_hours, again.wall_hours) == (pytest.approx(3), 0)
+    clock.now += 3600
+    assert again.reached() == "1 hours of wall time"
+
+
+def test_dollars_are_gpu_hours_at_their_price() -> None:
+    budget = Budget(usd=10, usd_per_gpu_hour=2.5)
+    assert limit_reached(budget, 3.9, 0) is None
+    assert limit_reached(budget, 4.0, 0) == "10 US dollars"
+
+
+def test_meter_refuses_what_no_run_wrote(store: Store) -> None:
+    store.put_sweep_file("tiny", "spent.json", b"[]")
+    with pytest.raises(StoreError, match="delete it"):
+        Meter(Budget(), store, "tiny", Clock())
+
+
+def fail(task: Task) -> None:
+    raise ValueError("a bug")
+
+
+def test_retry_runs_what_failed_and_what_depends_on_it_alone(store: Store) -> None:
+    first, _ = run_with(store, doing(fail))
+    for key in list(store.records()):  # another task that is open, and did not fail
+        if store.records()[key].kind == "latency":
+            assert store.folder is not None
+            (store.folder / "records" / f"{key}.json").unlink()
+    store = open_store(store.url)
+    (key,) = first.failed
+    result, _ = run_with(store, run_tiny_task, retry=[])
+    assert key in result.done
+    assert not result.failed and not result.skipped
+    assert not result.plan.complete  # the latency of the dense model is not asked for
+    assert {t.kind for t in result.plan.tasks if t.state != "cached"} == {"latency"}
+    assert not store.failed_keys()
+
+
+def test_retry_takes_the_first_characters_of_a_key(store: Store) -> None:
+    first, _ = run_with(store, doing(fail))
+    (key,) = first.failed
+    assert key in run_with(store, run_tiny_task, retry=[key[:10]])[0].done
+    with pytest.raises(TaskError, match="is done"):
+        run_with(store, run_tiny_task, retry=[key])
+    with pytest.raises(TaskError, match="no task of this sweep"):
+        run_with(store, run_tiny_task, retry=["xyz"])
+
+
+def test_out_of_memory_is_tried_at_half_the_batch_and_recorded(store: Store) -> None:
+    batches = list[int]()
+
+    def exhausted(task: Task) -> None:
+        batches.append(task.options["batch_size"])
+        if len(batches) == 1:
+            raise MemoryError
+
+    result, listener = run_with(store, doing(exhausted, "images"))
+    assert result.plan.complete
+    assert batches[1] == batches[0] // 2
+    again = [event for event in listener.events if event.kind == "again"]
+    assert len(again) == 1 and "out_of_memory" in (again[0].error or "")
+
+
+def test_failure_is_kept_with_its_class_and_trace(store: Store) -> None:
+    result, _ = run_with(store, doing(fail))
+    failure = store.get_failure(next(iter(result.failed)))
+    assert failure is not None
+    assert failure.outputs["class"] == "code"
+    assert "a bug" in failure.outputs["traceback"]
+
+
+def test_lost_lease_ends_the_run_and_shows_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: SweepTasks) -> None:
+        raise LeaseLost("somebody else holds it")
+
+    monkeypatch.setattr(SweepTasks, "tick", lost)
+    sweep, listener = replace(tiny_sweep(), name="tiny"), Listener()
+    with pytest.raises(LeaseLost):
+        run_sweep(sweep, store, InProcessExecutor(), listener, facts=tiny_facts(sweep))
+    assert listener.results == []
+
+
+def test_second_sigterm_interrupts(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with drained_by_sigterm() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "may finish" in capsys.readouterr().err
+
+
+def test_run_again_after_a_budget_counts_what_was_spent(store: Store) -> None:
+    assert not run(tiny_sweep(), store)[0].budget_reached  # nothing takes a GPU
+    assert spent_gpu_hours(store, "tiny") == 0
