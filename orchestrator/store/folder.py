@@ -78,13 +78,13 @@ class FolderBackend:
             return _while_folders_vanish(lambda: disk.link_new(path, data))
 
     def list(self, prefix: str) -> Iterator[str]:
-        top = self._path(prefix)
+        top = self._room(prefix)
         for path in self._files(top):
             if not path.name.startswith("."):
                 yield path.relative_to(self._folder).as_posix()
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        top = self._path(prefix) if prefix else self._folder
+        top = self._room(prefix) if prefix else self._folder
         for path in self._files(top):
             if not path.name.startswith("."):
                 yield from self._entry(path)
@@ -102,7 +102,7 @@ class FolderBackend:
             disk.remove(path)
 
     def delete_all(self, prefix: str) -> None:
-        top = self._path(prefix)
+        top = self._room(prefix)
         with _told(top, "deleted"):
             try:
                 shutil.rmtree(top)
@@ -116,19 +116,24 @@ class FolderBackend:
             disk.remove(path)
 
     def _path(self, name: str) -> Path:
-        """Return the path of a name.
-
-        Raises:
-            StoreError: the name is none of a store, or a link on the way leads out of the folder.
-        """
+        """Return the path of an object, which may be a link itself: it is not followed."""
         path = self._folder.joinpath(*check_name(name))
-        root, parent = os.path.realpath(self._folder), os.path.realpath(path.parent)
-        if os.path.commonpath([root, parent]) != root:
+        self._check_inside(path, path.parent)
+        return path
+
+    def _room(self, prefix: str) -> Path:
+        """Return the path of a folder of objects, which may be no link that leads away."""
+        path = self._folder.joinpath(*check_name(prefix))
+        self._check_inside(path, path)
+        return path
+
+    def _check_inside(self, path: Path, followed: Path) -> None:
+        root, real = os.path.realpath(self._folder), os.path.realpath(followed)
+        if os.path.commonpath([root, real]) != root:
             raise StoreError(
-                f"{path} lies outside the storage: a symbolic link leads to {parent}; put the "
+                f"{path} lies outside the storage: a symbolic link leads to {real}; put the "
                 "folder itself there, or set `storage` to where everything lies"
             )
-        return path
 
     def _files(self, top: Path) -> Iterator[Path]:
         """Return the files below a folder, sorted; folders that are links are not entered."""
