@@ -14,7 +14,7 @@ from typing import Any
 from dipgo_core.config import SearchSettings
 from orchestrator.bars import calibration_figures, score_for
 from orchestrator.hypervolume import area_above
-from orchestrator.methods import PointSpec
+from orchestrator.methods import STEP_MASKS, PointSpec
 from orchestrator.planned import Point
 from orchestrator.records import Record
 from orchestrator.sweep_settings import Dimension, Explore, ExploreStop, SweepModel
@@ -49,12 +49,14 @@ class Growing:
 
     propose: adds the task of the next generation, given how many points it has and all before it.
     add_point: adds a point with its tasks. is_dead: whether a task failed, or needs one that did.
+    gpus: what one search takes.
     """
 
     records: Records
     propose: Callable[[int, Sequence[Generation]], str]
     add_point: Callable[[PointSpec], Point]
     is_dead: Callable[[str], bool]
+    gpus: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +208,20 @@ def _trial(params: Params, point: Point, quality: str, plan: Growing) -> Trial:
     values = None
     if measured is not None and score is not None:
         values = 1.0 / (1.0 - float(measured.outputs["pruned_ratio"])), score
+    seconds = 0.0 if search is None else search.timings.get("seconds", 0.0)
     return Trial(
         params=params,
         values=values,
         search=point.search_key,
-        gpu_hours=0.0 if search is None else gpu_hours_of(search),
+        gpu_hours=seconds * (plan.gpus or 1.0) / 3600,
     )
 
 
-def gpu_hours_of(search: Record) -> float:
-    """Return the GPU-hours that a search took, or hours where it took no GPU."""
-    return search.timings.get("seconds", 0.0) * (search.host.get("gpus") or 1.0) / 3600
+def stand_in(model: SweepModel, settings: SearchSettings) -> SearchSettings:
+    """Return the search whose memory was planned for in place of an explored one.
+
+    They differ in nothing that decides it: `batch_size` and `query_dim` cannot be explored.
+    """
+    if model.explore is None or settings.strategy == STEP_MASKS:
+        return settings
+    return replace(model.grid.expand()[0], granularity=settings.granularity)

@@ -22,8 +22,8 @@ from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
     STEP_MASKS,
     granularities,
+    kinds_of_search,
     search_label,
-    searches,
     step_mask_search,
 )
 from orchestrator.resources import resources_of
@@ -246,7 +246,7 @@ class ModelLoads:
     @cached_property
     def _searches(self) -> tuple[SearchSettings, ...]:
         masks = step_mask_search(self.model)
-        return (*searches(self.model), *([] if masks is None else [masks]))
+        return (*kinds_of_search(self.model), *([] if masks is None else [masks]))
 
     @property
     def _granularity(self) -> Granularity:

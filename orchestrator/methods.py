@@ -82,7 +82,15 @@ def search_label(search: SearchSettings) -> str:
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
-    """Return the distinct searches of the grid; step masks look at no loss weights."""
+    """Return the distinct searches of the grid; those of an exploration are proposed one by one."""
+    return () if model.explore is not None else kinds_of_search(model)
+
+
+def kinds_of_search(model: SweepModel) -> tuple[SearchSettings, ...]:
+    """Return the searches of the grid, or what those of an exploration have in common.
+
+    Step masks look at no loss weights.
+    """
     effective = (_effective(settings) for settings in model.searches())
     return tuple({content_key(settings.to_json()): settings for settings in effective}.values())
 

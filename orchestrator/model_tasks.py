@@ -16,6 +16,8 @@ from dipgo_core.evaluation.protocol import Protocol, Split
 from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.evaluation.shards import cut
 from dipgo_core.memory import Fit
+from orchestrator.bars import judged_by
+from orchestrator.explore import Generation, asked, stand_in
 from orchestrator.facts import ModelFacts, scorer_places
 from orchestrator.memory import ModelLoads, ModelMemory
 from orchestrator.methods import PointSpec, point_specs, search_label
@@ -36,7 +38,7 @@ _SCORING = ("torchmetrics", "torch-fidelity", "torchvision")
 _LOCAL: Final = {"model_folder": "id", "model_base": "base"}
 
 #: Tasks that load no pipeline.
-_LIGHT: Final[tuple[TaskKind, ...]] = ("reference", "statistics", "evaluate", "race")
+_LIGHT: Final[tuple[TaskKind, ...]] = ("reference", "statistics", "evaluate", "race", "explore")
 
 
 @cache
@@ -319,6 +321,27 @@ class ModelTasks:
             label=f"race at {rungs[rung].images} images",
         )
 
+    def explore(self, count: int, generations: Sequence[Generation]) -> Task:
+        """What to search next: `count` points, by what is known of all those before."""
+        first = sum(map(len, generations)) + 1
+        return self._task(
+            "explore",
+            self.model.sampler,
+            {
+                "explore": asked(self.model),
+                "generation": len(generations),
+                "count": count,
+                "search": self.model.grid.expand()[0].to_json(),
+                "quality": judged_by(self.sweep.objective.quality),
+                "calibration": self.protocols.calibration_json,
+                "postprocess": self.model.postprocess,
+                "macs_convention": self.sweep.macs_convention,
+            },
+            resources="score",
+            options={"generations": [[one.to_json() for one in each] for each in generations]},
+            label=f"proposals {first} to {first + count - 1}",
+        )
+
     def latencies(self, way: Way, label: str) -> tuple[Task, ...]:
         """Dense and pruned runs interleaved, alone on the node: a task for each batch size."""
         sizes = zip(self.sweep.latency.batch_size, self.latency_labels(label), strict=True)
@@ -376,7 +399,7 @@ class ModelTasks:
 
     def _ways(self, settings: SearchSettings) -> dict[str, Any]:
         """Return how a search is run so that it fits; nothing where nobody had to decide."""
-        fit = self.memory.fit("search", settings)
+        fit = self.memory.fit("search", stand_in(self.model, settings))
         if fit.run.checkpoint_calls is None:
             return _held(fit)
         split = fit.run.images if fit.run.images != settings.batch_size else None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dipgo_core.evaluation.metrics import PAIRED
+from orchestrator.hypervolume import area_above
 from orchestrator.metrics import QUALITIES, label_of, larger_is_better
 from orchestrator.points import ResolvedPoint, State
 from orchestrator.standing import Differences, Dominance, Speed, speed_gap, standings
@@ -130,10 +131,8 @@ def hypervolume(
     points: Sequence[ResolvedPoint], speed: Speed, quality: str, reference: tuple[float, float]
 ) -> float:
     """Return the area between the points and `reference` (speed, quality), in their units."""
-    if not points:
-        return 0.0
     worst = (reference[0], larger_is_better(quality, reference[1]))
-    return float(moocore.hypervolume(_matrix(points, speed, quality), ref=worst, maximise=True))
+    return area_above(_matrix(points, speed, quality), worst)
 
 
 def reference_point(

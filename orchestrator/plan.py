@@ -10,6 +10,7 @@ from dipgo_core.errors import TargetError
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
+from orchestrator.explore import Explored, Growing, explored_points
 from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
     CALIBRATED,
@@ -21,7 +22,7 @@ from orchestrator.methods import (
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.records import Record, Task, TaskKind, content_key
-from orchestrator.resources import resource_rows, with_latency_resources
+from orchestrator.resources import resource_rows, resources_of, with_latency_resources
 from orchestrator.rungs import candidates_of
 from orchestrator.sweep_settings import ResourceKind, SweepFile
 
@@ -140,6 +141,7 @@ class _Builder:
         self.memo = memo
         self.failed = failed
         self.tasks: dict[str, PlannedTask] = {}
+        self.to_propose: tuple[str, ...] = ()  # what tells the points to come
         self._dead: dict[str, bool] = {}
         self._last_outcome: tuple[str, SearchOutcome] | None = None
 
@@ -148,7 +150,8 @@ class _Builder:
         maker = self.maker
         specs = self._specs()
         self._add_reference("test")
-        if any(spec.search is not None or spec.method in CALIBRATED for spec in specs):
+        explores = maker.model.explore is not None
+        if explores or any(s.search is not None or s.method in CALIBRATED for s in specs):
             self._add_reference("calibration")
         for task in maker.statistics.values():
             self._add(task)
@@ -157,6 +160,9 @@ class _Builder:
         if step_masks is not None:
             self._add(maker.search(step_masks))
         points = [self._add_point(spec) for spec in specs]
+        explored = self._explore()
+        points += explored
+        found += tuple(dict.fromkeys(str(point.search_key) for point in explored))
         for rung in range(len(maker.protocols.rungs) - 1):
             points = self._race(points, rung)
         return Plan(
@@ -287,6 +293,52 @@ class _Builder:
         )
         return Way(sampler, point.granularity, point.keep)
 
+    # explorations --------------------------------------------------------------------------------
+
+    def _explore(self) -> tuple[Point, ...]:
+        """Add the points that were proposed so far, and what is known of those to come."""
+        maker = self.maker
+        found = explored_points(
+            maker.model,
+            maker.sweep.objective.quality,
+            Growing(
+                records=self.records,
+                propose=lambda count, so_far: self._add(maker.explore(count, so_far)),
+                add_point=self._add_explored,
+                is_dead=self._is_dead,
+                gpus=resources_of(maker.sweep, "search", maker.facts).gpus,
+            ),
+        )
+        if found.to_come:
+            self.to_propose = self._next_proposal(found)
+            self._foresee(found, self.to_propose)
+        return found.points
+
+    def _add_explored(self, spec: PointSpec) -> Point:
+        assert spec.search is not None
+        self._add(self.maker.search(spec.search))
+        return self._add_point(spec)
+
+    def _next_proposal(self, found: Explored) -> tuple[str, ...]:
+        """Return the task that tells what comes next; listed under a key of its own until all that
+        it goes by is there."""
+        if found.proposed:
+            return found.awaits
+        name, known = self.maker.model.name, len(found.points)
+        key = content_key({"kind": "explore", "model": name, "after": known})
+        label = f"{name}: proposals from {known + 1} on"
+        return (self._add_unresolved(key, "explore", label, found.awaits),)
+
+    def _foresee(self, found: Explored, awaits: tuple[str, ...]) -> None:
+        """List the tasks that points to come will need."""
+        for number in range(len(found.points) + 1, len(found.points) + found.to_come + 1):
+            spec = PointSpec(
+                method="search", sampler=self.maker.model.sampler, variant=f"explored {number}"
+            )
+            point = _unresolved_point(self.maker, spec)
+            search = self._add_placeholder(point, "search", spec.label, awaits)
+            self._add_placeholders(spec, replace(point, needs=(search,)))
+
     # races ---------------------------------------------------------------------------------------
 
     def _race(self, points: Sequence[Point], rung: int) -> list[Point]:
@@ -297,7 +349,7 @@ class _Builder:
         maker = self.maker
         timed = maker.sweep.objective.speed == "latency" and maker.measures_latency
         open_keys = (key for p in runners.values() for key in self._awaited(p, timed))
-        awaited = tuple(dict.fromkeys(open_keys))
+        awaited = tuple(dict.fromkeys((*open_keys, *self.to_propose)))
         if awaited:
             key = self._add_unresolved_race(rung, awaited)
         else:
@@ -373,22 +425,31 @@ class _Builder:
         layout = next(self.maker.layouts(split, first.images))
         shards = [
             self._add_placeholder(
-                point, "images", f"{label}, images {s.start} to {s.stop - 1}", point.needs
+                point, "images", f"{label}, images {s.start} to {s.stop - 1}", point.needs, len(s)
             )
             for s in layout
         ]
-        self._add_placeholder(point, "evaluate", label, (*point.needs, *shards))
+        needs = (*point.needs, *shards)
+        self._add_placeholder(point, "evaluate", label, needs, first.images)
 
     def _add_placeholder(
-        self, point: Point, kind: TaskKind, label: str, needs: tuple[str, ...]
+        self, point: Point, kind: TaskKind, label: str, needs: tuple[str, ...], images: int = 0
     ) -> str:
         named = ("placeholder", point.key, kind, label)
         key: str = self.maker.once(
             named, lambda: content_key({"kind": kind, "label": label, "point": point.key})
         )
-        return self._add_unresolved(key, kind, f"{self.maker.model.name}: {label}", needs)
+        expect = {"images": images, "compute": 1.0 - (point.target or 0.0)}
+        return self._add_unresolved(key, kind, f"{self.maker.model.name}: {label}", needs, expect)
 
-    def _add_unresolved(self, key: str, kind: TaskKind, label: str, needs: tuple[str, ...]) -> str:
+    def _add_unresolved(
+        self,
+        key: str,
+        kind: TaskKind,
+        label: str,
+        needs: tuple[str, ...],
+        expect: Mapping[str, float] | None = None,
+    ) -> str:
         self.tasks[key] = PlannedTask(
             key=key,
             kind=kind,
@@ -396,6 +457,7 @@ class _Builder:
             label=label,
             needs=needs,
             state="unresolved",
+            expect=expect or {},
         )
         return key
 

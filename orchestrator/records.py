@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-TaskKind = Literal["reference", "images", "statistics", "search", "evaluate", "latency", "race"]
+TaskKind = Literal[
+    "reference", "images", "statistics", "search", "evaluate", "latency", "race", "explore"
+]
 RecordState = Literal["done", "failed"]
 
 SCHEMA_VERSION = 1

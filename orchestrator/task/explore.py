@@ -1,8 +1,8 @@
 """One batch of proposals: what to search next, by what is known so far (the only import of optuna).
 
 Each task rebuilds its study from the results it is given, in their order, and draws with a seed of
-its generation: proposals depend on nothing else. Sampler: TPE, Ozaki et al. 2022 (multi-objective); NSGA-II, Deb et
-al. 2002; or at random. Both objectives (MACs speed-up, quality) grow.
+its generation: proposals depend on nothing else. Sampler: TPE for several objectives (Ozaki et al.
+2022), NSGA-II (Deb et al. 2002), or at random. Both objectives (MACs speed-up, quality) grow.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from optuna.trial import Trial, TrialState
 from orchestrator.task.work import Outcome, Work
 
 Space = Mapping[str, BaseDistribution]
+Over = Mapping[str, Mapping[str, Any]]
 Params = dict[str, Any]
 
 #: Digits of a proposed number: what a person reads, and writes into a sweep file, is what was run.
 DIGITS = 6
+#: How often a sampler is asked for something new; a small space may have nothing left.
+TRIES = 20
 
 
 def run_explore(work: Work) -> Outcome:
@@ -54,13 +57,24 @@ def propose(
         trials = [_replayed(study, space, over, each["params"]) for each in results]
         for trial, each in zip(trials, results, strict=True):
             _tell(study, trial, each["values"])
-    trials = [study.ask(dict(space)) for _ in range(count)]
-    return [_params(trial, over) for trial in trials]
+    known = [dict(each["params"]) for results in generations for each in results]
+    for _ in range(count):
+        known.append(_new(study, space, over, known))
+    return known[len(known) - count :]
 
 
-def _replayed(
-    study: optuna.Study, space: Space, over: Mapping[str, Any], params: Mapping[str, Any]
-) -> Trial:
+def _new(study: optuna.Study, space: Space, over: Over, known: Sequence[Params]) -> Params:
+    """Return a proposal that is not known yet, if the sampler has one: crossing makes copies."""
+    for _ in range(TRIES):
+        trial = study.ask(dict(space))
+        params = _params(trial, over)
+        if params not in known:
+            break
+        study.tell(trial, state=TrialState.FAIL)
+    return params
+
+
+def _replayed(study: optuna.Study, space: Space, over: Over, params: Mapping[str, Any]) -> Trial:
     """Return a trial of an earlier proposal."""
     study.enqueue_trial({name: _inner(over[name], params[name]) for name in space})
     trial = study.ask(dict(space))
@@ -104,7 +118,7 @@ def _inner(dimension: Mapping[str, Any], value: Any) -> Any:
     return list(dimension["choices"]).index(value) if dimension["kind"] == "choice" else value
 
 
-def _params(trial: Trial, over: Mapping[str, Any]) -> Params:
+def _params(trial: Trial, over: Over) -> Params:
     """Return a proposal as settings say it: choices by value, numbers with few digits."""
     return {name: _outer(over[name], value) for name, value in trial.params.items()}
 

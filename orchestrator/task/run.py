@@ -16,9 +16,11 @@ from dipgo_core.evaluation.device import cpu_name, device_name
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.task.evaluate import run_evaluate
+from orchestrator.task.explore import run_explore
 from orchestrator.task.images import run_images
 from orchestrator.task.latency import run_latency
 from orchestrator.task.latency_process import stop_measuring
+from orchestrator.task.loading import loading_seconds
 from orchestrator.task.memory import return_freed_memory
 from orchestrator.task.race import run_race
 from orchestrator.task.reference import run_reference
@@ -34,12 +36,16 @@ RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "evaluate": run_evaluate,
     "latency": run_latency,
     "race": run_race,
+    "explore": run_explore,
 }
 _LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-sweep")
 
 
-def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
-    """Do a task unless it is done; meanwhile no other process does it."""
+def do_task(task: Task, store: Store, on_progress: OnProgress, *, imports_s: float = 0.0) -> Record:
+    """Do a task unless it is done; meanwhile no other process does it.
+
+    imports_s: how long this process took to import what tasks need, if it did so for this one.
+    """
     return_freed_memory()
     with store.claim(task.key):
         known = store.get_record(task.key)
@@ -47,7 +53,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             return known
         if task.kind != "latency":
             stop_measuring()
-        began = time.perf_counter()
+        began, loaded = time.perf_counter(), loading_seconds()
         torch.set_num_threads(int(task.inputs.get("threads", max(1, round(task.cpus)))))
         work = Work(task, store, on_progress)
         if work.device != "cpu":
@@ -60,7 +66,12 @@ def do_task(task: Task, store: Store, on_progress: OnProgress) -> Record:
             inputs=task.inputs,
             outputs=outcome.outputs,
             artifacts=outcome.artifacts,
-            timings={"seconds": time.perf_counter() - began, "finished": time.time()},
+            timings={
+                "seconds": time.perf_counter() - began,
+                "load": loading_seconds() - loaded,
+                "imports": imports_s,
+                "finished": time.time(),
+            },
             host={**_host(work.device), **gpu_memory(task, work.device)},
             versions=_versions(),
             attempts=tuple(task.options.get("attempts", ())),

@@ -28,6 +28,7 @@ from orchestrator.planned import Plan
 from orchestrator.records import Record, Task
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
+from orchestrator.task.explore import run_explore
 from orchestrator.task.race import run_race
 from orchestrator.task.work import Work
 from tests.orchestrator.tiny_sweep import item_set, tiny_facts
@@ -103,8 +104,9 @@ def _record(task: Task, **changes: Any) -> Record:
 
 
 def _run(task: Task, store: Store) -> None:
-    if task.kind == "race":
-        found = run_race(Work(task, store, lambda report: None))
+    decides = {"race": run_race, "explore": run_explore}.get(task.kind)
+    if decides is not None:
+        found = decides(Work(task, store, lambda report: None))
         store.put_record(_record(task, outputs=found.outputs, timings={"seconds": 1.0}))
         return
     outputs, files = OUTPUTS[task.kind](task.inputs)
