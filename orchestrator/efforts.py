@@ -105,7 +105,7 @@ class Efforts:
     def _expected(self, planned: PlannedTask, gpu: bool) -> Effort:
         model, costs = self._models[planned.model], self._sizes[planned.model]
         calls = calls_of(model.sampler) * costs.call_macs
-        images = planned.expect.get("images", float(model.evaluate.images))
+        images = planned.expect.get("images", 0.0)
         kept = planned.expect.get("compute", 1.0)
         macs = 0.0
         if planned.kind == "images":
@@ -140,7 +140,9 @@ def _costs_by_facts(model: SweepModel, facts: ModelFacts) -> ModelCosts:
 
 
 def _group(kind: TaskKind, inputs: Mapping[str, Any]) -> str:
-    return f"search, {inputs['search']['strategy']}" if kind == "search" else kind
+    if kind == "search":
+        return f"search, {inputs['search']['strategy']}"
+    return "images, dense" if kind == "images" and "keep" not in inputs else kind
 
 
 def _images(kind: TaskKind, inputs: Mapping[str, Any]) -> float:
@@ -160,8 +162,17 @@ def _macs(kind: TaskKind, inputs: Mapping[str, Any], images: float, costs: Model
     dense = calls_of(SamplerSettings(**inputs["sampler"])) * costs.call_macs
     if kind == "search":
         return images * dense * _WITH_BACKWARD
-    kept = costs.kept(inputs["keep"], inputs["granularity"]) if "keep" in inputs else dense
+    if "keep" not in inputs:
+        return images * dense
+    kept = costs.kept(inputs["keep"], inputs["granularity"])
+    if kind == "images" and _is_dense(inputs):
+        return 0.0  # the dense run has made them
     return images * kept if kind == "images" else _runs(inputs["min_runs"], images) * (kept + dense)
+
+
+def _is_dense(inputs: Mapping[str, Any]) -> bool:
+    whole = all("0" not in row for row in inputs["keep"])
+    return whole and inputs["sampler"] == inputs["protocol"].get("sampler")
 
 
 def _runs(min_runs: int, batch_size: float) -> float:

@@ -32,6 +32,8 @@ _UTILISATION = 0.35
 _IMAGE_S: Final = {True: 0.05, False: 0.1}
 _TASK_S = 1.0
 _LATENCY_S = 15.0
+#: Less than this is looking up what was imported before.
+_IMPORTED_S = 0.1
 #: Before any record: starting a worker (imports), loading a pipeline, handing a task out.
 _STARTUP_S, _LOAD_S, _DISPATCH_S = 10.0, 10.0, 0.05
 #: A longer pause between two tasks of a worker is taken as one in which there was nothing to do.
@@ -70,7 +72,7 @@ class Sample:
             device=str(host.get("device", "")),
             seconds=max(0.0, timings.get("seconds", 0.0) - load),
             load=load,
-            imports=timings.get("imports", 0.0),
+            imports=imports if (imports := timings.get("imports", 0.0)) > _IMPORTED_S else 0.0,
             worker=f"{host.get('hostname')}/{host.get('pid')}",
             finished=timings.get("finished", 0.0),
         )

@@ -25,7 +25,7 @@ from orchestrator.secrets import redact
 FailureClass = Literal["out_of_memory", "preempted", "node_lost", "worker_lost", "data", "code"]
 
 #: What each class means, and what is done about it; `status` and docs/engine.md say it alike.
-MEANING: Final[Mapping[FailureClass, str]] = {
+MEANING: Final[Mapping[str, str]] = {
     "out_of_memory": "memory was not enough; tried once more at half the batch",
     "preempted": "the cluster took the node back; tried again, never counted",
     "node_lost": "the node is gone; tried again, never counted",

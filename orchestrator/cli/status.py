@@ -87,9 +87,9 @@ def print_status(document: dict[str, Any]) -> None:
 
 def _print_failure(failure: dict[str, Any], traces: set[str]) -> None:
     """Print a failure, its trace unless it is among those shown before."""
-    kind, meanings = failure.get("class") or "unknown", dict[str, str](MEANING)
+    kind = failure.get("class") or "unknown"
     say(f"failed: {failure['label']} ({failure['key'][:12]}): {failure['error']}")
-    say(f"  {kind}: {meanings.get(kind, 'not classified')}")
+    say(f"  {kind}: {MEANING.get(kind, 'not classified')}")
     for attempt in failure.get("attempts", ()):
         say(f"  before that: {attempt['failure']} on {attempt['host']}: {attempt['error']}")
     trace = failure.get("traceback") or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ def run_task(
     Raises:
         DipgoError: the task cannot be done; the message says why.
     """
+    began = time.perf_counter()
     from orchestrator.task.run import do_task
 
-    return do_task(task, store, on_progress or (lambda report: None))
+    imports_s = time.perf_counter() - began
+    return do_task(task, store, on_progress or (lambda report: None), imports_s=imports_s)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from dipgo_core.evaluation.evaluate import LOADERS, LoadedScorer, Scorers, check_scorers
 from dipgo_core.evaluation.metrics import ROLES, Role
 from dipgo_core.evaluation.scorers import Scorer
+from orchestrator.task.loading import loading
 from orchestrator.task.work import Work
 
 
@@ -27,4 +28,5 @@ def scorers_of(work: Work) -> Scorers:
 @lru_cache(maxsize=len(ROLES))
 def loaded_scorer(role: Role, name: str, device: str) -> LoadedScorer:
     """Load the network of a role by the name it was planned with; kept from task to task."""
-    return LOADERS[role](name, device=device)
+    with loading():
+        return LOADERS[role](name, device=device)

@@ -28,6 +28,7 @@ from dipgo_core.pipelines import LoadedModel, load_model
 from orchestrator.facts import items_of_blob
 from orchestrator.records import HELD_PIPELINES, Record, Task
 from orchestrator.store import Store
+from orchestrator.task.loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ def loaded(settings_json: str, device: str) -> LoadedModel:
     """Load a pipeline once a worker; those used last stay in memory."""
     diffusers.utils.logging.disable_progress_bar()  # the run has a display of its own
     transformers.utils.logging.disable_progress_bar()
-    return load_model(ModelSettings(**json.loads(settings_json)), device=device)
+    with loading():
+        return load_model(ModelSettings(**json.loads(settings_json)), device=device)
 
 
 def items_and_seeds(work: Work) -> tuple[tuple[Item, ...], tuple[int, ...]]:
