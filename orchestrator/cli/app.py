@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import traceback
@@ -20,18 +21,22 @@ from dipgo_core.errors import (
     TargetError,
     UnknownModelError,
 )
+from orchestrator.cli.job_commands import doctor, logs, submit
 from orchestrator.cli.model_commands import models
 from orchestrator.cli.options import (
     Address,
     AsJson,
     Executors,
     ExitCode,
+    Insecure,
+    MaybeJobAddress,
     ModelName,
     Overrides,
     SweepPath,
     Workers,
 )
 from orchestrator.cli.show import print_json, say
+from orchestrator.secrets import redact_logs
 
 app = typer.Typer(
     name="dipgo-sweep",
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"error: {error}", stderr=True)
         sys.exit(ExitCode.USAGE if isinstance(error, USAGE_ERRORS) else ExitCode.INTERNAL)
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc(), stderr=True)
         say(
             "This is a fault of dipgo-sweep, not of your input. What was finished is in the store; "
             "run the command again with --verbose, and report it with the lines above.",
@@ -89,6 +94,7 @@ def settings(
         stream=sys.stderr,
         force=True,
     )
+    redact_logs()
     for noisy in ("urllib3", "filelock", "matplotlib", "PIL", "git", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -100,11 +106,18 @@ def run(
     executor: Executors = "ray",
     address: Address = None,
     workers: Workers = None,
+    insecure: Insecure = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait while another process runs this sweep.")
+    ] = False,
 ) -> None:
     """Run a sweep, or go on with it: whatever the store holds already is not computed again."""
     from orchestrator.cli.running import Command, run_and_show
 
-    raise typer.Exit(run_and_show(Command(file, override or [], executor, address, workers)))
+    command = Command(
+        file, override or [], executor, address, workers, insecure=insecure, wait=wait
+    )
+    raise typer.Exit(run_and_show(command))
 
 
 @app.command()
@@ -118,42 +131,61 @@ def retry(
     executor: Executors = "ray",
     address: Address = None,
     workers: Workers = None,
+    insecure: Insecure = False,
 ) -> None:
     """Try the tasks that failed again, or those named, and run what depends on them."""
     from orchestrator.cli.running import Command, run_and_show
 
-    command = Command(file, override or [], executor, address, workers, retry=keys or [])
+    command = Command(
+        file, override or [], executor, address, workers, retry=keys or [], insecure=insecure
+    )
     raise typer.Exit(run_and_show(command))
 
 
 @app.command()
-def stop(file: SweepPath, override: Overrides = None) -> None:
+def stop(
+    file: SweepPath,
+    override: Overrides = None,
+    address: MaybeJobAddress = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="End the job at --address at once, running tasks too.")
+    ] = False,
+    insecure: Insecure = False,
+) -> None:
     """Ask whoever runs a sweep to end: running tasks finish, no more are started."""
+    if address is not None:
+        from orchestrator.cli.jobs import stop_job
+
+        stop_job(file, override or [], address, insecure, now=now)
+        return
     from orchestrator.cli.stopping import stop_and_show
 
     stop_and_show(file, override or [])
 
 
 @app.command()
-def plan(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what a run would compute, and what is in the store already."""
-    from orchestrator.cli.sweeps import open_results
-    from orchestrator.cli.tables import print_memory, print_plan
-    from orchestrator.facts import refusal
-    from orchestrator.preflight import not_here
+def plan(
+    file: SweepPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Predict wall time and utilisation on a cluster.")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="Of the simulated cluster [default: this machine].")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Of a simulated node [default: 8, at most --gpus].")
+    ] = None,
+    cpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Of a simulated node [default: 16 a GPU].")
+    ] = None,
+) -> None:
+    """Show what a run would compute and cost, and what is in the store already."""
+    from orchestrator.cli.planning import Asked, plan_and_show
 
-    results = open_results(file, override or [])
-    missing = not_here(results.sweep)
-    if as_json:
-        print_json({**results.plan.to_json(), "not_here": missing})
-    else:
-        print_plan(results)
-        print_memory(results.plan.memory)
-    if missing and not as_json:
-        say(f"not on this machine yet (`dipgo-sweep prefetch {file}` tells sizes):", stderr=True)
-        say("\n".join(f"  {line}" for line in missing), stderr=True)
-    if results.plan.too_large:
-        raise refusal(results.sweep, results.plan.too_large)
+    asked = Asked(gpus, gpus_per_node, cpus_per_node) if simulate else Asked()
+    plan_and_show(file, override or [], as_json=as_json, simulate=simulate, asked=asked)
 
 
 @app.command()
@@ -175,8 +207,19 @@ def validate(file: SweepPath, override: Overrides = None, as_json: AsJson = Fals
 
 
 @app.command()
-def status(file: SweepPath, override: Overrides = None, as_json: AsJson = False) -> None:
+def status(
+    file: SweepPath,
+    override: Overrides = None,
+    as_json: AsJson = False,
+    address: MaybeJobAddress = None,
+    insecure: Insecure = False,
+) -> None:
     """Show what is done, what is not, and what failed, from the store alone."""
+    if address is not None:
+        from orchestrator.cli.jobs import status_of_job
+
+        status_of_job(file, override or [], address, insecure)
+        return
     from orchestrator.cli.running import Command
     from orchestrator.cli.status import print_status, status_json
     from orchestrator.cli.sweeps import open_results
@@ -399,6 +442,14 @@ def pin(
 
 
 @app.command()
+def sync(file: SweepPath, override: Overrides = None) -> None:
+    """Send the tracking server what it lacks of a sweep, after it was away; computes nothing."""
+    from orchestrator.cli.syncing import sync_and_show
+
+    raise typer.Exit(sync_and_show(file, override or []))
+
+
+@app.command()
 def ui(
     file: SweepPath,
     override: Overrides = None,
@@ -413,8 +464,13 @@ def ui(
         say(uri)
         return
     say(f"http://127.0.0.1:{port}")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri}  # arguments are for all to read
     try:
-        raise typer.Exit(subprocess.call([*command, "--port", str(port)]))
+        raise typer.Exit(subprocess.call(command, env=environment))
     except KeyboardInterrupt:
         raise typer.Exit from None
+
+
+for each in (submit, logs, doctor):
+    app.command()(each)

@@ -48,3 +48,19 @@ Address = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Tasks at a time on this machine [default: CPUs].")
 ]
+JobAddress = Annotated[
+    str,
+    typer.Option("--address", metavar="http://HEAD:8265", help="The cluster's job server."),
+]
+MaybeJobAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="http://HEAD:8265", help="Where `submit` sent it [default: not sent]."
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", help="Use a cluster that other machines reach and that asks for no token."
+    ),
+]

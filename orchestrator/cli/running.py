@@ -39,12 +39,15 @@ class Command:
     address: str | None = None
     workers: int | None = None
     retry: Sequence[str] | None = None  # as `run_sweep` takes it
+    insecure: bool = False
+    wait: bool = False  # while another process runs the sweep
 
     def again(self) -> str:
         """Return the command that goes on with this run."""
         options = ["--executor", self.executor] if self.executor != "ray" else []
         options += ["--address", self.address] if self.address else []
         options += ["--workers", str(self.workers)] if self.workers else []
+        options += ["--insecure"] if self.insecure else []
         return self.line("run", *options)
 
     def line(self, verb: str, *options: str) -> str:
@@ -88,7 +91,7 @@ def make_executor(command: Command) -> Executor:
         return InProcessExecutor()
     from orchestrator.executors.ray_tune.run import RayTuneExecutor
 
-    return RayTuneExecutor(command.address, command.workers)
+    return RayTuneExecutor(command.address, command.workers, insecure=command.insecure)
 
 
 class Watcher:

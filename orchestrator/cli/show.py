@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.secrets import redact
+
 #: Wide enough for a row of figures with intervals where there is no terminal to ask.
 PIPE_WIDTH = 160
 
@@ -23,13 +25,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str = "", *, stderr: bool = False) -> None:
-    """Print one line, as it is."""
-    print(text, file=sys.stderr if stderr else sys.stdout, flush=stderr)
+    """Print one line, as it is but for secrets."""
+    print(redact(text), file=sys.stderr if stderr else sys.stdout, flush=stderr)
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document; NaN is refused, for it is not JSON."""
-    print(json.dumps(document, indent=1, allow_nan=False, default=_plain))
+    """Print one JSON document without secrets; NaN is refused, for it is not JSON."""
+    print(redact(json.dumps(document, indent=1, allow_nan=False, default=_plain)))
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from dipgo_core.memory import Fit
 from orchestrator.cli.show import print_table, say
@@ -13,13 +13,11 @@ from orchestrator.headlines import Headline
 from orchestrator.memory import GB, MemoryRow, without_repetition
 from orchestrator.metrics import FIGURES, label_of
 from orchestrator.pareto import Front, front_table, name_at_target
+from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.records import TaskKind
 from orchestrator.sweep_settings import SweepFile
-
-if TYPE_CHECKING:
-    from orchestrator.cli.sweeps import Results
 
 KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
@@ -42,20 +40,20 @@ def print_sweep(file: Path, sweep: SweepFile) -> None:
     print_table(f"{file} is valid: {sweep.name}", columns, rows, right=("searches", "images"))
 
 
-def print_plan(results: Results) -> None:
+def print_plan(planned: Plan, name: str, storage: str) -> None:
     """Print how many tasks of each kind there are, and how many are done."""
-    plan = results.plan.to_json()
+    plan = planned.to_json()
     counts = Counter((task["kind"], task["state"] == "cached") for task in plan["tasks"])
     rows = [
         (kind, f"{counts[kind, True] + counts[kind, False]}", f"{counts[kind, True]}")
         for kind in KINDS
     ]
     title = (
-        f"{results.sweep.name}: {plan['models']} models, {plan['searches']} searches, "
+        f"{name}: {plan['models']} models, {plan['searches']} searches, "
         f"{plan['evaluations']} evaluations of searched SubNets, {plan['baselines']} of baselines"
     )
     print_table(title, ("tasks", "in all", "in the store"), rows, right=("in all", "in the store"))
-    say(f"{len(plan['tasks']) - plan['cached']} tasks to do; storage {results.store.url}")
+    say(f"{len(plan['tasks']) - plan['cached']} tasks to do; storage {storage}")
 
 
 def print_memory(rows: Sequence[MemoryRow]) -> None:

@@ -36,7 +36,7 @@ _ENVIRONMENT: Mapping[str, str] = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
 _QUIET_LOGGERS = ("ray.tune", "ray.train", "ray.air")
-_INSECURE = "--insecure runs without; then whoever reaches its ports can run code on it"
+INSECURE = "--insecure runs without; then whoever reaches its ports can run code on it"
 
 
 def connect(address: str, *, insecure: bool) -> None:
@@ -133,7 +133,7 @@ def _require_token(address: str) -> None:
             f"the cluster at {address} can be reached from other machines, and RAY_AUTH_MODE is "
             f"{os.environ.get('RAY_AUTH_MODE', 'not set')}: start all its nodes with "
             "RAY_AUTH_MODE=token, and set it here with the same token (`ray get-auth-token "
-            f"--generate`; docs/cluster.md). {_INSECURE}"
+            f"--generate`; docs/cluster.md). {INSECURE}"
         )
 
 
@@ -148,7 +148,7 @@ def _check_head_asks(address: str) -> None:
         ray.shutdown()
         raise ConfigError(
             f"the cluster at {address} can be reached from other machines and asks nobody for a "
-            "token: start its nodes with RAY_AUTH_MODE=token (docs/cluster.md). " + _INSECURE
+            "token: start its nodes with RAY_AUTH_MODE=token (docs/cluster.md). " + INSECURE
         )
 
 
