@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from threading import Event as Flag
 from typing import Any
 
@@ -42,7 +43,20 @@ def latency_device(sweep: SweepFile, facts: Mapping[str, ModelFacts], executor: 
     return local_device(sweep, facts)
 
 
-def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """A sweep as it would be run: what is known of its models, and its plan.
+
+    device: what latencies are keyed on.
+    """
+
+    sweep: SweepFile
+    facts: Mapping[str, ModelFacts]
+    device: str
+    plan: Plan
+
+
+def look_ahead(sweep: SweepFile, store: Store) -> Outlook:
     """Plan a sweep against its store, without torch and without network.
 
     What only the machine that ran it can know, such as its device, is taken from that run, and so
@@ -63,8 +77,13 @@ def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
         plan = build_plan(sweep, records, facts=facts, device=device, memo=memo, failed=failed)
         found = {task.key for task in plan.tasks if task.state != "cached"} & given_up
         if found <= failed:
-            return plan
+            return Outlook(sweep=sweep, facts=facts, device=device, plan=plan)
         failed |= found
+
+
+def plan_sweep(sweep: SweepFile, store: Store) -> Plan:
+    """Return the plan of `look_ahead`."""
+    return look_ahead(sweep, store).plan
 
 
 def run_sweep(

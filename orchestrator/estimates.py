@@ -235,7 +235,8 @@ def _prior(effort: Effort, device: str) -> tuple[Law, str]:
     peak = _peak(device) if effort.gpu else _CPU_PEAK
     per_tmac = 2.0 / (_UTILISATION * peak)
     constant = _LATENCY_S if effort.group == "latency" else _TASK_S
-    per_image = 0.0 if effort.group.startswith(("search", "race")) else _IMAGE_S[effort.gpu]
+    made = effort.group.startswith(("images", "statistics"))
+    per_image = _IMAGE_S[effort.gpu] if made else 0.0
     where = f"{device or 'a GPU'}" if effort.gpu else "a CPU"
     basis = f"no record yet: MACs at {_UTILISATION:.0%} of {peak:g} TFLOP/s ({where})"
     return Law(constant, per_image, per_tmac), basis

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "sweeps" / "quickstart.yaml")
 COMMANDS = [
     "run",
+    "retry",
+    "stop",
     "plan",
     "validate",
     "status",
