@@ -43,7 +43,7 @@ from orchestrator.task import run_task
 SIDE = 512
 DIM = 2048
 SCORER = Scorer("every-383rd-value", "0" * 64, "none")
-#: The tasks that are run, in order, by kind: how their labels end.
+#: The tasks that are run after their shards, in order, by kind: how their labels end.
 LABELS = {"reference": "images, test", "statistics": SCORER.id, "evaluate": "uniform at 0.5"}
 _NOISE = np.random.default_rng(0).integers(0, 256, 2**23, dtype=np.uint8)
 
@@ -108,9 +108,12 @@ def run_simulated(
     with simulated():
         for kind in LABELS:
             plan = build_plan(sweep, store.records(), facts=known, device="none")
-            tasks = [planned.task for planned in plan.tasks if planned.kind == kind]
-            task = next(t for t in tasks if t and t.label.endswith(LABELS[kind]))
-            yield task, run_task(task, store)
+            tasks = {each.key: each.task for each in plan.tasks if each.task is not None}
+            wanted = (task for task in tasks.values() if task.kind == kind)
+            last = next(task for task in wanted if task.label.endswith(LABELS[kind]))
+            shards = [tasks[key] for key in last.options.get("shards", ())]
+            for task in (*shards, last):
+                yield task, run_task(task, store)
 
 
 def _large(facts: ModelFacts) -> ModelFacts:
