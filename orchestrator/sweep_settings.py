@@ -21,6 +21,7 @@ from dipgo_core.config import (
 )
 from dipgo_core.families import Scorers
 from orchestrator.records import canonical, content_key
+from orchestrator.secrets import redact
 
 SCHEMA_VERSION = 1
 
@@ -316,8 +317,10 @@ class SweepFile:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Return the resolved file as JSON types, keys sorted."""
-        resolved = canonical(asdict(self))
+        """Return the resolved file as JSON types, keys sorted, without the password of a URI."""
+        uri = self.tracking.uri
+        shown = replace(self.tracking, uri=None if uri is None else redact(uri))
+        resolved = canonical(asdict(replace(self, tracking=shown)))
         assert isinstance(resolved, dict)
         return resolved
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
 from dipgo_core.errors import DipgoError, TrackingError
 from orchestrator.records import content_key
@@ -362,8 +363,8 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     prefix = "sqlite:///"
     if not uri.startswith(prefix):
         return None
-    folder = Path(uri.removeprefix(prefix)).absolute().parent / "mlartifacts" / experiment
-    return folder.as_uri()
+    folder = Path(uri.removeprefix(prefix)).absolute().parent / "mlartifacts"
+    return (folder / quote(experiment, safe=" ")).as_uri()
 
 
 def _search(client: Any, experiment_id: str, sweep: str) -> Iterator[Any]:

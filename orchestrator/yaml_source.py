@@ -290,8 +290,9 @@ class _Document:
 
 def _is_open_call(event: yaml.Event) -> bool:
     """Whether a plain scalar is the beginning of ``name(low, high)``."""
-    plain = isinstance(event, yaml.ScalarEvent) and event.style is None
-    return plain and _OPEN_CALL.fullmatch(event.value) is not None
+    if not isinstance(event, yaml.ScalarEvent) or event.style is not None:
+        return False
+    return _OPEN_CALL.fullmatch(event.value) is not None
 
 
 def resolve(text: str) -> str | int | float | bool | None:

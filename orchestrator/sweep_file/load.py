@@ -29,6 +29,7 @@ from orchestrator.sweep_file.models import (
     read_models,
 )
 from orchestrator.sweep_file.overrides import apply_overrides
+from orchestrator.sweep_file.places import experiment_rule, printable_rule, storage_rule
 from orchestrator.sweep_issues import Issues, SweepIssue
 from orchestrator.sweep_settings import (
     SCHEMA_VERSION,
@@ -113,7 +114,7 @@ def _read(root: Node, issues: Issues, folder: Path) -> SweepFile:
             resources=_resources(fields.section("resources"), issues),
             latency=_latency(fields.section("latency"), issues),
             tracking=_tracking(fields.section("tracking"), issues, name),
-            storage=fields.get("storage", text(), "./.dipgo"),
+            storage=fields.get("storage", text(valid=storage_rule), "./.dipgo"),
             budget=_budget(fields.section("budget"), issues),
             macs_convention=fields.get("macs_convention", choice(_CONVENTIONS), "all"),
             allow_unpinned=allow_unpinned,
@@ -226,8 +227,9 @@ def _latency(node: Node, issues: Issues) -> LatencySettings:
 
 def _tracking(node: Node, issues: Issues, name: str) -> Tracking:
     with Fields(node, issues) as fields:
-        uri = fields.maybe("uri", text())
-        return Tracking(uri=uri, experiment=fields.get("experiment", text(), name))
+        uri = fields.maybe("uri", text(valid=printable_rule))
+        experiment = fields.get("experiment", text(valid=experiment_rule), name)
+        return Tracking(uri=uri, experiment=experiment)
 
 
 def _budget(node: Node, issues: Issues) -> Budget:
