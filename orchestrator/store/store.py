@@ -103,7 +103,7 @@ class Store:
         the first worker is dead, never touches what the first record tells of.
         """
         digest = hashlib.sha256(data).hexdigest()
-        self.backend.put(_artifact(key, name, digest), data, durable=True)
+        self.backend.put(artifact_name(key, name, digest), data, durable=True)
         return digest
 
     def get_artifact(self, record: Record, name: str) -> bytes:
@@ -119,7 +119,7 @@ class Store:
             )
         place = self.backend.place(_document("records", record.key))
         digest = record.artifacts[name]
-        file = _artifact(record.key, name, digest)
+        file = artifact_name(record.key, name, digest)
         return self._verified(file, digest, f"delete {place} and run again")
 
     def put_blob(self, data: bytes) -> str:
@@ -292,7 +292,8 @@ def _file(room: str, key: str, name: str) -> str:
     return f"{room}/{check_key(key)}/{check_part(name)}"
 
 
-def _artifact(key: str, name: str, digest: str) -> str:
+def artifact_name(key: str, name: str, digest: str) -> str:
+    """Return the name of an artifact in the storage."""
     return _file("artifacts", key, f"{check_key(digest)[:16]}-{check_part(name)}")
 
 
