@@ -21,6 +21,7 @@ from dipgo_core.errors import (
     TargetError,
     UnknownModelError,
 )
+from orchestrator.cli.cache_commands import cache
 from orchestrator.cli.job_commands import doctor, logs, submit
 from orchestrator.cli.model_commands import models
 from orchestrator.cli.options import (
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models, name="models")
+app.add_typer(cache, name="cache")
 
 #: Errors that the user's input caused; all others end with exit code 1.
 USAGE_ERRORS = (ConfigError, UnknownModelError, ModelFilesError, SubNetError, TargetError)

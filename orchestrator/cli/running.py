@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,14 @@ def run_and_show(command: Command) -> ExitCode:
         with open_display() as display, drained_by_sigterm() as stop:
             watcher = Watcher(display)
             result = run_sweep(
-                sweep, store, executor, publisher, watcher, retry=command.retry, stop=stop
+                sweep,
+                store,
+                executor,
+                publisher,
+                watcher,
+                retry=command.retry,
+                stop=stop,
+                wait_s=math.inf if command.wait else 0.0,
             )
     except KeyboardInterrupt:
         say(f"interrupted before anything ran; to go on: {command.again()}", stderr=True)

@@ -21,6 +21,7 @@ COMMANDS = [
     "run",
     "retry",
     "stop",
+    "cache",
     "plan",
     "validate",
     "status",

@@ -1,0 +1,112 @@
+"""`cache ls|gc|verify` and `run --wait`: what they print and how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli import main, running
+from orchestrator.cli.options import ExitCode
+from orchestrator.records import Record, Task
+from orchestrator.store import Store, open_store
+
+TASK = Task(kind="search", inputs={"seed": 1})
+QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Return a store at the default place, with one record and garbage beside it."""
+    monkeypatch.chdir(tmp_path)
+    store = open_store(".dipgo")
+    artifacts = {"curve.json": store.put_artifact(TASK.key, "curve.json", b"[]")}
+    values = {"key": TASK.key, "kind": "search", "state": "done", "inputs": TASK.inputs}
+    store.put_record(Record(**values, artifacts=artifacts))  # type: ignore[arg-type]
+    store.put_progress(TASK.key, "checkpoint", b"1")
+    return store
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(caught.value.code or 0)
+
+
+def test_cache_ls_lists_what_is_held(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("cache", "ls", "--json") == ExitCode.DONE
+    document = json.loads(capsys.readouterr().out)
+    assert document["storage"] == store.url
+    assert document["objects"] == 3
+    assert {held["room"] for held in document["held"]} == {"artifacts", "progress", "records"}
+    assert call("cache", "ls", "--storage", store.url) == ExitCode.DONE
+    assert "artifacts" in capsys.readouterr().out
+
+
+def test_cache_gc_lists_then_removes(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("cache", "gc", "--dry-run") == ExitCode.DONE
+    assert "1 objects" in capsys.readouterr().out
+    assert store.get_progress(TASK.key, "checkpoint") == b"1"
+    assert call("cache", "gc", "--json") == ExitCode.DONE
+    (garbage,) = json.loads(capsys.readouterr().out)["garbage"]
+    assert garbage["reason"] == "progress of a task that is done"
+    assert store.get_progress(TASK.key, "checkpoint") is None
+    assert store.has_record(TASK.key)
+
+
+def test_cache_gc_of_unneeded_records_keeps_those_of_the_files(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("cache", "gc", "--unneeded") == ExitCode.USAGE
+    assert "name at least one" in capsys.readouterr().err
+    sweep = [str(QUICKSTART), "-o", f"storage={store.url}"]
+    assert call("cache", "gc", *sweep) == ExitCode.DONE
+    assert store.has_record(TASK.key)
+    assert call("cache", "gc", *sweep, "--unneeded") == ExitCode.DONE
+    assert not store.has_record(TASK.key)
+    assert list(store.backend.list("artifacts")) == []
+
+
+def test_cache_verify_tells_damage_and_mends_it(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("cache", "verify") == ExitCode.DONE
+    (artifact,) = store.backend.list("artifacts")
+    store.backend.put(artifact, b"others")
+    assert call("cache", "verify") == ExitCode.INTERNAL
+    shown = capsys.readouterr()
+    assert "SHA-256 differs" in shown.out
+    assert "--repair" in shown.err
+    assert call("cache", "verify", "--repair", "--json") == ExitCode.DONE
+    assert len(json.loads(capsys.readouterr().out)["damaged"]) == 1
+    assert call("cache", "verify") == ExitCode.DONE
+    assert not store.has_record(TASK.key)
+
+
+def test_cache_asks_for_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("cache", "ls") == ExitCode.USAGE
+    assert "--storage" in capsys.readouterr().err
+    assert call("cache", "ls", str(QUICKSTART), "--storage", "x") == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(("options", "wait_s"), [([], 0.0), (["--wait"], math.inf)])
+def test_run_waits_for_another_driver_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], wait_s: float
+) -> None:
+    waits: list[float] = []
+
+    def refuse(*given: Any, wait_s: float, **asked: Any) -> None:
+        waits.append(wait_s)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "run_sweep", refuse)
+    sweep = [str(QUICKSTART), "-o", f"storage={tmp_path}", "--executor", "local"]
+    assert call("run", *sweep, *options) == ExitCode.INTERRUPTED
+    assert waits == [wait_s]
