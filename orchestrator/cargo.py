@@ -79,7 +79,7 @@ def _check_storage(sweep: SweepFile) -> None:
     url = sweep.storage
     if "://" not in url and not Path(url).is_absolute():
         raise ConfigError(
-            f"storage: {url} is relative to where a sweep is run, and a job's folder does not last: "
+            f"storage: {url} is relative to where a sweep runs, and a job's folder does not last; "
             "give one that all nodes see, such as -o storage=/mnt/shared/dipgo or "
             "-o storage=s3://bucket/dipgo"
         )
@@ -90,7 +90,8 @@ def _check_size(staged: Sequence[Staged]) -> None:
         return
     sizes = "\n".join(f"  {each.field}: {each.place}, {_mib(each.size)}" for each in staged)
     raise ConfigError(
-        f"more than {_mib(LARGEST_BYTES)} cannot go along with a job:\n{sizes}\nPut them where all nodes see them and name that path with -o, or use a model of the hub"
+        f"more than {_mib(LARGEST_BYTES)} cannot go along with a job:\n{sizes}\nPut them where all "
+        "nodes see them and name that path with -o, or use a model of the hub"
     )
 
 

@@ -28,6 +28,7 @@ _OVERRIDES: Final = "dipgo_overrides"
 _ENDED: Final = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL_S: Final = 1.0
 _SMALL_JOB_S: Final = 300.0
+_HEAD_START_S: Final = 60.0
 _SHOWN_LINES: Final = 20
 
 
@@ -81,13 +82,8 @@ class JobServer:
         earlier = [job for job in self.jobs(sweep) if job.digest == digest]
         name = f"dipgo-{sweep}-{digest[:12]}" + (f"-{len(earlier) + 1}" if earlier else "")
         about = {_SWEEP: sweep, _DIGEST: digest, _OVERRIDES: json.dumps(list(overrides))}
-        found: str = self._client.submit_job(
-            entrypoint=shlex.join(command),
-            submission_id=name,
-            metadata=about,
-            runtime_env={"working_dir": str(files)},
-        )
-        return found
+        self._send(command, name, {"working_dir": str(files)}, about)
+        return name
 
     def jobs(self, sweep: str) -> list[Job]:
         """Return the jobs of a sweep, the newest first."""
@@ -139,11 +135,7 @@ class JobServer:
             TaskError: it fails, or takes too long.
         """
         name = f"dipgo-ask-{uuid.uuid4().hex[:12]}"
-        self._client.submit_job(
-            entrypoint=shlex.join(command),
-            submission_id=name,
-            runtime_env={"working_dir": files} if files else {},
-        )
+        self._send(command, name, {"working_dir": files} if files else {}, {})
         try:
             status = self._wait(name)
             text = str(self._client.get_job_logs(name))
@@ -169,6 +161,31 @@ class JobServer:
         except ValueError as error:
             raise TaskError(f"the cluster at {self.address} tells no versions: {text}") from error
         return found
+
+    def _send(
+        self, command: Sequence[str], name: str, environment: dict[str, Any], about: dict[str, str]
+    ) -> None:
+        """Start a job; a head that has only just started is given time.
+
+        Raises:
+            TaskError: the job server refuses.
+        """
+        end = time.monotonic() + _HEAD_START_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=name,
+                    runtime_env=environment,
+                    metadata=about,
+                )
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise TaskError(
+                        f"the job server at {self.address} does not take the job: {error}"
+                    ) from error
+            time.sleep(_POLL_S)
 
     def _wait(self, name: str) -> str:
         end = time.monotonic() + _SMALL_JOB_S

@@ -16,8 +16,9 @@ from orchestrator.executors.placement import (
     latency_nodes,
     most_common,
     narrowed,
+    slots,
 )
-from orchestrator.records import Task
+from orchestrator.records import Pool
 from orchestrator.sweep_settings import TaskResources
 
 GPU = TaskResources(cpus=2, gpus=1)
@@ -87,23 +88,30 @@ def test_narrowed_stays_on_one_node_where_processors_differ() -> None:
 
 
 def test_bundle_of_a_latency_task_is_a_whole_node() -> None:
-    task = Task(kind="latency", inputs={}, cpus=2, gpus=1, exclusive=True)
+    alone = Pool(cpus=2, gpus=1, exclusive=True)
     extra = {"accelerator_type:A100": SHARE}
-    bundle = bundle_of(task, CLUSTER, extra, by_node=True)
+    bundle = bundle_of(alone, CLUSTER, extra, by_node=True)
     assert bundle == {"CPU": 2, "GPU": 1, NODE: 1, "accelerator_type:A100": SHARE}
 
 
 def test_bundle_of_any_other_task_is_a_share_of_a_node() -> None:
-    bundle = bundle_of(Task(kind="search", inputs={}), CLUSTER, {"x": 1}, by_node=True)
+    bundle = bundle_of(Pool(), CLUSTER, {"x": 1}, by_node=True)
     assert bundle == {"CPU": 1, NODE: SHARE}
 
 
 def test_bundle_without_node_resource_takes_all_cpus_of_a_node_that_fits() -> None:
-    task = Task(kind="latency", inputs={}, gpus=1, exclusive=True)
+    alone = Pool(gpus=1, exclusive=True)
     cluster = [node("1", CPU=64.0), node("2", "A100", GPU=1.0), node("3", "T4", GPU=1.0, CPU=16.0)]
-    assert bundle_of(task, cluster, {}, by_node=False) == {"CPU": 16, "GPU": 1}
+    assert bundle_of(alone, cluster, {}, by_node=False) == {"CPU": 16, "GPU": 1}
     extra = {"accelerator_type:A100": SHARE}
-    assert bundle_of(task, cluster, extra, by_node=False)["CPU"] == 8
+    assert bundle_of(alone, cluster, extra, by_node=False)["CPU"] == 8
+
+
+def test_slots_are_counted_node_by_node_without_what_is_taken() -> None:
+    assert slots({"CPU": 3.0}, CLUSTER) == 10  # two on each node with 8 CPUs
+    assert slots({"CPU": 1.0, "GPU": 0.5}, CLUSTER) == 2 * 2 + 3 * 8
+    assert slots({"GPU": 1.0}, CLUSTER, {"2": {"GPU": 3.0}, "5": {"GPU": 1.0}}) == 1 + 1 + 4 + 4
+    assert slots({"TPU": 1.0}, CLUSTER) == 0
 
 
 def test_cluster_without_node_resource_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
