@@ -102,12 +102,26 @@ class BlockGraph:
 
         A row whose output would need neither a live block nor an input is a skip: all False.
         """
-        if not row[0]:
-            return np.zeros(self.num_blocks, dtype=np.bool_)
-        needed = self._needed(row)
-        live = np.logical_and(needed[:-1], row)
-        live[0] = bool(live.any()) or bool(needed[INPUT])
-        return live
+        (kept,) = bits_of(row[None])
+        return row_of(self.priced(kept)[0], self.num_blocks)
+
+    def priced(self, kept: int, convention: Convention = "all") -> tuple[int, int]:
+        """Return what `live` does and its MACs, of rows as numbers: bit n is block n."""
+        if not kept & 1:
+            return 0, 0
+        needed = self._needed_bits(kept)
+        live = needed & kept & ~1
+        if not live and not needed >> self.num_blocks:
+            return 0, 0
+        costs = self._costs[convention]
+        macs = costs[0]
+        rest, n = live >> 1, 1
+        while rest:
+            if rest & 1:
+                macs += costs[n]
+            rest >>= 1
+            n += 1
+        return live | 1, macs
 
     def reads(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return which cached outputs one call takes: of blocks not run that it needs.  # (N,)
@@ -116,21 +130,42 @@ class BlockGraph:
         """
         live = self.live(row)
         if live[0]:
-            return np.logical_and(self._needed(row)[:-1], ~live)
+            (kept,) = bits_of(row[None])
+            return np.logical_and(row_of(self._needed_bits(kept), self.num_blocks), ~live)
         return np.equal(np.arange(self.num_blocks), 0)
 
-    def _needed(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return what the output is computed from; the last entry is the inputs.  # (N + 1,)"""
-        needed = np.zeros(self.num_blocks + 1, dtype=np.bool_)
-        stack = list(self.producers[0])
-        while stack:
-            n = stack.pop()
-            if needed[n]:
-                continue
-            needed[n] = True
-            if n != INPUT and (row[n] or self.blocks[n].reuse is Reuse.RESIDUAL):
-                stack.extend(self.producers[n])
+    def _needed_bits(self, kept: int) -> int:
+        """Return what the output is computed from; the bit after the last block is the inputs."""
+        needed = self._producer_bits[0]
+        passing = kept | self._residual_bits
+        for bit, producers in self._upstream:
+            if needed & passing & bit:
+                needed |= producers
         return needed
+
+    @cached_property
+    def _producer_bits(self) -> tuple[int, ...]:
+        """What each block reads, as a number; the inputs come after the last block."""
+        return tuple(
+            sum(1 << (self.num_blocks if n == INPUT else n) for n in set(producers))
+            for producers in self.producers
+        )
+
+    @cached_property
+    def _residual_bits(self) -> int:
+        return sum(1 << n for n, block in enumerate(self.blocks) if block.reuse is Reuse.RESIDUAL)
+
+    @cached_property
+    def _upstream(self) -> tuple[tuple[int, int], ...]:
+        """Each block's bit and what it reads, the last one executed first: who reads a block was
+        executed after it."""
+        numbers = range(self.num_blocks - 1, 0, -1)
+        return tuple((1 << n, self._producer_bits[n]) for n in numbers)
+
+    @cached_property
+    def _costs(self) -> dict[Convention, list[int]]:
+        both: tuple[Convention, Convention] = ("all", "paper")
+        return {name: [block.cost(name) for block in self.blocks] for name in both}
 
     def schedule(self, gates: GateTable) -> Schedule:
         """Return what each call computes, keeps for later, takes from the cache, and lets go."""
@@ -192,7 +227,8 @@ class BlockGraph:
     def close(self, gates: GateTable) -> GateTable:
         """Return the canonical table: dead blocks reuse, calls that compute nothing skip."""
         self.check(gates)
-        return GateTable(np.stack([self.live(row) for row in gates.keep]))
+        rows = (self.priced(kept)[0] for kept in bits_of(gates.keep))
+        return GateTable(np.stack([row_of(live, self.num_blocks) for live in rows]))
 
     def check(self, gates: GateTable) -> None:
         """Raise SubNetError unless the table has one column a block."""
@@ -205,19 +241,20 @@ class BlockGraph:
 
     def costs(self, convention: Convention = "all") -> npt.NDArray[np.int64]:
         """MACs of each block's own work; column 0 is the ungated parts.  # (N,)"""
-        return np.array([block.cost(convention) for block in self.blocks], dtype=np.int64)
+        return np.array(self._costs[convention], dtype=np.int64)
 
     def row_macs(self, row: npt.NDArray[np.bool_], convention: Convention = "all") -> int:
-        return int(self.costs(convention)[self.live(row)].sum())
+        (kept,) = bits_of(row[None])
+        return self.priced(kept, convention)[1]
 
     def call_macs(self, convention: Convention = "all") -> int:
         """MACs of one dense call, batch 1."""
-        return int(self.costs(convention).sum())
+        return sum(self._costs[convention])
 
     def macs(self, gates: GateTable, convention: Convention = "all") -> int:
         """MACs of all calls, batch 1, closure included."""
         self.check(gates)
-        return sum(self.row_macs(row, convention) for row in gates.keep)
+        return sum(self.priced(kept, convention)[1] for kept in bits_of(gates.keep))
 
     def pruned_ratio(self, gates: GateTable, convention: Convention = "all") -> float:
         return 1 - self.macs(gates, convention) / (gates.num_calls * self.call_macs(convention))
@@ -267,6 +304,18 @@ class BlockGraph:
             ),
             producers=tuple(tuple(p) for p in data["producers"]),
         )
+
+
+def bits_of(keep: npt.NDArray[np.bool_]) -> list[int]:
+    """Return rows as numbers whose bit n is column n.  # (T, N)"""
+    packed = np.packbits(keep, axis=1, bitorder="little")
+    return [int.from_bytes(row.tobytes(), "little") for row in packed]
+
+
+def row_of(bits: int, width: int) -> npt.NDArray[np.bool_]:
+    """Return the first columns of a row from its number.  # (width,)"""
+    data = np.frombuffer(bits.to_bytes(width // 8 + 1, "little"), dtype=np.uint8)
+    return np.unpackbits(data, count=width, bitorder="little").astype(np.bool_)
 
 
 def _paired(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

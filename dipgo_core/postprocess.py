@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dipgo_core.config import Convention, Postprocess
 from dipgo_core.errors import ConfigError, TargetError, nearest
 from dipgo_core.gates import GateTable
-from dipgo_core.graph import BlockGraph
+from dipgo_core.graph import BlockGraph, bits_of, row_of
 from dipgo_core.outcome import SearchOutcome
 
 #: Stop of the paper's bisection: |pruned ratio - target| below this.
@@ -152,7 +152,8 @@ def _budget(scores: Scores, graph: BlockGraph, target: float, convention: Conven
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
-        fits = graph.macs(_at_threshold(scores, thresholds[middle], graph), convention) <= budget
+        kept = bits_of(scores >= thresholds[middle])
+        fits = sum(graph.priced(row, convention)[1] for row in kept) <= budget
         low, high = (low, middle) if fits else (middle + 1, high)
     start = _at_threshold(scores, thresholds[low], graph)
     return _give_back(start, scores, graph, budget, convention)
@@ -166,28 +167,29 @@ def _give_back(
     A gate that would be dead, or too dear, waits until another gate of its call is given back.
     Ties go to the later block, which is the one nearer to the output.
     """
-    keep = np.array(gates.keep)
-    implied = [n for n in range(graph.num_blocks) if n not in graph.searched]
-    spent = [graph.row_macs(row, convention) for row in keep]
+    rows = bits_of(gates.keep)
+    searched = np.zeros(graph.num_blocks, dtype=np.bool_)
+    searched[list(graph.searched)] = True
+    (implied,) = bits_of(~searched[None])
+    spent = [graph.priced(row, convention)[1] for row in rows]
     left = budget - sum(spent)
-    queue = [(-scores[t, n], -int(n), int(t)) for t, n in zip(*np.nonzero(~keep), strict=True)]
-    queue = [entry for entry in queue if -entry[1] in graph.searched]
+    calls, blocks = np.nonzero(~gates.keep & searched)
+    ranked = zip((-scores[calls, blocks]).tolist(), (-blocks).tolist(), calls.tolist(), strict=True)
+    queue = list(ranked)
     heapq.heapify(queue)
     waiting: dict[int, list[tuple[float, int, int]]] = {}
     while queue:
         entry = heapq.heappop(queue)
         n, t = -entry[1], entry[2]
-        row = keep[t].copy()
-        row[[n, *implied]] = True
-        row, alive = graph.live(row), bool(graph.live(row)[n])
-        extra = graph.row_macs(row, convention) - spent[t]
-        if not alive or extra > left:
+        row, macs = graph.priced(rows[t] | implied | 1 << n, convention)
+        extra = macs - spent[t]
+        if not row >> n & 1 or extra > left:
             waiting.setdefault(t, []).append(entry)
             continue
-        keep[t], spent[t], left = row, spent[t] + extra, left - extra
+        rows[t], spent[t], left = row, macs, left - extra
         for retry in waiting.pop(t, []):
             heapq.heappush(queue, retry)
-    return graph.close(GateTable(keep))
+    return GateTable(np.stack([row_of(row, graph.num_blocks) for row in rows]))
 
 
 def _paper(scores: Scores, graph: BlockGraph, target: float, convention: Convention) -> GateTable:
