@@ -76,8 +76,9 @@ def do_task(task: Task, store: Store, on_progress: OnProgress, *, imports_s: flo
             versions=_versions(),
             attempts=tuple(task.options.get("attempts", ())),
         )
-        store.put_record(record)
-        return record
+        if store.put_record(record):
+            return record
+        return store.get_record(task.key) or record  # somebody took this process for dead
 
 
 def _host(device: str) -> Mapping[str, Any]:

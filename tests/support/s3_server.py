@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 BUCKET = "sweeps"
 
@@ -56,13 +57,11 @@ def environment(address: str) -> dict[str, str]:
     }
 
 
-def empty_bucket() -> None:
-    """Make the bucket, or empty it; the environment must lead to the server."""
-    import boto3
-
-    bucket = boto3.session.Session().resource("s3").Bucket(BUCKET)
-    bucket.create()
-    bucket.objects.delete()
+def empty_bucket(address: str) -> None:
+    """Forget everything and make the bucket."""
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):
+        opener = build_opener(ProxyHandler({}))  # the environment may name a proxy
+        opener.open(Request(address + path, method=method), timeout=60).close()
 
 
 def _misbehaving(app: Callable[..., Iterable[bytes]], behaviour: Behaviour) -> Callable[..., Any]:

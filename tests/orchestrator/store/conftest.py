@@ -24,7 +24,7 @@ def s3_url(s3_running: tuple[str, Behaviour], monkeypatch: pytest.MonkeyPatch) -
     behaviour.__init__()  # type: ignore[misc]
     for name, value in environment(address).items():
         monkeypatch.setenv(name, value)
-    empty_bucket()
+    empty_bucket(address)
     return f"s3://{BUCKET}/some/prefix"
 
 

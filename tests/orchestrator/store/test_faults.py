@@ -57,8 +57,11 @@ def test_worker_killed_at_any_write_leaves_old_or_new(killed: tuple[Path, int]) 
         assert "artifact" not in told or "record" not in told or shown["artifact"]
 
 
-def test_work_goes_on_after_a_kill_at_any_write(killed: tuple[Path, int], tmp_path: Path) -> None:
+def test_work_goes_on_after_a_kill_at_any_write(
+    killed: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     top, deaths = killed
+    monkeypatch.setattr(disk, "os", FaultyOs(lambda call, given: None))
     for number in range(1, deaths + 1):
         store, log = open_store(top / str(number)), tmp_path / str(number)
         work(store, b"new", log)

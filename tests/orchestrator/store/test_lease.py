@@ -169,6 +169,43 @@ def test_one_of_many_threads_holds_the_lease_at_a_time(
     assert most == [1] * 8
 
 
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from dipgo_core.errors import StoreError
+from orchestrator.store import open_store
+store, go = open_store(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+while not go.exists():
+    pass
+try:
+    with store.lease("tiny"):
+        print("held", flush=True)
+        sys.stdin.readline()
+except StoreError as error:
+    print("refused" if "being run by process" in str(error) else error, flush=True)
+"""
+
+
+def test_of_many_drivers_at_the_same_instant_one_works(
+    store: Store, tmp_path: Path, repository: Path
+) -> None:
+    command = [sys.executable, "-c", AT_ONCE, store.url, str(tmp_path / "go")]
+    pipe = subprocess.PIPE
+    drivers = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=repository)
+        for _ in range(4)
+    ]
+    for driver in drivers:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    answers = [driver.stdout.readline().strip() for driver in drivers if driver.stdout]
+    for driver in drivers:
+        driver.communicate("", timeout=60)
+    assert sorted(answers) == ["held", "refused", "refused", "refused"]
+
+
 def test_claim_keeps_others_out_until_released(store: Store, repository: Path) -> None:
     with holding(store, repository, f'claim("{TASK.key}")', 1):
         began = time.monotonic()
