@@ -115,6 +115,14 @@ def test_texts_of_a_batch_are_encoded_once(sd: LoadedModel) -> None:
     assert torch.equal(first, again)
 
 
+def test_a_batch_may_be_run_at_another_guidance(sd: LoadedModel) -> None:
+    """Oracle: a batch of its own. Without guidance no empty prompt is encoded."""
+    batch = Batch(ITEMS, SEEDS)
+    for scale in (1.0, 5.0, 1.0):
+        sampler = replace(DDIM, guidance_scale=scale)
+        assert torch.equal(rollout(sd, batch, sampler), rollout(sd, Batch(ITEMS, SEEDS), sampler))
+
+
 @pytest.mark.parametrize("make", [tiny_sd, tiny_dit])
 def test_rollout_and_decode_are_differentiable_in_float64(make: Any) -> None:
     """Oracle: a central difference along one direction, scaling every prediction."""

@@ -23,7 +23,7 @@ from dipgo_core.evaluation.prompts import items_sha256
 from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.evaluation.reference import reference_of
 from dipgo_core.evaluation.scorers import Scorer
-from dipgo_core.evaluation.shards import ShardResult, merge_shards, shards_of
+from dipgo_core.evaluation.shards import ShardResult, cut, first_of, merge_shards
 from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, block_graph
@@ -97,7 +97,7 @@ def shards(model, protocol, scorers, dense, gated, shard_size=10, **arguments) -
             scorers,
             sampler=DDIM,
             dense=lambda start, stop: dense[start:stop],
-            shards=shards_of(protocol, shard_size),
+            shards=cut(range(protocol.images), shard_size),
             **gated,
             **arguments,
         )
@@ -186,10 +186,24 @@ def test_merging_finds_missing_and_double_images(protocol) -> None:
             merge_shards(parts, protocol)
 
 
-def test_shards_cover_all_images_once(protocol) -> None:
-    covered = [i for shard in shards_of(replace(protocol, images=11), 4) for i in shard]
+def test_shards_cover_all_images_once_whatever_they_are_cut_at() -> None:
+    for at in ((), (3, 6, 8), (11, 40)):
+        assert [i for shard in cut(range(11), 4, at) for i in shard] == list(range(11))
+    assert cut(range(11), 4, (6,)) == (range(4), range(4, 6), range(6, 8), range(8, 11))
+    assert cut(range(14), 4, (6,))[:3] == cut(range(11), 4, (6,))[:3]
 
-    assert covered == list(range(11))
+
+def test_first_images_of_a_shard_are_what_fewer_images_are(
+    model, protocol, scorers, dense, gated
+) -> None:
+    """Oracle: numpy's slices of the whole shard."""
+    (whole_shard,) = shards(model, protocol, scorers, dense, gated, shard_size=10)
+    part = first_of(whole_shard, replace(protocol, images=6))
+
+    assert (part.start, part.stop, part.samples.shape[0]) == (0, 6, 6)
+    assert part.forwards == whole_shard.forwards * 6 // 10
+    assert np.array_equal(part.scores["psnr"], whole_shard.scores["psnr"][:6])
+    assert np.array_equal(part.features["features"], whole_shard.features["features"][:6])
 
 
 def test_what_is_not_the_protocols_is_refused_before_generating(
