@@ -29,7 +29,8 @@ from orchestrator.store import Store
 
 logger = logging.getLogger(__name__)
 
-_END_SECONDS = 30.0  # for Tune to end; its thread is a daemon's, so more is not waited for
+_END_S = 30.0  # for Tune to end; its thread is a daemon's, so more is not waited for
+_LEAVE_S = 5.0  # the same after an error: the cluster may be lost, or a user waits
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Lanes:
         trace: TracebackType | None,
     ) -> None:
         self._hall.closing.set()
-        self._thread.join(_END_SECONDS)
-        if self._thread.is_alive():
-            logger.warning("Ray Tune has not ended within %g s and is left behind", _END_SECONDS)
+        self._thread.join(_END_S if error is None else _LEAVE_S)
+        if self._thread.is_alive() and error is None:
+            logger.warning("Ray Tune has not ended within %g s and is left behind", _END_S)
 
     def open(self, lane: str, bundle: Bundle) -> None:
         self._hall.to_open.append((lane, bundle))

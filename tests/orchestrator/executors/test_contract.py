@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from dipgo_core.errors import TaskError
+from dipgo_core.errors import StoreError, TaskError
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, Lane, RunTask
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.placement import NODE
-from orchestrator.failures import Failure, next_attempt
+from orchestrator.failures import LOST_WORKER_RETRIES, Failure, next_attempt
 from orchestrator.records import Pool, Record, Task
 from orchestrator.store import open_store
 from orchestrator.sweep_settings import TaskResources
@@ -55,8 +55,8 @@ class ListSource:
 
     def _ready(self) -> list[Task]:
         self._drop_blocked()
-        tasks = self.waiting.values()
-        return [task for task in tasks if all(need in self.records for need in task.needs)]
+        tasks = [t for t in self.waiting.values() if all(n in self.records for n in t.needs)]
+        return [task for task in tasks if not task.exclusive] or tasks
 
     @property
     def draining(self) -> bool:
@@ -103,7 +103,9 @@ class ListSource:
 
 def task(number: int, *needs: Task, **inputs: Any) -> Task:
     keys = tuple(need.key for need in needs)
-    return Task(kind="search", inputs={"number": number, **inputs}, needs=keys, label=f"t{number}")
+    return Task(
+        kind="evaluate", inputs={"number": number, **inputs}, needs=keys, label=f"t{number}"
+    )
 
 
 def fake_run_task() -> RunTask:
@@ -162,172 +164,164 @@ def ray_executor() -> Iterator[Executor]:
         ray.shutdown()
 
 
-@pytest.fixture(params=["in_process", "ray_tune"])
+@pytest.fixture(scope="module", params=["in_process", "ray_tune"])
 def executor(request: pytest.FixtureRequest) -> Executor:
     if request.param == "in_process":
         return InProcessExecutor()
     return request.getfixturevalue("ray_executor")  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def run(executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
-    return runner(executor, tmp_path)
+def run(executor: Executor, source: ListSource, folder: Path) -> ListSource:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        with executor:
+            executor.run(source, fake_run_task(), open_store(folder))
+    return source
 
 
-def runner(executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
-    def run(tasks: list[Task], *, again: bool = False, stop_after: int | None = None) -> ListSource:
-        source = ListSource(tasks, again)
-        source.stop_after = stop_after
-        store = open_store(tmp_path / "store")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's own
-            with executor:
-                executor.run(source, fake_run_task(), store)
-        return source
-
-    return run
+def squares(source: ListSource) -> dict[int, int]:
+    return {r.inputs["number"]: r.outputs["square"] for r in source.records.values()}
 
 
-@pytest.fixture
-def ray_run(ray_executor: Executor, tmp_path: Path) -> Callable[..., ListSource]:
-    return runner(ray_executor, tmp_path)
+FIRST = task(2)
+SECOND = [task(3, FIRST, seconds=0.3), task(4, FIRST, seconds=0.3)]
+LAST = task(5, *SECOND)
+BAD = task(7, fail=True)
+SKIPPED = [task(8, BAD), task(9, task(8, BAD))]
+ALONE = Task(kind="latency", inputs={"number": 6, "seconds": 0.3}, exclusive=True)
+OTHERS = [task(number, seconds=0.2) for number in range(10, 16)]
+HUNGRY = replace(task(20, hungry=True), options={"batch_size": 8})
 
 
-def test_executor_honours_dependencies_and_returns_the_stored_records(
-    run: Callable[..., ListSource], tmp_path: Path
-) -> None:
-    first = task(2)
-    second = [task(3, first), task(4, first)]
-    last = task(5, *second)
-    source = run([last, *second, first])
-    stored = open_store(tmp_path / "store").records()
-    assert not source.errors
-    assert {r.inputs["number"]: r.outputs["square"] for r in source.records.values()} == {
-        2: 4,
-        3: 9,
-        4: 16,
-        5: 25,
+class Ran(NamedTuple):
+    """One run of everything, and where its records lie."""
+
+    source: ListSource
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ran(executor: Executor, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("store")
+    tasks = [LAST, *SECOND, FIRST, *SKIPPED, BAD, *OTHERS[:3], ALONE, *OTHERS[3:], HUNGRY]
+    return Ran(run(executor, ListSource(tasks, again=True), folder), folder)
+
+
+def test_dependencies_are_honoured_and_records_are_those_stored(ran: Ran) -> None:
+    assert {n: s for n, s in squares(ran.source).items() if n < 6} == {2: 4, 3: 9, 4: 16, 5: 25}
+    assert dict(open_store(ran.folder).records()) == ran.source.records
+
+
+def test_failure_of_a_task_skips_what_needs_it_and_nothing_else(ran: Ran) -> None:
+    assert ran.source.errors == {
+        BAD.key: "ValueError: number 7 is unlucky",
+        SKIPPED[0].key: "skipped",
+        SKIPPED[1].key: "skipped",
     }
-    assert dict(stored) == source.records
+    assert len(ran.source.records) == 12
 
 
-def test_executor_goes_on_after_a_failure_and_keeps_its_text(
-    run: Callable[..., ListSource],
-) -> None:
-    bad = task(7, fail=True)
-    skipped = task(8, bad)
-    source = run([bad, skipped, task(9)])
-    failure = source.failures[bad.key]
-    assert source.errors == {
-        bad.key: "ValueError: number 7 is unlucky",
-        skipped.key: "skipped",
-    }
-    assert [record.outputs["square"] for record in source.records.values()] == [81]
+def test_failure_of_a_task_tells_its_class_and_trace(ran: Ran) -> None:
+    failure = ran.source.failures[BAD.key]
     assert failure.kind == "code"
-    assert "unlucky" in failure.trace
-    assert source.ticks
+    assert "is unlucky" in failure.trace
+    assert failure.host
 
 
-def test_executor_ends_when_nothing_can_become_ready(run: Callable[..., ListSource]) -> None:
-    bad = task(1, fail=True)
-    source = run([task(2, bad), bad])
+def test_exclusive_task_is_alone_on_its_node(ran: Ran) -> None:
+    spans = {key: record.outputs["span"] for key, record in ran.source.records.items()}
+    began, ended = spans.pop(ALONE.key)
+    assert all(end <= began or ended <= start for start, end in spans.values())
+
+
+def test_task_out_of_memory_is_done_at_half_the_batch(ran: Ran) -> None:
+    assert squares(ran.source)[20] == 400
+    assert [each.kind for each in ran.source.failed_before[HUNGRY.key]] == ["out_of_memory"]
+
+
+def test_progress_reaches_the_source(ran: Ran) -> None:
+    assert (FIRST.key, {"search_step": 1}) in ran.source.reports
+
+
+def test_lane_does_its_tasks_in_one_process(ran: Ran) -> None:
+    pids = {
+        record.host["pid"] for record in ran.source.records.values() if record.kind == "evaluate"
+    }
+    assert len(pids) <= 4  # two slots, filled once before and once after the exclusive task
+
+
+def test_run_ends_when_nothing_can_become_ready(executor: Executor, tmp_path: Path) -> None:
+    source = run(executor, ListSource([task(2, BAD), BAD]), tmp_path)
     assert len(source.errors) == 2
     assert not source.records
 
 
-def test_executor_with_a_finished_source_runs_nothing(run: Callable[..., ListSource]) -> None:
-    assert not run([]).records
+def test_finished_source_runs_nothing(executor: Executor, tmp_path: Path) -> None:
+    assert not run(executor, ListSource([]), tmp_path).records
 
 
-def test_executor_runs_an_exclusive_task_among_others(run: Callable[..., ListSource]) -> None:
-    alone = Task(kind="latency", inputs={"number": 6}, exclusive=True)
-    source = run([task(1), task(2), task(3), alone, task(4)])
-    assert sorted(r.outputs["square"] for r in source.records.values()) == [1, 4, 9, 16, 36]
-
-
-def test_executor_reports_progress(run: Callable[..., ListSource]) -> None:
-    only = task(3)
-    assert run([only]).reports == [(only.key, {"search_step": 1})]
-
-
-def test_lane_does_its_tasks_in_one_process(
-    run: Callable[..., ListSource], executor: Executor
+def test_draining_source_ends_once_running_tasks_are_done(
+    executor: Executor, tmp_path: Path
 ) -> None:
-    source = run([task(number) for number in range(10)])
-    pids = {record.host["pid"] for record in source.records.values()}
-    assert len(source.records) == 10
-    assert len(pids) <= 2  # one a slot
-
-
-def test_lane_tells_whose_pipelines_it_holds(
-    ray_run: Callable[..., ListSource],
-) -> None:
-    tasks = [replace(task(number), affinity=f"model {number}") for number in range(3)]
-    chained = [tasks[0], replace(tasks[1], needs=(tasks[0].key,))]
-    source = ray_run([*chained, replace(tasks[2], needs=(chained[1].key,))])
-    held = [lane.held for lane in source.lanes if lane is not None]
-    assert set(held) <= {(), ("model 0",), ("model 1",), ("model 1", "model 0")}
-    assert held[0] == ()
-
-
-def test_lost_worker_is_a_failure_of_its_class(ray_run: Callable[..., ListSource]) -> None:
-    lost = task(1, die=True)
-    source = ray_run([lost, task(2, lost), task(3)])
-    assert [record.outputs["square"] for record in source.records.values()] == [9]
-    assert set(source.errors) == {lost.key, task(2, lost).key}
-    assert source.failures[lost.key].kind == "worker_lost"
-    assert source.failures[lost.key].host
-
-
-def test_task_of_a_killed_worker_is_done_by_another(ray_run: Callable[..., ListSource]) -> None:
-    killed = task(5, die_once=True)
-    source = ray_run([killed, task(6)], again=True)
-    assert not source.errors
-    assert {record.outputs["square"] for record in source.records.values()} == {25, 36}
-    assert [each.kind for each in source.failed_before[killed.key]] == ["worker_lost"]
-
-
-def test_task_out_of_memory_is_done_at_half_the_batch(run: Callable[..., ListSource]) -> None:
-    hungry = replace(task(4, hungry=True), options={"batch_size": 8})
-    source = run([hungry], again=True)
-    assert [record.outputs["square"] for record in source.records.values()] == [16]
-    assert [each.kind for each in source.failed_before[hungry.key]] == ["out_of_memory"]
-
-
-def test_failure_of_a_task_names_host_log_and_trace(ray_run: Callable[..., ListSource]) -> None:
-    (failure,) = ray_run([task(7, fail=True)]).failures.values()
-    assert failure.kind == "code"
-    assert failure.host in failure_hosts()
-    assert failure.log is not None and Path(failure.log).exists()
-    assert "unlucky" in failure.trace
-
-
-def failure_hosts() -> set[str]:
-    import ray
-
-    return {node["NodeManagerAddress"] for node in ray.nodes()}
-
-
-def test_draining_source_ends_the_run_once_running_tasks_are_done(
-    run: Callable[..., ListSource],
-) -> None:
-    source = run([task(number, seconds=0.05) for number in range(20)], stop_after=4)
+    source = ListSource([task(number, seconds=0.05) for number in range(20)])
+    source.stop_after = 4
+    run(executor, source, tmp_path)
     assert 4 <= len(source.records) < 20
     assert not source.running and not source.errors
 
 
-def test_lanes_of_another_pool_take_the_place_of_idle_ones(
-    ray_run: Callable[..., ListSource],
-) -> None:
-    small = [task(number) for number in range(4)]
-    large = replace(task(9, small[3]), cpus=2.0)
-    after = task(10, large)
-    source = ray_run([*small, large, after])
-    assert len(source.records) == 6 and not source.errors
+@pytest.fixture(scope="module")
+def survived(ray_executor: Executor, tmp_path_factory: pytest.TempPathFactory) -> ListSource:
+    """Workers that die, one once and one always; a task too large to run beside others; models."""
+    large = replace(task(32, task(31)), cpus=2.0)
+    models = [replace(task(33, large), affinity="a"), replace(task(34, task(33)), affinity="b")]
+    lost = [task(30, die_once=True), task(1, die=True), task(35, task(1, die=True))]
+    tasks = [*lost, task(31), large, *models, task(36, models[1], seconds=2)]
+    folder = tmp_path_factory.mktemp("store")
+    return run(ray_executor, ListSource(tasks, again=True), folder)
 
 
-def test_source_is_ticked_while_tasks_run(ray_run: Callable[..., ListSource]) -> None:
-    assert ray_run([task(1, seconds=2)]).ticks >= 4
+def test_task_of_a_killed_worker_is_done_by_another(survived: ListSource) -> None:
+    assert squares(survived)[30] == 900
+    kinds = [each.kind for each in survived.failed_before[task(30, die_once=True).key]]
+    assert kinds == ["worker_lost"]
+
+
+def test_task_that_kills_its_worker_is_given_up(survived: ListSource) -> None:
+    lost = task(1, die=True)
+    assert set(survived.errors) == {lost.key, task(35, lost).key}
+    assert len(survived.failed_before[lost.key]) == 1 + LOST_WORKER_RETRIES
+    assert survived.failures[lost.key].host
+
+
+def test_lanes_of_another_pool_take_the_place_of_idle_ones(survived: ListSource) -> None:
+    assert squares(survived)[32] == 32**2  # both CPUs
+    assert squares(survived)[36] == 36**2  # one again
+
+
+def test_lane_tells_whose_pipelines_it_holds(survived: ListSource) -> None:
+    held = {lane.held for lane in survived.lanes if lane is not None}
+    assert () in held
+    assert held <= {(), ("a",), ("b",), ("b", "a")}
+
+
+def test_source_is_ticked_while_tasks_run(survived: ListSource) -> None:
+    assert survived.ticks >= 6
+
+
+def test_failure_names_the_log_of_its_worker(ray_executor: Executor, tmp_path: Path) -> None:
+    (failure,) = run(ray_executor, ListSource([BAD]), tmp_path).failures.values()
+    assert failure.log is not None
+    assert Path(failure.log).is_file()
+
+
+def test_node_that_cannot_see_the_storage_is_named(ray_executor: Executor, tmp_path: Path) -> None:
+    import ray
+
+    from orchestrator.executors.ray_tune.nodes import check_storage, working_nodes
+
+    with ray_executor, pytest.raises(StoreError, match=r"node 127\.\d.*cannot read|node \d"):
+        check_storage(open_store(tmp_path), "nobodywrotethis", working_nodes(ray.nodes()))
 
 
 def test_executor_knows_the_device_of_latencies(executor: Executor) -> None:
@@ -343,14 +337,3 @@ def test_executor_refuses_an_accelerator_that_is_not_there(executor: Executor) -
         warnings.simplefilter("ignore")
         with executor, pytest.raises(TaskError, match="ABACUS"):
             executor.latency_device(abacus)
-
-
-def test_exclusive_task_is_alone_on_its_node(run: Callable[..., ListSource]) -> None:
-    alone = Task(kind="latency", inputs={"number": 0, "seconds": 0.3}, exclusive=True)
-    others = [task(number, seconds=0.3) for number in range(1, 5)]
-    spans = {
-        record.key: record.outputs["span"]
-        for record in run([*others[:2], alone, *others[2:]]).records.values()
-    }
-    began, ended = spans.pop(alone.key)
-    assert all(end <= began or ended <= start for start, end in spans.values())
