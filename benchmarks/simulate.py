@@ -33,22 +33,26 @@ QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
 
 RUN = "from orchestrator.cli import main; main()"
 
+#: Of both models; ten calls as in the quickstart.
+MODELS = ", ".join(
+    f"{{name: {name}, id: {name}, sampler: {{scheduler: ddim, steps: 10, guidance_scale: 3.0}}}}"
+    for name in ("tiny-sd", "tiny-dit")
+)
+
 #: What both differ in from the quickstart: small tasks, for a machine that does other work too.
 SMALL = (
-    "search.calibration.images=8", "evaluate.metrics=[clip, psnr, ssim, latency]",
-    "evaluate.reference=dense", "latency.min_runs=3", "latency.min_seconds=0.5",
-    "latency.max_warmup=2", "latency.tries=1", 'baselines=["few_steps", "uniform"]',
+    f"models=[{MODELS}]", "search.calibration.images=4", "evaluate.metrics=[psnr, ssim]",
+    "evaluate.reference=dense", "objective={speed: macs, quality: psnr}",
+    "search.loss.alpha=[1.0]", "search.warmup_steps=2", 'baselines=["few_steps", "uniform"]',
 )  # fmt: skip
 
 #: What they differ in from one another: targets, searches, number of images.
 SWEEPS: Mapping[str, Sequence[str]] = {
     "calibrating": (
-        "targets=[0.3, 0.6]", "search.steps=20", "search.seed=[0, 1]", "search.loss.alpha=[0.5]",
-        "evaluate.images=16",
+        "targets=[0.3, 0.6]", "search.steps=8", "search.seed=[0, 1]", "evaluate.images=12",
     ),
     "predicted": (
-        "targets=[0.4, 0.5, 0.7]", "search.steps=30", "search.seed=[2, 3]",
-        "search.loss.alpha=[1.0]", "evaluate.images=24",
+        "targets=[0.4, 0.5, 0.7]", "search.steps=12", "search.seed=[2, 3]", "evaluate.images=16",
     ),
 }  # fmt: skip
 
