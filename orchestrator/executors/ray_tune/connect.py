@@ -9,7 +9,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +52,7 @@ def connect(address: str, *, insecure: bool) -> None:
     if not insecure and not _stays_here(_host_of(address)):
         _require_token(address)
     try:
-        ray.init(address=address, **_QUIET)
+        _init(address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TaskError(
             f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, or "
@@ -70,13 +72,12 @@ def start_local(num_cpus: int | None) -> None:
     """
     for attempt_number in range(1, _STARTS + 1):
         try:
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=num_cpus,
                 resources={NODE: 1.0},
                 include_dashboard=False,
                 object_store_memory=_STORE_MEMORY_BYTES,
-                **_QUIET,
             )
             return
         except Exception as error:  # Ray raises bare ones
@@ -87,6 +88,14 @@ def start_local(num_cpus: int | None) -> None:
         f"Ray does not start on this machine: {cause}\nIs it very busy, or /tmp full? "
         "`--executor local` runs the sweep without Ray"
     ) from cause
+
+
+def _init(**settings: Any) -> None:
+    """Call ``ray.init``, which would put a handler of SIGTERM in the place of ours, that drains."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**settings, **_QUIET)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def refuse_client(address: str) -> None:

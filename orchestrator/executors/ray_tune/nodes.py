@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_SECONDS = 180.0
 _NODES_EVERY_S = 2.0
 _HEAD_TRIES_EVERY_S = 1.0
+_NODE_ANSWERS_S = 2.0
 #: A head that answers nobody for this long is lost.
 HEAD_LOST_S = 20.0
 #: How Ray's memory monitor says that it ended a worker (its text is all there is).
@@ -53,7 +54,7 @@ def _answer(future: Any) -> Any:
     try:
         return ray.get(future, timeout=0.1)
     except ray.exceptions.RayTaskError as error:
-        return error.cause or error
+        return error.cause or TaskError(str(error))
     except ray.exceptions.RayError as error:
         return error
 
@@ -78,14 +79,20 @@ def device_names(nodes: Sequence[Node], kind: str) -> dict[str, str]:
 def check_storage(store: Store, probe: str, nodes: Sequence[Node]) -> None:
     """Let every node read the driver's probe in the store, and read what each writes.
 
+    Nodes that do not answer at all, for instance because they are on their way out, refuse nothing:
+    should one of them start a lane after all, that lane reads the probe before it works.
+
     Raises:
         StoreError: nodes that do not see the storage that the driver sees; each is named.
     """
     problems = []
     for name, answer in ask_nodes(nodes, echo_probe, store, probe).items():
+        address = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == name)
+        if isinstance(answer, ray.exceptions.RayError):
+            logger.warning("node %s does not answer: %s", address, one_line(str(answer)))
+            continue
         problem = probe_problem(store, answer)
         if problem is not None:
-            address = next(n["NodeManagerAddress"] for n in nodes if n["NodeID"] == name)
             problems.append(f"  node {address}: {problem}")
     if problems:
         raise StoreError(
@@ -133,9 +140,19 @@ class Cluster:
         return self._nodes
 
     def is_alive(self, node: str) -> bool:
-        """Look up now whether a node is still there."""
-        self._looked = float("-inf")
-        return any(each["NodeID"] == node for each in self.nodes())
+        """Find out now whether a node is still there.
+
+        The head needs up to half a minute to notice that one is not, so the node itself is asked.
+        """
+        known = next((each for each in self._nodes if each["NodeID"] == node), None)
+        if known is None:
+            return False
+        try:
+            place = (known["NodeManagerAddress"], known["NodeManagerPort"])
+            socket.create_connection(place, timeout=_NODE_ANSWERS_S).close()
+        except OSError:
+            return False
+        return True
 
     def _knock(self) -> None:
         """Try to reach the head; a plain connection, for Ray's own calls wait a minute for it."""
