@@ -46,8 +46,11 @@ def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, 
     """Return one headline per model, protocol and target with a finished searched point.
 
     Points that a race dropped count as finished, with the figures they have: whoever is left was
-    chosen by the test set. (They have no FID.)
+    chosen by the test set. (They have no FID.) A target that an exploration came upon has none:
+    nobody else spends just as much.
     """
+    points = tuple(points)
+    shared = {(p.model, p.protocol, p.target) for p in points if not p.is_explored}
     groups: dict[tuple[str, str, float], list[ResolvedPoint]] = {}
     for point in points:
         finished = point.state in ("done", "dropped")
@@ -55,7 +58,9 @@ def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, 
             continue
         assert point.target is not None
         groups.setdefault((point.model, point.protocol, point.target), []).append(point)
-    return tuple(_headline(*where, group, quality) for where, group in groups.items())
+    return tuple(
+        _headline(*where, group, quality) for where, group in groups.items() if where in shared
+    )
 
 
 def _headline(

@@ -105,6 +105,11 @@ class ResolvedPoint:
         return self.method == "search"
 
     @property
+    def is_explored(self) -> bool:
+        """Whether an exploration proposed it."""
+        return self.is_searched and self.variant is not None
+
+    @property
     def is_evaluated(self) -> bool:
         """Whether its images were scored; latency may be missing."""
         return self.n_images is not None
