@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 #: How often the lease is looked at, and requests to stop in the store.
 _CHECK_EVERY_S, _ASK_EVERY_S = 1.0, 5.0
 #: A plan is made anew at most for this share of the time, and at least so often if tasks ended.
-_PLANNING_SHARE, _PLAN_EVERY_S = 0.1, 30.0
+_PLANNING_SHARE, _HUNGRY_SHARE, _PLAN_EVERY_S = 0.1, 0.5, 30.0
 
 EventKind = Literal["planned", "started", "progress", "done", "failed", "again"]
 
@@ -151,8 +151,9 @@ class SweepTasks:
         self._look_at_budget()
         if self._stopped is not None:
             return None
-        self._plan_if_due(hungry=True)
         key = self._scheduler.take(lane, self._clock())
+        if key is None and self._plan_if_due(hungry=True):
+            key = self._scheduler.take(lane, self._clock())
         if key is None:
             return None
         task = self._task(key)
@@ -164,7 +165,8 @@ class SweepTasks:
     def demand(self) -> Mapping[Pool, int]:
         if self._stopped is not None:
             return {}
-        self._plan_if_due(hungry=True)
+        if not self._scheduler.demand(self._clock()):
+            self._plan_if_due(hungry=True)
         return self._scheduler.demand(self._clock())
 
     @property
@@ -332,16 +334,18 @@ class SweepTasks:
 
     # --- the plan ----------------------------------------------------------------------------
 
-    def _plan_if_due(self, *, hungry: bool) -> None:
-        """Plan anew if records may have decided more; seldom enough to cost little.
+    def _plan_if_due(self, *, hungry: bool) -> bool:
+        """Plan anew if records may have decided more, seldom enough to cost little; say if so.
 
-        hungry: whether somebody asks for work.
+        hungry: whether somebody asks for work in vain: then up to half of the time may go into it.
         """
         since = self._clock() - self._planned_at
-        rested = since >= self._planning_s / _PLANNING_SHARE
+        share = _HUNGRY_SHARE if hungry else _PLANNING_SHARE
         waited = bool(self._ended_since) and since >= _PLAN_EVERY_S
-        if rested and (waited or (self._stale and (hungry or since >= _CHECK_EVERY_S))):
+        due = since >= self._planning_s / share and (self._stale or waited)
+        if due:
             self._plan_again()
+        return due
 
     def _plan_again(self) -> None:
         self.plan = self._new_plan()
