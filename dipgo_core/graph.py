@@ -109,19 +109,19 @@ class BlockGraph:
         """Return what `live` does and its MACs, of rows as numbers: bit n is block n."""
         if not kept & 1:
             return 0, 0
-        needed = self._needed_bits(kept)
-        live = needed & kept & ~1
+        needed, residual = self._producer_bits[0], self._residual_bits
+        live = macs = 0
+        for bit, producers, cost in self._upstream[convention]:
+            if needed & bit:
+                if kept & bit:
+                    live |= bit
+                    macs += cost
+                    needed |= producers
+                elif residual & bit:
+                    needed |= producers
         if not live and not needed >> self.num_blocks:
             return 0, 0
-        costs = self._costs[convention]
-        macs = costs[0]
-        rest, n = live >> 1, 1
-        while rest:
-            if rest & 1:
-                macs += costs[n]
-            rest >>= 1
-            n += 1
-        return live | 1, macs
+        return live | 1, macs + self.blocks[0].cost(convention)
 
     def reads(self, row: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return which cached outputs one call takes: of blocks not run that it needs.  # (N,)
@@ -138,7 +138,7 @@ class BlockGraph:
         """Return what the output is computed from; the bit after the last block is the inputs."""
         needed = self._producer_bits[0]
         passing = kept | self._residual_bits
-        for bit, producers in self._upstream:
+        for bit, producers, _ in self._upstream["all"]:
             if needed & passing & bit:
                 needed |= producers
         return needed
@@ -156,16 +156,17 @@ class BlockGraph:
         return sum(1 << n for n, block in enumerate(self.blocks) if block.reuse is Reuse.RESIDUAL)
 
     @cached_property
-    def _upstream(self) -> tuple[tuple[int, int], ...]:
-        """Each block's bit and what it reads, the last one executed first: who reads a block was
-        executed after it."""
+    def _upstream(self) -> dict[Convention, tuple[tuple[int, int, int], ...]]:
+        """Each block's bit, what it reads and its MACs, the last one executed first: who reads a
+        block was executed after it."""
         numbers = range(self.num_blocks - 1, 0, -1)
-        return tuple((1 << n, self._producer_bits[n]) for n in numbers)
-
-    @cached_property
-    def _costs(self) -> dict[Convention, list[int]]:
         both: tuple[Convention, Convention] = ("all", "paper")
-        return {name: [block.cost(name) for block in self.blocks] for name in both}
+        return {
+            name: tuple(
+                (1 << n, self._producer_bits[n], self.blocks[n].cost(name)) for n in numbers
+            )
+            for name in both
+        }
 
     def schedule(self, gates: GateTable) -> Schedule:
         """Return what each call computes, keeps for later, takes from the cache, and lets go."""
@@ -241,7 +242,7 @@ class BlockGraph:
 
     def costs(self, convention: Convention = "all") -> npt.NDArray[np.int64]:
         """MACs of each block's own work; column 0 is the ungated parts.  # (N,)"""
-        return np.array(self._costs[convention], dtype=np.int64)
+        return np.array([block.cost(convention) for block in self.blocks], dtype=np.int64)
 
     def row_macs(self, row: npt.NDArray[np.bool_], convention: Convention = "all") -> int:
         (kept,) = bits_of(row[None])
@@ -249,7 +250,7 @@ class BlockGraph:
 
     def call_macs(self, convention: Convention = "all") -> int:
         """MACs of one dense call, batch 1."""
-        return sum(self._costs[convention])
+        return sum(block.cost(convention) for block in self.blocks)
 
     def macs(self, gates: GateTable, convention: Convention = "all") -> int:
         """MACs of all calls, batch 1, closure included."""
