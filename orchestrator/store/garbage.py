@@ -120,11 +120,13 @@ def _task(store: Store, key: str) -> Task | None:
 def _of_finished(store: Store, done: Collection[str]) -> Iterator[Garbage]:
     for room in ("progress", "failures", "claims"):
         for entry in store.backend.entries(room):
-            key = key_of(entry.name)
-            if key in done:
+            if key_of(entry.name) in done:
                 yield Garbage(entry, f"{room} of a task that is done")
-            elif room == "claims" and _age(entry) > DAY_S:
-                yield Garbage(entry, "a claim that has expired")
+    claims = [e for e in store.backend.entries("claims") if key_of(e.name) not in done]
+    alive = {key_of(entry.name) for entry in claims if _age(entry) <= DAY_S}
+    for entry in claims:
+        if key_of(entry.name) not in alive:
+            yield Garbage(entry, "a claim that has expired")
 
 
 def _without_record(store: Store, known: Collection[str]) -> Iterator[Garbage]:

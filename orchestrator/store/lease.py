@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 #: Seconds without one after which a holder counts as dead.
 LEASE_S = 60.0
+#: Seconds of silence, told by clocks of different machines, after which a holder is dead.
+SURELY_DEAD_S = 3600.0
 
 _RELEASED = b"released"
 #: Tokens of the leases that this process holds, or is about to.
@@ -101,14 +103,20 @@ class Lease:
     def release(self) -> None:
         """Let others have it at once."""
         self._over.set()
-        with self._lock:
-            if self._lost is None:
-                try:
-                    self._backend.put(_beat(self._prefix, self._epoch), _RELEASED)
-                except StoreError as error:
-                    logger.warning("%s is not released, it expires: %s", self._prefix, error)
-        self._thread.join()
+        if self._lock.acquire(timeout=HEARTBEAT_S):  # else the storage hangs, and it expires
+            try:
+                self._put_released()
+            finally:
+                self._lock.release()
+            self._thread.join()
         _HELD_HERE.discard(self._token)
+
+    def _put_released(self) -> None:
+        if self._lost is None:
+            try:
+                self._backend.put(_beat(self._prefix, self._epoch), _RELEASED)
+            except StoreError as error:
+                logger.warning("%s is not released, it expires: %s", self._prefix, error)
 
     def _keep_alive(self) -> None:
         while not self._over.wait(HEARTBEAT_S) and self._lost is None:
@@ -128,7 +136,7 @@ class Lease:
             except StoreError as error:
                 logger.warning("no heartbeat of %s: %s", self._prefix, error)
                 return
-            if latest > self._epoch:
+            if latest != self._epoch:  # a later one; or somebody deleted all of them
                 holder = _holder(self._backend, self._prefix, latest)
                 self._lost = f"{holder or 'another process'} holds it now"
             else:
@@ -150,12 +158,18 @@ def held_lease(backend: Backend, prefix: str, *, what: str, wait_s: float = 0.0)
 
 
 def living_holder(backend: Backend, prefix: str) -> Holder | None:
-    """Return who holds a lease, as far as this machine can tell; None if nobody does."""
+    """Return who holds a lease, as far as one look can tell; None if nobody does.
+
+    A holder on another machine counts as dead once it has been silent for `SURELY_DEAD_S`, so long
+    that clocks which differ do not matter.
+    """
     epoch = _latest(backend, prefix)
     if not epoch or backend.get(_beat(prefix, epoch)) == _RELEASED:
         return None
+    last = max((entry.modified for entry in backend.entries(prefix)), default=0.0)
     holder = _holder(backend, prefix, epoch)
-    return None if holder is None or holder.gone else holder
+    silent = time.time() - last > SURELY_DEAD_S
+    return None if holder is None or holder.gone or silent else holder
 
 
 @dataclass

@@ -61,13 +61,15 @@ def test_garbage_of_each_kind_is_found_and_removed(store: Store) -> None:
     late = store.put_artifact(done, "images", b"of a worker that was too late")
     store.put_progress(done, "batch", b"1")
     store.backend.put(f"claims/{done}/00000001.json", b"{}")
-    store.backend.put(f"claims/{SEARCH.key}/00000001.json", b"{}")
+    for claimed in (SEARCH.key, "b" * 64):
+        store.backend.put(f"claims/{claimed}/00000001.json", b"{}")
     store.put_artifact(orphan, "images", b"1")
     store.backend.put("probes/x", b"1")
     (store.folder / "records" / ".0.tmp").write_bytes(b"half")
     young = set(reasons(store))
     for name in [entry.name for entry in store.backend.entries("")] + ["records/.0.tmp"]:
         make_old(store, name)
+    store.backend.put(f"claims/{'b' * 64}/00000001.beat", b"99")  # of a task that takes days
     found = reasons(store)
     (orphaned,) = store.backend.list(f"artifacts/{orphan}")
     after_a_day = {orphaned, "probes/x", f"claims/{SEARCH.key}/00000001.json", "records/.0.tmp"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_holder_that_slept_finds_that_it_lost(store: Store) -> None:
         with pytest.raises(LeaseLost, match="process 7 on far since .* holds it now"):
             held.check()
     assert store.backend.get(f"{PREFIX}/00000002.beat") is None  # not released by the loser
+
+
+@pytest.mark.usefixtures("quick")
+def test_holder_whose_lease_was_deleted_has_lost_it(store: Store) -> None:
+    with store.lease("tiny") as held:
+        store.backend.delete(f"{PREFIX}/00000001.json")
+        time.sleep(0.3)
+        with pytest.raises(LeaseLost, match="another process holds it"):
+            held.check()
+
+
+def test_runner_on_another_machine_is_dead_after_an_hour_of_silence(store: Store) -> None:
+    of_another_machine(store)
+    assert "process 7 on far" in str(store.runner("tiny"))
+    file = Path(store.sweep_file_place("tiny", "lease/00000001.json"))
+    os.utime(file, (time.time() - 2 * 3600,) * 2)
+    assert store.runner("tiny") is None
 
 
 @pytest.mark.usefixtures("quick")
