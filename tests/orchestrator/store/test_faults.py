@@ -121,7 +121,7 @@ def test_record_is_on_disk_with_its_name_before_it_is_acknowledged(
 
 def test_slow_storage_keeps_its_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(lease, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "LEASE_S", 5.0)
     monkeypatch.setattr(disk, "os", FaultyOs(slow(0.03)))
     with store.lease("tiny") as held:
         for _ in range(10):
