@@ -167,7 +167,7 @@ def _give_back(
     A gate that would be dead, or too dear, waits until another gate of its call is given back.
     Ties go to the later block, which is the one nearer to the output.
     """
-    rows = bits_of(gates.keep)
+    rows, costs = bits_of(gates.keep), graph.costs(convention).tolist()
     searched = np.zeros(graph.num_blocks, dtype=np.bool_)
     searched[list(graph.searched)] = True
     (implied,) = bits_of(~searched[None])
@@ -181,8 +181,10 @@ def _give_back(
     while queue:
         entry = heapq.heappop(queue)
         n, t = -entry[1], entry[2]
-        row, macs = graph.priced(rows[t] | implied | 1 << n, convention)
-        extra = macs - spent[t]
+        row, macs, extra = 0, 0, costs[n]  # no gate costs less than its own block
+        if extra <= left:
+            row, macs = graph.priced(rows[t] | implied | 1 << n, convention)
+            extra = macs - spent[t]
         if not row >> n & 1 or extra > left:
             waiting.setdefault(t, []).append(entry)
             continue
