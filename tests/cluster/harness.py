@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -33,11 +34,11 @@ class Node:
 
 
 def _is_worker(process: Process) -> bool:
-    try:
-        title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return title.startswith(b"ray::") and b"Agent" not in title
+    return process.title.startswith("ray::") and "Agent" not in process.title
+
+
+def _is_raylet(process: Process) -> bool:
+    return process.title.partition("\0")[0].endswith("/raylet")
 
 
 def free_port(address: str) -> int:
@@ -86,6 +87,7 @@ class Cluster:
         """Return what a process of this cluster, or a driver, finds in its environment."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DIPGO_"))}
         extra = {
+            "PATH": f"{RAY.parent}{os.pathsep}{kept.get('PATH', '')}",  # jobs call dipgo-sweep
             "PYTHONPATH": f"{self.folder / 'path'}{os.pathsep}{ROOT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
@@ -97,13 +99,21 @@ class Cluster:
         }
         return {**kept, **extra, **({"HOME": str(home)} if home else {})}
 
-    def start_head(self) -> None:
+    def start_head(self, *, cpus: int = 0, dashboard: bool = False) -> str:
+        """Start the head, and return the address of its job server, "" without a dashboard."""
         address = self._next_address()
         self.port = free_port(address)
         client = free_port(address)
         options = ["--head", f"--port={self.port}", f"--ray-client-server-port={client}"]
-        options += ["--include-dashboard=false", f"--temp-dir={self.folder / 'ray'}"]
-        self._start(address, [*options, "--num-cpus=0", "--num-gpus=0"])
+        options += [f"--temp-dir={self.folder / 'ray'}", f"--num-cpus={cpus}", "--num-gpus=0"]
+        if not dashboard:
+            self._start(address, [*options, "--include-dashboard=false"])
+            return ""
+        port, agent = free_port(address), free_port(address)
+        options += ["--include-dashboard=true", f"--dashboard-host={address}"]
+        options += [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}"]
+        self._start(address, [*options, '--resources={"dipgo_node": 1}'])
+        return f"http://{address}:{port}"
 
     def add_node(self, *, cpus: int = 1, gpus: int = 1) -> Node:
         """Start a node with made-up GPUs and wait until it has joined."""
@@ -113,7 +123,7 @@ class Cluster:
     def with_nodes(self, count: int) -> list[Node]:
         """Return `count` nodes: those that live, new ones where some are missing."""
         while len(self.workers) > count:
-            self.kill(self.workers[-1])
+            self.retire(self.workers[-1])
         while len(self.workers) < count:
             self.add_node()
         return self.workers
@@ -125,6 +135,15 @@ class Cluster:
         for node in nodes:
             node.child.process.wait(timeout=20)
             self.nodes.remove(node)
+
+    def retire(self, node: Node) -> None:
+        """End a node that says so to its head."""
+        self._note()
+        raylets = [each for each in tree(node.child.pid) if _is_raylet(each)]
+        for raylet in raylets:
+            raylet.send(signal.SIGTERM)
+        wait_for("the node leaves", lambda: not any(r.runs for r in raylets), 30, node.child.told)
+        self.kill(node)
 
     def stop(self) -> None:
         """End everything that was started here, by id, and check that it has ended."""
