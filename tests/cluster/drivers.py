@@ -1,4 +1,4 @@
-"""Sweeps that tests start on a cluster: the real command line, and the engine with made-up tasks."""
+"""Sweeps that tests start on a cluster: the real command line, and made-up tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moment(case: str, first: int = 3, last: int = 7) -> int:
 class RealSweep:
     """A folder in which a user runs `dipgo-sweep` on a small bundled model."""
 
-    cluster: Cluster
+    cluster: Cluster  # which another one may follow
     folder: Path
     overrides: Sequence[str] = ()
     runs: list[Child] = field(default_factory=list)
@@ -54,8 +54,8 @@ class RealSweep:
         self.runs.append(child)
         return child
 
-    def run(self, address: str | None = None) -> Child:
-        return self.call("run", "--address", address or self.cluster.address)
+    def run(self) -> Child:
+        return self.call("run", "--address", self.cluster.address)
 
     def json(self, verb: str, *options: str, seconds: float = 90) -> Any:
         child = self.call(verb, "--json", *options)
@@ -92,7 +92,7 @@ class RealSweep:
 class EngineSweep:
     """A sweep of made-up tasks through the real engine."""
 
-    cluster: Cluster
+    cluster: Cluster  # which another one may follow
     folder: Path
     seconds: float = 1.0
     gpus: float = 1.0
@@ -104,11 +104,12 @@ class EngineSweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.storage = self.folder / "store"
 
-    def run(self, address: str | None = None) -> Child:
+    def run(self) -> Child:
+        """Start a driver."""
         name = f"engine-{len(self.runs)}"
         options = {
             "store": self.storage,
-            "address": address or self.cluster.address,
+            "address": self.cluster.address,
             "acks": self.folder / f"{name}.acks",
             "work": self.folder / "work",
             "seconds": self.seconds,

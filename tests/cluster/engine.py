@@ -27,7 +27,6 @@ from orchestrator.store import Store, open_store
 from orchestrator.store.folder import FolderBackend
 from orchestrator.sweep_settings import AskedResources, Resources, SweepFile
 from orchestrator.sweep_tasks import Event
-from orchestrator.sweep_tasks import Event
 from tests.cluster.slow import SlowBackend
 from tests.orchestrator.tiny_sweep import Listener, tiny_facts, tiny_outputs, tiny_sweep
 

@@ -55,6 +55,14 @@ class Process:
         fields = _stat(self.pid)
         return bool(fields) and fields[0] != "Z" and fields[19] == self.started
 
+    @property
+    def title(self) -> str:
+        """What it calls itself: its command line, "" if it is gone."""
+        try:
+            return (PROC / str(self.pid) / "cmdline").read_text(errors="replace")
+        except OSError:
+            return ""
+
     def send(self, signal_number: int) -> None:
         if self.runs:
             with suppress(ProcessLookupError):
@@ -131,9 +139,8 @@ class Child:
     def told(self) -> str:
         """Return the ends of what it printed."""
         state = "running" if self.code is None else f"exit code {self.code}"
-        return (
-            f"{self.name} ({state})\n{self.stdout()[-3000:]}\n--- stderr\n{self.stderr()[-6000:]}"
-        )
+        ends = self.stdout()[-3000:], self.stderr()[-6000:]
+        return f"{self.name} ({state})\n{ends[0]}\n--- stderr\n{ends[1]}"
 
     def wait(self, seconds: float) -> int:
         """Return the exit code."""

@@ -121,11 +121,13 @@ def test_lost_head_ends_the_driver_and_a_new_cluster_finishes(
     own_cluster.start_head()
     own_cluster.add_node()
     cluster.with_nodes(2)
-    child = engine.run(own_cluster.address)
+    engine.cluster = own_cluster
+    child = engine.run()
     engine.wait_for_acks(moment("head"), child)
     own_cluster.kill(own_cluster.head)
     assert child.wait(120) != 0, child.told()
     done = len(engine.acks())
+    engine.cluster = cluster
     engine.run()
     assert engine.runs[-1].wait(RUN_S) == 0, engine.runs[-1].told()
     engine.checked()

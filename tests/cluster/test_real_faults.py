@@ -89,12 +89,14 @@ def test_lost_head_ends_the_command_and_a_new_cluster_finishes(
 ) -> None:
     own_cluster.start_head()
     own_cluster.add_node()
-    child = real.run(own_cluster.address)
+    real.cluster = own_cluster
+    child = real.run()
     real.wait_for_acks(moment("real head", 1, 3), child)
     own_cluster.kill(own_cluster.head)
     code = child.wait(120)
     assert code not in (0, None) and "run" in child.stderr(), child.told()
     own_cluster.stop()
+    real.cluster = cluster
     cluster.with_nodes(2)
     real.run()
     finished(real, undisturbed)
