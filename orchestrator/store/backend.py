@@ -42,8 +42,8 @@ class Backend(Protocol):
     def put(self, name: str, data: bytes, *, durable: bool = False) -> None:
         """Write an object, new or again; durable: it outlives the machine once this returns."""
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write an object, durably, unless there is one; return whether this call wrote it."""
+    def put_if_absent(self, name: str, data: bytes, *, durable: bool = True) -> bool:
+        """Write an object unless there is one; return whether this call wrote it."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Return the names of all objects under ``prefix/``, sorted."""

@@ -23,16 +23,17 @@ def replace(path: Path, data: bytes, *, durable: bool) -> None:
         sync_folder(path.parent)
 
 
-def link_new(path: Path, data: bytes) -> bool:
-    """Write a file, durably, only if it does not exist; return whether it was written.
+def link_new(path: Path, data: bytes, *, durable: bool) -> bool:
+    """Write a file only if it does not exist; return whether it was written.
 
     link(2) is atomic on NFS too, but its answer may be lost and the call repeated by the client:
     then it fails although the link is there, which the number of links of the temporary tells.
     """
     if os.path.lexists(path):
-        sync_folder(path.parent)  # whoever wrote it may not have come to this
+        if durable:
+            sync_folder(path.parent)  # whoever wrote it may not have come to this
         return False
-    temporary = _temporary(path, data, durable=True)
+    temporary = _temporary(path, data, durable=durable)
     try:
         os.link(temporary, path)
         won = True
@@ -40,18 +41,20 @@ def link_new(path: Path, data: bytes) -> bool:
         won = os.stat(temporary).st_nlink == 2
     finally:
         _forget(temporary)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
     return won
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it, durably."""
+def make_folder(folder: Path, *, durable: bool) -> None:
+    """Create a folder and those above it."""
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    make_folder(folder.parent, durable=durable)
     with suppress(FileExistsError):
         os.mkdir(folder)
-    sync_folder(folder.parent)
+    if durable:
+        sync_folder(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -84,7 +87,7 @@ def read(path: Path) -> bytes | None:
 
 def _temporary(path: Path, data: bytes, *, durable: bool) -> Path:
     """Write a file beside `path`, in a folder that is created if it is not there."""
-    make_folder(path.parent)
+    make_folder(path.parent, durable=durable)
     temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     handle = os.open(temporary, flags, 0o666)

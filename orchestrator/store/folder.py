@@ -72,10 +72,10 @@ class FolderBackend:
         with _told(path, "written"):
             _while_folders_vanish(lambda: disk.replace(path, data, durable=durable))
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
+    def put_if_absent(self, name: str, data: bytes, *, durable: bool = True) -> bool:
         path = self._path(name)
         with _told(path, "written"):
-            return _while_folders_vanish(lambda: disk.link_new(path, data))
+            return _while_folders_vanish(lambda: disk.link_new(path, data, durable=durable))
 
     def list(self, prefix: str) -> Iterator[str]:
         top = self._room(prefix)

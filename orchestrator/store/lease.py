@@ -144,13 +144,17 @@ class Lease:
 
 
 @contextmanager
-def held_lease(backend: Backend, prefix: str, *, what: str, wait_s: float = 0.0) -> Iterator[Lease]:
+def held_lease(
+    backend: Backend, prefix: str, *, what: str, wait_s: float = 0.0, durable: bool = True
+) -> Iterator[Lease]:
     """Hold the lease under a prefix; `what` names it in the refusal.
+
+    durable: whether it has to outlive the holder's machine, so that others can tell who held it.
 
     Raises:
         StoreError: another process holds it, and still does after `wait_s`.
     """
-    lease = _acquire(backend, prefix, what, wait_s)
+    lease = _acquire(backend, prefix, what, wait_s, durable)
     try:
         yield lease
     finally:
@@ -187,13 +191,13 @@ class _Watched:
         return _now() - self.changed
 
 
-def _acquire(backend: Backend, prefix: str, what: str, wait_s: float) -> Lease:
+def _acquire(backend: Backend, prefix: str, what: str, wait_s: float, durable: bool) -> Lease:
     began, pause, watched = _now(), _FIRST_LOOK_S, _Watched()
     while True:
         epoch = _latest(backend, prefix)
         holder = _holder(backend, prefix, epoch) if epoch else None
         if _is_free(backend, prefix, epoch, holder, watched):
-            token = _won(backend, prefix, epoch + 1)
+            token = _won(backend, prefix, epoch + 1, durable=durable)
             if token is not None:
                 return Lease(backend, prefix, epoch + 1, token)
             continue  # somebody was faster
@@ -218,7 +222,7 @@ def _is_free(
     return watched.look(epoch, beat) > LEASE_S
 
 
-def _won(backend: Backend, prefix: str, epoch: int) -> str | None:
+def _won(backend: Backend, prefix: str, epoch: int, *, durable: bool = True) -> str | None:
     """Try to become the holder of an epoch; return the token of it, None if another one was faster.
 
     A storage that fails half-way may have written the epoch all the same: then its token is not
@@ -227,7 +231,7 @@ def _won(backend: Backend, prefix: str, epoch: int) -> str | None:
     me = _myself()
     _HELD_HERE.add(me.token)
     try:
-        won = _write_epoch(backend, prefix, epoch, me)
+        won = _write_epoch(backend, prefix, epoch, me, durable)
     except BaseException:
         _HELD_HERE.discard(me.token)
         raise
@@ -236,14 +240,15 @@ def _won(backend: Backend, prefix: str, epoch: int) -> str | None:
     return me.token if won else None
 
 
-def _write_epoch(backend: Backend, prefix: str, epoch: int, me: Holder) -> bool:
+def _write_epoch(backend: Backend, prefix: str, epoch: int, me: Holder, durable: bool) -> bool:
     """Write an epoch if it is new, and sweep away those before it; return whether it is ours.
 
     An observer that slept may write an epoch that was held, released and swept away long ago: then
     there is a later one, since the latest is never swept away.
     """
     name = _who(prefix, epoch)
-    if not backend.put_if_absent(name, json.dumps(asdict(me), indent=1).encode()):
+    data = json.dumps(asdict(me), indent=1).encode()
+    if not backend.put_if_absent(name, data, durable=durable):
         return False
     if _latest(backend, prefix) > epoch:
         backend.delete(name)

@@ -88,7 +88,7 @@ class S3Backend:
         with self._told(name, "written"):
             self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=data)
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
+    def put_if_absent(self, name: str, data: bytes, *, durable: bool = True) -> bool:
         """Write an object unless there is one; return whether this call wrote it.
 
         A request whose answer was lost is sent again by the client, and then refused for the sake

@@ -214,8 +214,9 @@ class Store:
     @contextmanager
     def claim(self, key: str) -> Iterator[Lease]:
         """Wait until no other process works on this task, and keep others out meanwhile."""
-        prefix = f"claims/{check_key(key)}"
-        with held_lease(self.backend, prefix, what=f"task {key[:12]}", wait_s=math.inf) as lease:
+        prefix, what = f"claims/{check_key(key)}", f"task {key[:12]}"
+        held = held_lease(self.backend, prefix, what=what, wait_s=math.inf, durable=False)
+        with held as lease:
             yield lease
         if self.has_record(key):  # nobody needs to know any more who did it
             self.backend.delete_all(prefix)
@@ -239,7 +240,7 @@ class Store:
 
     def request_stop(self, sweep: str) -> None:
         """Ask whoever runs a sweep to end what is running and to start nothing more."""
-        self.backend.put(_sweep_file(sweep, STOP), b"{}")
+        self.backend.put(_sweep_file(sweep, STOP), b"{}", durable=True)
 
     def stop_requested(self, sweep: str) -> bool:
         return self.backend.exists(_sweep_file(sweep, STOP))
