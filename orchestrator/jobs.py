@@ -18,7 +18,7 @@ from orchestrator.sweep_settings import ResourceKind, SweepFile
 
 #: Records read of one kind of work and model to learn its times; more tell little more.
 SAMPLES: Final = 24
-#: Records of other sweeps in the store that are looked at before anything of this one ran.
+#: Records of the store that are looked at, if this sweep has none of some kind of work.
 OTHERS: Final = 100
 
 #: Whose resources a task takes that is not known yet.
@@ -49,10 +49,13 @@ class Jobs:
         self.estimates.add(Sample.of_record(record, self.efforts))
 
     def learn_from(self, plan: Plan, records: Mapping[str, Record]) -> None:
-        """Learn from what a sweep has done, a sample of it; else from what the store holds."""
-        known = [records[planned.key] for planned in sampled(plan)]
-        if not known:
-            known = [records[key] for key in islice(records, OTHERS)]
+        """Learn from a sample of what a sweep has done, and from others in the store if need be."""
+        done = sampled(plan)
+        keys = {planned.key for planned in done}
+        left = {planned.kind for planned in plan.tasks if planned.state != "cached"}
+        if left - {planned.kind for planned in done}:  # another sweep may have done such tasks
+            keys.update(islice(records, OTHERS))
+        known = [records[key] for key in keys]
         for record in sorted(known, key=_by_kind_and_time):
             self.learn(record)
 
