@@ -77,7 +77,7 @@ def test_sweep_is_sent_once_followed_and_stopped(
     assert code == 0, told + own_cluster.told()
     code, told = laptop("logs", "-f")
     assert code == 0, told
-    assert "0 failed, 0 not run" in told
+    assert "0 failed, 0 not run" in told, told
     records = open_store(tmp_path / "store").records()
     assert {record.kind for record in records.values()} >= {"reference", "search", "evaluate"}
     code, told = laptop("status")

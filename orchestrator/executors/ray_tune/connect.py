@@ -31,6 +31,7 @@ _ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_agent_register_timeout_ms": "60000",  # a busy machine starts Ray's agents slowly
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # files that go along with a job lie in its folder
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots of itself are never read
     "TUNE_MAX_PENDING_TRIALS_PG": "10000",  # the roster bounds what is asked for
