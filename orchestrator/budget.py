@@ -43,7 +43,7 @@ class Meter:
 
     def end(self, key: str, seconds: float | None = None) -> None:
         """Count a task that ended. seconds: as its record says; None: since it was handed out."""
-        since, gpus = self._running.pop(key)
+        since, gpus = self._running.pop(key, (0.0, 0.0))
         self._gpu_seconds += gpus * (self._clock() - since if seconds is None else seconds)
 
     @property

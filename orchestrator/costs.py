@@ -30,8 +30,8 @@ class CostRow:
 class Costs:
     """What is left of a sweep, on a cluster. spent_gpu_hours: by its runs so far.
 
-    usd: of both together; None where nobody says what a GPU-hour costs. beyond: limits of the
-    budget that the sweep would reach, in words.
+    usd: of both together; None where nobody says what a GPU-hour costs. limited: whether there is a
+    budget. beyond: its limits that the sweep would reach, in words.
     """
 
     rows: tuple[CostRow, ...]
@@ -39,6 +39,7 @@ class Costs:
     cpu_hours: float
     spent_gpu_hours: float
     usd: float | None
+    limited: bool
     beyond: tuple[str, ...]
     cluster: Cluster
     forecast: Forecast
@@ -49,6 +50,7 @@ class Costs:
             "cpu_hours": self.cpu_hours,
             "spent_gpu_hours": self.spent_gpu_hours,
             "usd": self.usd,
+            "budgeted": self.limited,
             "beyond_budget": list(self.beyond),
             "by_kind": [asdict(row) for row in self.rows],
             "cluster": asdict(self.cluster),
@@ -74,6 +76,7 @@ def costs_of(
         cpu_hours=sum(row.cpu_hours for row in rows),
         spent_gpu_hours=spent_gpu_hours,
         usd=usd,
+        limited=any((budget.gpu_hours, budget.wall_hours, budget.usd)),
         beyond=beyond(budget, total, usd, forecast.makespan_s / 3600),
         cluster=cluster,
         forecast=forecast,

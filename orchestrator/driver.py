@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event as Flag
 from typing import Any
 
+from dipgo_core.errors import DipgoError
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
 from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
@@ -22,6 +24,8 @@ from orchestrator.sweep_settings import SweepFile
 from orchestrator.sweep_tasks import Audience, OnEvent, RunResult, SweepTasks, Watch
 from orchestrator.task import run_task
 from orchestrator.task.latency_process import stop_measuring
+
+logger = logging.getLogger(__name__)
 
 #: What reading commands on other machines need to know of the last run.
 LAST_RUN = "last_run.json"
@@ -149,12 +153,20 @@ def _run(
         raise  # another driver shows the sweep now
     except Exception:
         source.close()
-        audience.finish(source.result(interrupted=True))  # what is done is shown all the same
+        _show_what_is_done(source, audience)
         raise
     source.close()
     result = source.result(interrupted)
     audience.finish(result)
     return result
+
+
+def _show_what_is_done(source: SweepTasks, audience: Audience) -> None:
+    """Show a run that broke; that it broke matters more than what showing it runs into."""
+    try:
+        audience.finish(source.result(interrupted=True))
+    except DipgoError as error:
+        logger.warning("what is done could not be shown: %s", error)
 
 
 def _execute(executor: Executor, source: SweepTasks, run_task: RunTask, store: Store) -> bool:

@@ -210,7 +210,10 @@ class SweepTasks:
             self._tell("progress", task, report=report)
 
     def done(self, record: Record) -> None:
-        task = self._running.pop(record.key)
+        """Take a record; it counts once, and also if its worker was believed to be lost."""
+        if record.key not in self._tasks:
+            return
+        task = self._running.pop(record.key, None) or self._task(record.key)
         self._done[record.key] = None
         self._failures.pop(record.key, None)
         self._again.pop(record.key, None)
@@ -224,7 +227,9 @@ class SweepTasks:
         self._tell("done", task, record=record)
 
     def failed(self, key: str, failure: Failure) -> None:
-        task = self._running.pop(key)
+        task = self._running.pop(key, None)
+        if task is None:  # told before, or done after all
+            return
         self._meter.end(key, failure.seconds or None)
         failures = self._failures.setdefault(key, [])
         failures.append(failure)

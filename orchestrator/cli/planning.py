@@ -107,6 +107,8 @@ def print_costs(costs: Costs) -> None:
     say(f"to do: {costs.gpu_hours:.3g} GPU-hours, {costs.cpu_hours:.3g} CPU-hours{spent}{price}")
     if costs.beyond:
         say(f"the budget does not hold: {', '.join(costs.beyond)}; the run would stop there")
+    elif costs.limited:
+        say("the budget holds, if the estimates do")
 
 
 def _print_wall(costs: Costs, how: str) -> None:

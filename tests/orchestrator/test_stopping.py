@@ -16,6 +16,7 @@ from orchestrator.budget import Meter, limit_reached, spent_gpu_hours
 from orchestrator.cli.stopping import drained_by_sigterm
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.failures import Failure
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from orchestrator.store.lease import LeaseLost
@@ -213,3 +214,31 @@ def test_second_sigterm_interrupts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_run_again_after_a_budget_counts_what_was_spent(store: Store) -> None:
     assert not run(tiny_sweep(), store)[0].budget_reached  # nothing takes a GPU
     assert spent_gpu_hours(store, "tiny") == 0
+
+
+def test_late_news_of_a_task_count_once(store: Store) -> None:
+    source = tasks_of(store)
+    task = source.next_ready()
+    assert task is not None
+    source.failed(task.key, Failure(kind="node_lost", error="gone"))
+    source.failed(task.key, Failure(kind="node_lost", error="told again"))
+    record = run_tiny_task(task, store)  # the worker was not lost after all
+    source.done(record)
+    source.done(record)
+    result = source.result(interrupted=True)
+    assert result.done == (task.key,) and not result.failed
+    assert source.next_ready() != task
+
+
+def test_error_of_a_run_is_not_hidden_by_showing_it(store: Store) -> None:
+    class Broken(InProcessExecutor):
+        def run(self, source: Any, run_task: Any, store: Any) -> None:
+            raise StoreError("disk full")
+
+    class Mute(Listener):
+        def finish(self, result: RunResult) -> None:
+            raise StoreError("no report either")
+
+    sweep = tiny_sweep()
+    with pytest.raises(StoreError, match="disk full"):
+        run_sweep(sweep, store, Broken(), Mute(), facts=tiny_facts(sweep))
