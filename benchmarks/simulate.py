@@ -1,7 +1,7 @@
 """Simulated against real wall time: one sweep calibrates, another one is predicted before it runs.
 
     python benchmarks/simulate.py record FOLDER    run both sweeps, side by side, in FOLDER
-    python benchmarks/simulate.py table FOLDER     predict the second; write simulate.md and .json
+    python benchmarks/simulate.py table FOLDER...  predict the second; write simulate.md and .json
 
 Both run at the same time, so whatever else the machine does slows both alike.
 """
@@ -29,6 +29,7 @@ from orchestrator.store import open_store
 from orchestrator.sweep_file import load_sweep
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "orchestrator" / "data"
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
 
 RUN = "from orchestrator.cli import main; main()"
@@ -57,18 +58,30 @@ SWEEPS: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 
 
+INTRODUCTION = """\
+# Simulated against real wall time
+
+`benchmarks/simulate.py` on {machine}. Two sweeps of the bundled models ran at the same time,
+beside other work on the machine. They share models and metrics, and differ in targets, searches
+and numbers of images. The second one was predicted from its plan, made before it ran, and the
+times of the first. Points with equal gates share their tasks, so fewer were done than planned.
+
+| executor | tasks that calibrate | planned | done | predicted, s | measured, s | deviation |
+|---|---|---|---|---|---|---|"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("record", "table"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--executor", default="local", choices=("local", "ray"))
     parser.add_argument("--workers", type=int, default=1)
     asked = parser.parse_args()
-    folder: Path = asked.folder.absolute()
+    folders = [folder.absolute() for folder in asked.folders]
     if asked.what == "record":
-        record(folder, asked.executor, asked.workers)
+        record(folders[0], asked.executor, asked.workers)
     else:
-        write_table(folder)
+        write_table([recorded(folder) for folder in folders])
 
 
 def overrides(folder: Path, name: str) -> list[str]:
@@ -125,50 +138,50 @@ def samples_of(folder: Path, name: str) -> list[Sample]:
     return sorted((Sample.of_record(r, jobs.efforts) for r in found), key=lambda s: s.finished)
 
 
-def write_table(folder: Path) -> None:
-    """Predict the second sweep from its plan and the records of the first."""
+def recorded(folder: Path) -> Recorded:
+    """Return both sweeps of a folder as data, kept for the test that predicts them again."""
     planned = json.loads((folder / "planned.json").read_text(encoding="utf-8"))
     calibrating, ran = (samples_of(folder, name) for name in SWEEPS)
-    workers = planned["workers"]
+    executor, workers = planned["executor"], planned["workers"]
     data: Recorded = {
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}",
-        "executor": planned["executor"],
+        "executor": executor,
         "cluster": asdict(Cluster(nodes=1, cpus=workers, gpus=0)),
         "calibration": [sample.to_json() for sample in calibrating],
         "jobs": planned["jobs"],
         "measured": [sample.to_json() for sample in ran],
     }
-    found = predict(data)
-    keep(ROOT / "tests" / "orchestrator" / "data" / "two_sweeps.json", data)
-    shown = {key: data[key] for key in ("machine", "executor", "cluster")}
-    keep(ROOT / "benchmarks" / "simulate.json", {**shown, **asdict(found)})
-    (ROOT / "benchmarks" / "simulate.md").write_text(table(data, asdict(found)), encoding="utf-8")
+    keep(DATA / f"two_sweeps_{executor}.json", data)
+    return data
 
 
-def table(data: Recorded, found: Mapping[str, Any]) -> str:
+def write_table(pairs: Sequence[Recorded]) -> None:
+    """Predict the second sweep of each pair from its plan and the records of the first."""
+    found = [
+        {
+            "machine": data["machine"],
+            "executor": data["executor"],
+            "workers": data["cluster"]["cpus"],
+            "calibrating_tasks": len(data["calibration"]),
+            "planned_tasks": len(data["jobs"]),
+            "done_tasks": len(data["measured"]),
+            **asdict(predict(data)),
+        }
+        for data in pairs
+    ]
+    keep(ROOT / "benchmarks" / "simulate.json", found)
+    (ROOT / "benchmarks" / "simulate.md").write_text(table(found), encoding="utf-8")
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Word the comparison as Markdown."""
-    rows = (
-        ("tasks of the sweep that calibrates", f"{len(data['calibration'])}"),
-        ("tasks of the sweep that is predicted: planned", f"{len(data['jobs'])}"),
-        ("the same: done", f"{len(data['measured'])}"),
-        ("wall time predicted before it ran", f"{found['predicted_s']:.0f} s"),
-        ("wall time measured", f"{found['measured_s']:.0f} s"),
-        ("deviation", f"{found['deviation']:+.1%}"),
-    )
-    lines = [f"| {what} | {value} |" for what, value in rows]
-    return "\n".join(
-        [
-            "# Simulated against real wall time",
-            "",
-            f"`python benchmarks/simulate.py` on {data['machine']}, executor {data['executor']}, "
-            "both sweeps at the same time beside other work.",
-            "",
-            "| | |",
-            "|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    rows = [
+        f"| {each['executor']}, {each['workers']} at a time | {each['calibrating_tasks']} "
+        f"| {each['planned_tasks']} | {each['done_tasks']} | {each['predicted_s']:.0f} "
+        f"| {each['measured_s']:.0f} | {each['deviation']:+.1%} |"
+        for each in found
+    ]
+    return "\n".join([INTRODUCTION.format(machine=found[0]["machine"]), *rows, ""])
 
 
 def keep(path: Path, value: Any) -> None:

@@ -22,7 +22,7 @@ from tests.orchestrator.tiny_sweep import tiny_facts, tiny_sweep
 
 ONE = Cluster(nodes=1, cpus=1, gpus=0)
 TWO = Cluster(nodes=1, cpus=2, gpus=0)
-DATA = Path(__file__).parent / "data" / "two_sweeps.json"
+RECORDED = sorted((Path(__file__).parent / "data").glob("two_sweeps_*.json"))
 
 
 def test_one_worker_takes_the_sum() -> None:
@@ -118,8 +118,9 @@ def test_recorded_jobs_keep_the_graph() -> None:
     assert Job(key="x", needs=(), seconds=1, pool=Pool(**kept[0]["pool"])).pool == CPU
 
 
-def test_prediction_of_a_recorded_sweep_is_within_15_percent() -> None:
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_prediction_of_a_recorded_sweep_is_within_15_percent(path: Path) -> None:
     """Records of one real sweep calibrate, another one that ran beside it is predicted."""
-    recorded: Recorded = json.loads(DATA.read_text(encoding="utf-8"))
+    recorded: Recorded = json.loads(path.read_text(encoding="utf-8"))
     assert len(recorded["jobs"]) > 50
     assert abs(predict(recorded).deviation) <= 0.15
