@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
@@ -242,3 +245,38 @@ def test_error_of_a_run_is_not_hidden_by_showing_it(store: Store) -> None:
     sweep = tiny_sweep()
     with pytest.raises(StoreError, match="disk full"):
         run_sweep(sweep, store, Broken(), Mute(), facts=tiny_facts(sweep))
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from orchestrator.cli.stopping import drained_by_sigterm
+from orchestrator.driver import run_sweep
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.store import open_store
+from tiny_sweep import ALL_BASELINES, Listener, logging_task, tiny_facts, tiny_sweep
+store, sweep = open_store(sys.argv[1]), tiny_sweep(baselines=ALL_BASELINES)
+task = logging_task(Path(sys.argv[1]) / "log", 0.2)
+with drained_by_sigterm() as stop:
+    result = run_sweep(sweep, store, InProcessExecutor(), Listener(), run_task=task,
+                       facts=tiny_facts(sweep), stop=stop)
+sys.exit(130 if result.interrupted and len(result.done) == len(store.records()) else 1)
+"""
+
+
+def test_sigterm_ends_a_driver_with_everything_it_began_in_the_store(
+    store: Store, repository: Path
+) -> None:
+    assert store.folder is not None
+    log = store.folder / "log"
+    command = [sys.executable, "-c", DRIVER, store.url, str(Path(__file__).parent)]
+    with subprocess.Popen(command, cwd=repository) as driver:
+        while not log.exists() or log.read_text().count("\n") < 3:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait() == 130
+    assert 3 <= log.read_text().count("\n") == len(store.records())
+    assert store.runner("tiny") is None
+    assert run(tiny_sweep(), store)[0].plan.complete
