@@ -50,8 +50,8 @@ def check_store(storage: Path, acks: Iterable[str]) -> None:
     """Check that what was acknowledged is there, and was acknowledged once over all runs."""
     records, counts = records_in(storage), Counter(acks)
     lost = [key[:12] for key in counts if key not in records]
-    twice = [key[:12] for key, count in counts.items() if count > 1]
     assert not lost, f"acknowledged, but not in the store: {lost}"
+    twice = [_told(records[key]) for key, count in counts.items() if count > 1]
     assert not twice, f"acknowledged more than once: {twice}"
     torn = [path for path in storage.rglob("*.tmp") if path.stat().st_size == 0]
     assert len(torn) < 20, f"temporary files pile up: {torn}"
