@@ -192,7 +192,8 @@ class Floor:
     def _asked(self, asking: Asking) -> None:
         """A lane is free: what it did is passed on, and it waits for more."""
         worker = self.roster.workers.get(asking.lane)
-        if worker is None:
+        if worker is None:  # it was out of reach, and so given up
+            self._send({asking.lane: None})
             return
         task = worker.task
         worker.held = asking.held

@@ -62,9 +62,13 @@ def test_settings_of_authentication_are_left_alone(monkeypatch: pytest.MonkeyPat
     from orchestrator.executors.ray_tune.connect import quiet_environment
 
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that it is gone afterwards
+    del os.environ["RAY_AUTH_TOKEN_PATH"]
     with quiet_environment():
         assert os.environ["RAY_AUTH_MODE"] == "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = "as Ray sets it"
     assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == "as Ray sets it"
 
 
 @pytest.mark.parametrize("address", ["head:6379", "ray://head:10001", "ftp://head", "http://"])

@@ -67,7 +67,8 @@ def test_latencies_run_on_one_accelerator_each_alone_on_its_node(
     ]
     others = [Task(kind="search", inputs={"number": i}, label=f"search {i}") for i in range(6)]
     source = ListSource([*others[:3], *timed, *others[3:]])
-    with RayTuneExecutor(address) as executor:
+    # Ray's own test cluster listens on this machine's address
+    with RayTuneExecutor(address, insecure=True) as executor:
         executor.latency_device(TaskResources(gpus=1))
         executor.run(source, timed_task(), open_store(tmp_path))
     ran = {key: record.outputs for key, record in source.records.items()}
