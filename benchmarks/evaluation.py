@@ -233,7 +233,7 @@ def _timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def memory(options: argparse.Namespace) -> Iterator[Row]:
-    """Evaluate many large images with a simulated generator; report the peak as each run is put together."""
+    """Evaluate many large images with a simulated generator; tell the peak of each run."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         began = time.monotonic()
         run = run_simulated(Path(folder), options.images, options.metrics)

@@ -85,8 +85,10 @@ class Publisher:
 
     def _track(self, result: RunResult, records: Mapping[str, Record], report: Path) -> None:
         """Send what the tracker lacks and close its runs."""
+        from orchestrator.report.sections import rested_on
+
         points, fronts = self.points, self.fronts
-        hours = task_hours(result.plan, points, records)
+        hours = task_hours(points, rested_on(points, records, self.store))
         series = {
             tracking_name(f"hypervolume/{front.model}/{front.objectives[1]}", front.scorer): [
                 (round(3600 * spent), value)
@@ -242,11 +244,13 @@ def point_files(
 
 
 def task_hours(
-    plan: Plan, points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
+    points: tuple[ResolvedPoint, ...], records: Mapping[str, Record]
 ) -> dict[str, float]:
-    """Return the task-hours the sweep had spent when each finished point was complete."""
-    finished = [records[task.key] for task in plan.tasks if task.state == "cached"]
-    finished.sort(key=lambda record: record.timings.get("finished", 0.0))
+    """Return the task-hours the sweep had spent when each finished point was complete.
+
+    records: of all tasks that the points rest on.
+    """
+    finished = sorted(records.values(), key=lambda record: record.timings.get("finished", 0.0))
     spent, total = dict[str, float](), 0.0
     for record in finished:
         total += record.timings.get("seconds", 0.0) / 3600

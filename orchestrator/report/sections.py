@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -185,15 +185,19 @@ def gate_cards(points: Iterable[ResolvedPoint], records: Records) -> tuple[GateC
 
 
 def rested_on(points: Iterable[ResolvedPoint], records: Records, store: Store) -> dict[str, Record]:
-    """Return the records of all tasks the points rest on, those that tasks need included."""
+    """Return the records of all tasks the points rest on, those that tasks need included: also
+    those that one has needed which failed."""
     found: dict[str, Record] = {}
+    seen = set[str]()
     wanted = [key for point in points for key in point.task_keys]
     while wanted:
         key = wanted.pop()
-        record = None if key in found else records.get(key)
-        if record is not None:
-            found[key] = record
-            wanted += _needs(key, store)
+        if key in seen:
+            continue
+        seen.add(key)
+        wanted += _needs(key, store)
+        if key in records:
+            found[key] = records[key]
     return found
 
 
@@ -204,6 +208,10 @@ def _needs(key: str, store: Store) -> tuple[str, ...]:
         return ()
 
 
+#: What others have made: their forwards are those of their shards.
+_MERGES: Final[tuple[TaskKind, ...]] = ("reference", "evaluate")
+
+
 def costs(records: Iterable[Record]) -> tuple[Cost, ...]:
     """Return time and denoiser forwards by kind of task; each task counts once."""
     tasks: Counter[str] = Counter()
@@ -212,7 +220,8 @@ def costs(records: Iterable[Record]) -> tuple[Cost, ...]:
     for record in records:
         tasks[record.kind] += 1
         seconds[record.kind] += round(task_seconds(record) * 1000)
-        forwards[record.kind] += int(record.outputs.get("forwards") or 0)
+        if record.kind not in _MERGES:
+            forwards[record.kind] += int(record.outputs.get("forwards") or 0)
     return tuple(
         Cost(kind=kind, tasks=tasks[kind], seconds=seconds[kind] / 1000, forwards=forwards[kind])
         for kind in get_args(TaskKind)

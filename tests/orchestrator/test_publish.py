@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.points import resolve_points
 from orchestrator.publish import Publisher, stored_report, task_hours
+from orchestrator.report.sections import rested_on
 from orchestrator.store import open_store
 from orchestrator.sweep_tasks import RunResult
 from orchestrator.tracking import Entry, SweepRun
@@ -131,7 +132,7 @@ def test_publisher_leaves_a_finished_report_alone(finished: Finished, tracker: L
 def test_task_hours_add_up_in_order_of_completion(finished: Finished) -> None:
     records = finished.store.records()
     points = resolve_points(finished.plan.points, records, finished.store)
-    hours = task_hours(finished.plan, points, records)
+    hours = task_hours(points, rested_on(points, records, finished.store))
     total = sum(record.timings["seconds"] for record in records.values()) / 3600
     assert max(hours.values()) == pytest.approx(total)
 

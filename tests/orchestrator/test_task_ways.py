@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from dipgo_core.evaluation.protocol import Protocol
 from dipgo_core.search import STRATEGIES
 from orchestrator.facts import gather_facts
 from orchestrator.plan import build_plan
@@ -46,9 +45,10 @@ def test_options_set_how_the_model_decodes_and_the_next_task_undoes_it(
 
 
 def test_tiles_come_from_the_inputs(plan: Plan, tmp_path: Path) -> None:
-    task = first(plan, "reference")
-    protocol = replace(Protocol.from_json(task.inputs["protocol"]), tile=16).to_json()
-    tiled = replace(task, inputs={**task.inputs, "protocol": protocol})
+    task = first(plan, "images")
+    tiled = replace(
+        task, inputs={**task.inputs, "protocol": {**task.inputs["protocol"], "tile": 16}}
+    )
     assert work_of(tiled, tmp_path).model.pipe.vae.tile_sample_min_size == 16
     assert tiled.key != task.key
     work_of(task, tmp_path).model  # noqa: B018  (whole again, for other tests)
