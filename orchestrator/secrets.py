@@ -62,7 +62,12 @@ def credentials_rule(uri: str) -> str | None:
 
 
 def redact_logs() -> None:
-    """Redact every log record of this process, tracebacks too, whoever logs and handles it."""
+    """Redact every log record of this process, tracebacks too, whoever logs and handles it.
+
+    A handler that cannot write (its stream is closed) is silent: logging would print the error that
+    was being logged, as it was raised.
+    """
+    logging.raiseExceptions = False
     make = logging.getLogRecordFactory()
     if make is not _redacted_record:
         global _make_record

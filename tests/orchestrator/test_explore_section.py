@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dipgo_core.errors import SweepFileError
+from orchestrator.cli import main
 from orchestrator.sweep_file import SweepFile, load_sweep
+from orchestrator.sweep_file.explore import EXPLORABLE, RANGES, SAMPLERS
 from orchestrator.sweep_settings import Dimension, Explore, ExploreStop
 
 SMALL = "schema_version: 1\nname: small\nmodels: [tiny-sd]\ntargets: [0.5]\n"
@@ -88,3 +92,31 @@ def test_explore_issue(tmp_path: Path, text: str, issue: str) -> None:
     with pytest.raises(SweepFileError) as caught:
         load(tmp_path, SMALL + text)
     assert any(issue in str(each) for each in caught.value.errors)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_example_of_the_page_loads(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "explore.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (model,) = load(tmp_path, example).models
+    assert model.explore is not None and model.explore.over["target"].high == 0.8
+
+
+def test_everything_that_can_be_explored_is_on_the_page() -> None:
+    words = set(re.findall(r"[\w.]+", (ROOT / "docs" / "explore.md").read_text(encoding="utf-8")))
+    assert {*EXPLORABLE, *SAMPLERS, *RANGES} <= words
+
+
+def test_shipped_example_validates_and_plans_offline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = str(ROOT / "sweeps" / "explore.yaml")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", file, "--json", "-o", f"storage={tmp_path}"])
+    assert ended.value.code == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    kinds = [task["kind"] for task in tasks]
+    assert kinds.count("search") == 24 and kinds.count("explore") == 1 and "race" in kinds

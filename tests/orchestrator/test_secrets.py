@@ -80,6 +80,7 @@ def test_logs_are_redacted_whoever_handles_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "_logRecordFactory", logging.getLogRecordFactory())
+    monkeypatch.setattr(logging, "raiseExceptions", True)
     redact_logs()
     redact_logs()  # once is enough
     log = logging.getLogger("somebody else's")
