@@ -11,6 +11,7 @@ from pathlib import Path
 from dipgo_core.errors import ConfigError, StoreError
 from orchestrator.cli.show import megabytes, print_json, print_table, say
 from orchestrator.driver import plan_sweep
+from orchestrator.planned import Plan
 from orchestrator.store import Store, open_store
 from orchestrator.store.damage import ASIDE, find_damage, set_aside
 from orchestrator.store.garbage import Garbage, check_unused, find_garbage, remove
@@ -101,26 +102,27 @@ def verify_and_show(store: Store, *, repair: bool, as_json: bool) -> None:
 
 
 def _needed(store: Store, files: Sequence[Path], overrides: Sequence[str]) -> frozenset[str]:
-    """Return the keys of every task of the sweeps, and of those that they need.
+    """Return the keys of all tasks that the sweeps need.
 
     Raises:
         ConfigError: one of them has another storage.
     """
-    needed = set[str]()
+    needed = frozenset[str]()
     for file in files:
         sweep = load_sweep(file, overrides)
         if open_store(sweep.storage).url != store.url:
             raise ConfigError(f"{file} has storage {sweep.storage}, not {store.url}: one at a time")
-        for task in plan_sweep(sweep, store).tasks:
-            needed |= {task.key, *task.needs}
-    return frozenset(needed | _shards_named(store, needed))
+        needed |= needed_keys(store, plan_sweep(sweep, store))
+    return needed
 
 
-def _shards_named(store: Store, keys: set[str]) -> set[str]:
-    """Return the shards that the references among the keys read whenever they are used."""
+def needed_keys(store: Store, plan: Plan) -> frozenset[str]:
+    """Return the keys of a plan's tasks, of what they need, and of the shards references read."""
+    keys = {key for task in plan.tasks for key in (task.key, *task.needs)}
     records = store.records()
     found = (records[key] for key in keys if key in records)
-    return {shard for record in found for shard in record.outputs.get("shards", ())}
+    shards = (shard for record in found for shard in record.outputs.get("shards", ()))
+    return frozenset((*keys, *shards))
 
 
 def _show_garbage(store: Store, found: Sequence[Garbage], *, dry_run: bool, as_json: bool) -> None:

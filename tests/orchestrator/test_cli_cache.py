@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import main, running
+from orchestrator.cli.cache import needed_keys
 from orchestrator.cli.options import ExitCode
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
+from orchestrator.store.garbage import find_garbage, remove
+from tests.orchestrator.tiny_sweep import ALL_BASELINES, run, tiny_sweep
 
 TASK = Task(kind="search", inputs={"seed": 1})
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
@@ -68,6 +71,21 @@ def test_cache_gc_of_unneeded_records_keeps_those_of_the_files(
     assert call("cache", "gc", *sweep, "--unneeded") == ExitCode.DONE
     assert not store.has_record(TASK.key)
     assert list(store.backend.list("artifacts")) == []
+
+
+def test_finished_sweep_is_finished_still_when_all_it_does_not_need_is_gone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    run(tiny_sweep(baselines=ALL_BASELINES), store)
+    smaller, _ = run(tiny_sweep(), store)
+    before = set(store.records())
+    needed = needed_keys(store, smaller.plan)
+    for garbage in list(find_garbage(store, needed=needed)):
+        remove(store, garbage)
+    assert set(store.records()) == before & needed
+    assert len(before & needed) < len(before)
+    again, _ = run(tiny_sweep(), store)
+    assert again.done == ()
+    assert again.plan.complete
 
 
 def test_cache_verify_tells_damage_and_mends_it(
