@@ -220,7 +220,7 @@ def status(
     if address is not None:
         from orchestrator.cli.jobs import status_of_job
 
-        status_of_job(file, override or [], address, insecure)
+        status_of_job(file, override or [], address, insecure, as_json=as_json)
         return
     from orchestrator.cli.running import Command
     from orchestrator.cli.status import print_status, status_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dipgo_core.errors import ConfigError
 from orchestrator.cargo import SWEEP_FILE, Cargo, pack
-from orchestrator.cli.show import say
+from orchestrator.cli.show import print_json, say
 from orchestrator.executors.ray_tune.jobs import Job, JobServer
 from orchestrator.secrets import has_credentials
 from orchestrator.sweep_file import load_sweep
@@ -49,14 +50,22 @@ def submit_and_show(
         say(f"  {' '.join(['dipgo-sweep', name, str(file), *flags, '--address', address])}")
 
 
-def status_of_job(file: Path, overrides: Sequence[str], address: str, insecure: bool) -> None:
+def status_of_job(
+    file: Path, overrides: Sequence[str], address: str, insecure: bool, *, as_json: bool
+) -> None:
     """Show how a sweep's job is, and what the store says of its tasks."""
     server, job = _job_of(file, overrides, address, insecure)
+    command = _on_cluster("status", job.overrides)
+    if as_json:
+        text = server.answer([*command, "--json"], job.files)
+        about = {"id": job.id, "status": job.status, "message": job.message}
+        print_json({"job": about, **json.loads(text[text.index("{") :])})
+        return
     since = "" if job.started is None else time.strftime("%F %T", time.localtime(job.started))
     say(f"job {job.id}: {job.status.lower()}{f', started {since}' if since else ''}")
     if job.message:
         say(job.message)
-    say(server.answer(_on_cluster("status", job.overrides), job.files).rstrip())
+    say(server.answer(command, job.files).rstrip())
 
 
 def logs_of_job(

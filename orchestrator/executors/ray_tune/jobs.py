@@ -6,6 +6,7 @@ https://docs.ray.io/en/latest/cluster/running-applications/job-submission/sdk.ht
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 import urllib.error
@@ -30,6 +31,7 @@ _POLL_S: Final = 1.0
 _SMALL_JOB_S: Final = 300.0
 _HEAD_START_S: Final = 60.0
 _SHOWN_LINES: Final = 20
+_OF_RAY: Final = ("INFO job_manager.py:", "Running entrypoint for job ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class JobServer:
     def __init__(self, address: str, *, insecure: bool = False) -> None:
         self.address = address
         check_server(address, insecure=insecure)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every file it packs
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError) as error:
@@ -107,7 +110,7 @@ class JobServer:
 
     def logs(self, job: Job) -> str:
         """Return what the job's driver has printed so far."""
-        return str(self._client.get_job_logs(job.id))
+        return _printed(str(self._client.get_job_logs(job.id)))
 
     def follow(self, job: Job) -> Iterator[str]:
         """Yield what the job's driver prints, until it ends."""
@@ -138,7 +141,7 @@ class JobServer:
         self._send(command, name, {"working_dir": files} if files else {}, {})
         try:
             status = self._wait(name)
-            text = str(self._client.get_job_logs(name))
+            text = _printed(str(self._client.get_job_logs(name)))
         finally:
             self._forget(name)
         if status != "SUCCEEDED":
@@ -157,7 +160,7 @@ class JobServer:
         """
         text = self.answer(["dipgo-sweep", "doctor", "--json"])
         try:
-            found: dict[str, str] = json.loads(text[text.index("{") : text.rindex("}") + 1])
+            found: dict[str, str] = json.loads(text[text.index("{") :])
         except ValueError as error:
             raise TaskError(f"the cluster at {self.address} tells no versions: {text}") from error
         return found
@@ -199,6 +202,12 @@ class JobServer:
     def _forget(self, name: str) -> None:
         if str(self._client.get_job_status(name)) in _ENDED:
             self._client.delete_job(name)
+
+
+def _printed(log: str) -> str:
+    """Return a job's log without the lines that Ray itself puts before it."""
+    lines = log.splitlines(keepends=True)
+    return "".join(line for line in lines if not any(sign in line for sign in _OF_RAY))
 
 
 def check_server(address: str, *, insecure: bool) -> None:
