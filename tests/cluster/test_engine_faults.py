@@ -38,6 +38,12 @@ def finished(sweep: EngineSweep, expected: Path) -> None:
     check_equal(sweep.storage, expected, tolerance=0.0)
 
 
+def lost_as(sweep: EngineSweep) -> set[str]:
+    """Return what the driver took earlier attempts of finished tasks to have failed of."""
+    records = records_in(sweep.storage).values()
+    return {attempt["failure"] for record in records for attempt in record["attempts"]}
+
+
 def busy_nodes(cluster: Cluster, sweep: EngineSweep) -> list[Node]:
     """Return the nodes that tasks are running on now."""
     addresses = {line["node"] for line in sweep.running()}
@@ -54,6 +60,7 @@ def test_losing_nodes_loses_no_task(
     nodes = wait_for("nodes are busy", lambda: busy_nodes(cluster, engine)[:lost], 60, child.told)
     cluster.kill(*nodes)
     finished(engine, expected)
+    assert lost_as(engine) <= {"node_lost"}
 
 
 def test_losing_a_task_process_loses_no_task(
@@ -67,6 +74,7 @@ def test_losing_a_task_process_loses_no_task(
     assert process is not None
     process.send(signal.SIGKILL)
     finished(engine, expected)
+    assert lost_as(engine) <= {"worker_lost"}
 
 
 def test_killed_driver_is_gone_on_with(
