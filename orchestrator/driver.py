@@ -14,8 +14,9 @@ from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
 from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
 from orchestrator.memory import local_gpu_memory_gb, with_gpu_memory
-from orchestrator.plan import Memo, build_plan
+from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
+from orchestrator.point_gates import Memo
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.resources import latency_resources
 from orchestrator.store import Store
