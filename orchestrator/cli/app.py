@@ -160,6 +160,8 @@ def stop(
 
         stop_job(file, override or [], address, insecure, now=now)
         return
+    if now:
+        raise typer.BadParameter("ends a job of a cluster: give its --address", param_hint="--now")
     from orchestrator.cli.stopping import stop_and_show
 
     stop_and_show(file, override or [])
