@@ -45,6 +45,8 @@ from orchestrator.sweep_settings import (
 )
 from orchestrator.yaml_source import Node, parse_yaml
 
+#: Left to the size of the model.
+_NOTHING: Final = AskedResources()
 MAX_POINTS: Final = 100_000
 
 _CONVENTIONS: Final[tuple[Convention, ...]] = get_args(Convention)
@@ -182,9 +184,7 @@ def _resources(node: Node, issues: Issues) -> Resources:
         )
 
 
-def _asked(
-    node: Node, issues: Issues, default: AskedResources = AskedResources()
-) -> AskedResources:
+def _asked(node: Node, issues: Issues, default: AskedResources = _NOTHING) -> AskedResources:
     """Read what tasks of a kind take, and on which type of GPU they run."""
     with Fields(node, issues) as fields:
         gpus = fields.maybe("gpus", number(0))

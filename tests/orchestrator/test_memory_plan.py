@@ -131,7 +131,9 @@ def test_a_run_that_cannot_fit_computes_nothing(tmp_path: Any) -> None:
 
 def test_the_memory_of_the_gpu_that_is_there_is_filled_in() -> None:
     parts = Resources(
-        search=AskedResources(gpus=0.5), reference=AskedResources(gpus=0), evaluate=AskedResources(gpus=1, gpu_memory_gb=20)
+        search=AskedResources(gpus=0.5),
+        reference=AskedResources(gpus=0),
+        evaluate=AskedResources(gpus=1, gpu_memory_gb=20),
     )
     found = with_gpu_memory(replace(tiny_sweep(), resources=parts), 80).resources
     assert (found.search.gpu_memory_gb, found.evaluate.gpu_memory_gb) == (40, 20)
