@@ -16,6 +16,7 @@ PACKAGES = ("dipgo_core", "orchestrator")
 HOMES = {
     "ray": "orchestrator/executors/ray_tune",
     "mlflow": "orchestrator/tracking",
+    "optuna": "orchestrator/task/explore",
     "typer": "orchestrator/cli",
     "yaml": "orchestrator/yaml_source",
     "torch_fidelity": "dipgo_core/evaluation/fid",

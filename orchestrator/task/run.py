@@ -16,7 +16,6 @@ from dipgo_core.evaluation.device import cpu_name, device_name
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.task.evaluate import run_evaluate
-from orchestrator.task.explore import run_explore
 from orchestrator.task.images import run_images
 from orchestrator.task.latency import run_latency
 from orchestrator.task.latency_process import stop_measuring
@@ -28,6 +27,13 @@ from orchestrator.task.search import run_search
 from orchestrator.task.statistics import run_statistics
 from orchestrator.task.work import OnProgress, Outcome, Work
 
+
+def _run_explore(work: Work) -> Outcome:
+    from orchestrator.task.explore import run_explore  # optuna takes half a second to import
+
+    return run_explore(work)
+
+
 RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "reference": run_reference,
     "images": run_images,
@@ -36,7 +42,7 @@ RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "evaluate": run_evaluate,
     "latency": run_latency,
     "race": run_race,
-    "explore": run_explore,
+    "explore": _run_explore,
 }
 _LIBRARIES = ("torch", "diffusers", "transformers", "torch-fidelity", "dipgo-sweep")
 
