@@ -202,8 +202,8 @@ def _notes(known: Mapping[str, Any]) -> Iterator[str]:
         spent = [known["planning"][name]["cpu_seconds"] for name in ("fresh", "again")]
         yield (
             f"Of processor time the plans took {spent[0]:.1f} s and {spent[1]:.1f} s. They are of "
-            "four models with 28 blocks and 20 calls, with a search a weight and five targets; each "
-            "is measured in a process of its own. A finished sweep's plan lists no "
+            "four models of 28 blocks and 20 calls, with a search a weight and five targets, each "
+            "in a process of its own. A finished sweep's plan lists no "
             "shards, as nothing needs them any more.\n"
         )
     if "short" in known:
