@@ -31,10 +31,11 @@ for images in map(int, sys.argv[2:]):
 @pytest.mark.slow
 def test_peak_grows_with_features_and_not_with_images(tmp_path: Path) -> None:
     n = 192  # after fewer the allocator has not yet what it keeps
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), str(n), str(2 * n)]
+    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), str(n), str(3 * n)]
     given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}  # what is freed, at once
     run = subprocess.run(arguments, check=True, capture_output=True, text=True, env=given_back)
     first, last = map(int, run.stdout.split())
-    features, images = n * DIM * 4, n * 3 * 512 * 512
-    assert last - first <= 4 * features + 64 * MIB  # ours, the dense ones, their bytes; slack
-    assert images > 128 * MIB  # what there would be if they piled up
+    features, images = 2 * n * DIM * 4, 2 * n * 3 * 512 * 512
+    # ours, the dense ones, their bytes; three pieces of a shard, which may meet at once or not
+    assert last - first <= 4 * features + 3 * 32 * MIB
+    assert images > 200 * MIB  # what there would be if they piled up
