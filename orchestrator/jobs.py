@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Final
 
+from dipgo_core.errors import StoreError
 from orchestrator.efforts import Effort, Efforts
 from orchestrator.estimates import Estimates, Sample
 from orchestrator.facts import ModelFacts
@@ -15,6 +17,8 @@ from orchestrator.records import Pool, Record, TaskKind
 from orchestrator.resources import resources_of
 from orchestrator.scheduler import Job
 from orchestrator.sweep_settings import ResourceKind, SweepFile
+
+logger = logging.getLogger(__name__)
 
 #: Records read of one kind of work and model to learn its times; more tell little more.
 SAMPLES: Final = 24
@@ -43,10 +47,13 @@ class Jobs:
         self._fitted = 0
 
     def learn(self, record: Record) -> None:
-        """Learn times and block graphs from a record."""
-        if record.kind == "reference":
-            self.efforts.learn(record)
-        self.estimates.add(Sample.of_record(record, self.efforts))
+        """Learn times and block graphs from a record; one of another shape teaches nothing."""
+        try:
+            if record.kind == "reference":
+                self.efforts.learn(record)
+            self.estimates.add(Sample.of_record(record, self.efforts))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            logger.debug("%s %s tells no times: %r", record.kind, record.key[:12], error)
 
     def learn_from(self, plan: Plan, records: Mapping[str, Record]) -> None:
         """Learn from a sample of what a sweep has done, and from others in the store if need be."""
@@ -55,8 +62,9 @@ class Jobs:
         left = {planned.kind for planned in plan.tasks if planned.state != "cached"}
         if left - {planned.kind for planned in done}:  # another sweep may have done such tasks
             keys.update(islice(records, OTHERS))
-        known = [records[key] for key in keys]
-        for record in sorted(known, key=_by_kind_and_time):
+        known = (_readable(records, key) for key in keys)
+        found = [record for record in known if record is not None]
+        for record in sorted(found, key=_by_kind_and_time):
             self.learn(record)
 
     def open_jobs(self, plan: Plan, closed: Collection[str]) -> list[Job]:
@@ -97,6 +105,15 @@ class Jobs:
         kind = _PLACEHOLDERS.get(planned.kind, "score")
         asked = resources_of(self._sweep, kind, self._facts[planned.model])
         return Pool(asked.cpus, asked.gpus, asked.accelerator, planned.kind == "latency")
+
+
+def _readable(records: Mapping[str, Record], key: str) -> Record | None:
+    """Return a record, None for a damaged one: whoever needs what it tells will say so."""
+    try:
+        return records[key]
+    except (KeyError, StoreError) as error:
+        logger.debug("no times from record %s: %s", key[:12], error)
+        return None
 
 
 def _by_kind_and_time(record: Record) -> tuple[bool, float]:

@@ -17,6 +17,7 @@ from orchestrator.facts import refusal
 from orchestrator.jobs import Jobs
 from orchestrator.memory import local_gpu_memory_gb
 from orchestrator.preflight import not_here
+from orchestrator.resources import ResourceRow
 from orchestrator.simulate import Cluster
 from orchestrator.store import Store, open_store
 from orchestrator.sweep_file import load_sweep
@@ -64,6 +65,7 @@ def plan_and_show(
         print_json({**outlook.plan.to_json(), "not_here": missing, "costs": costs.to_json()})
     else:
         print_plan(outlook.plan, sweep.name, store.url)
+        print_resources(outlook.plan.resources)
         print_memory(outlook.plan.memory)
         print_costs(costs)
         _print_wall(costs, "simulated" if simulate else "as far as this machine goes")
@@ -82,6 +84,18 @@ def costs_on(outlook: Outlook, store: Store, cluster: Cluster) -> Costs:
     measured = replace(cluster, startup_s=known.startup_s, dispatch_s=known.dispatch_s)
     spent = spent_gpu_hours(store, outlook.sweep.name)
     return costs_of(outlook.plan, jobs, outlook.sweep.budget, measured, spent_gpu_hours=spent)
+
+
+def print_resources(rows: Sequence[ResourceRow]) -> None:
+    """Print what tasks occupy, and how that is known; kinds alike in one line."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        asked = row.resources
+        about = (f"{asked.cpus:g}", f"{asked.gpus:g}", asked.accelerator or "any", row.basis)
+        kinds.setdefault((row.model, *about), []).append(row.kind)
+    lines = [(about[0], ", ".join(names), *about[1:]) for about, names in kinds.items()]
+    columns = ("model", "tasks", "CPUs", "GPUs", "accelerator", "known from")
+    print_table("What a task occupies", columns, lines, right=columns[2:4])
 
 
 def print_costs(costs: Costs) -> None:

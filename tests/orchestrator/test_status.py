@@ -14,7 +14,7 @@ from orchestrator.cli.sweeps import Results
 from orchestrator.driver import Outlook
 from orchestrator.failures import Failure, failure_record, next_attempt
 from orchestrator.plan import build_plan
-from orchestrator.records import Task
+from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from tests.orchestrator.tiny_sweep import run, tiny_facts, tiny_sweep
 
@@ -103,3 +103,11 @@ def test_cluster_has_at_least_the_gpus_asked_for() -> None:
 )
 def test_duration_is_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_plan_leaves_records_of_another_shape_out(store: Store) -> None:
+    inputs = {"of": "an older version"}
+    key = Task(kind="search", inputs=inputs).key
+    store.put_record(Record(key=key, kind="search", state="done", inputs=inputs))
+    costs = costs_on(outlook(store), store, Asked(gpus=0, cpus_per_node=2).cluster())
+    assert all("no record yet" in row.basis for row in costs.rows)
