@@ -107,13 +107,16 @@ class Efforts:
         calls = calls_of(model.sampler) * costs.call_macs
         images = planned.expect.get("images", 0.0)
         kept = planned.expect.get("compute", 1.0)
-        macs = 0.0
+        macs, group = 0.0, str(planned.kind)
         if planned.kind == "images":
             macs = images * kept * calls
+        elif planned.kind == "search":  # still to be proposed
+            macs = images * calls * _WITH_BACKWARD
+            group = f"search, {model.grid.expand()[0].strategy}"
         elif planned.kind == "latency":
             images = float(self._sweep.latency.batch_size[0])
             macs = _runs(self._sweep.latency.min_runs, images) * (1 + kept) * calls
-        return Effort(planned.kind, self._keys[planned.model], images, macs / 1e12, gpu)
+        return Effort(group, self._keys[planned.model], images, macs / 1e12, gpu)
 
 
 _NO_COSTS = ModelCosts(0.0)

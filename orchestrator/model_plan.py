@@ -227,12 +227,14 @@ class ModelPlan:
 
     def _foresee(self, found: Explored, awaits: tuple[str, ...]) -> None:
         """List the tasks that points to come will need."""
+        base = self.maker.model.grid.expand()[0]
+        looked_at = base.steps * base.batch_size
         for number in range(len(found.points) + 1, len(found.points) + found.to_come + 1):
             spec = PointSpec(
                 method="search", sampler=self.maker.model.sampler, variant=f"explored {number}"
             )
             point = unresolved_point(self.maker, spec)
-            search = self._add_placeholder(point, "search", spec.label, awaits)
+            search = self._add_placeholder(point, "search", spec.label, awaits, looked_at)
             self._add_placeholders(spec, replace(point, needs=(search,)))
 
     # races ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dipgo_core.errors import TaskError
 from orchestrator.executors.base import RunTask
 from orchestrator.executors.placement import Bundle
 from orchestrator.executors.ray_tune.lane import drain
+from orchestrator.secrets import redact_logs
 from orchestrator.store import Store
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def _trainable(desk: Any, run_task: RunTask, store: Store, probe: str) -> Any:
     """Return what Tune runs in a worker's process; Ray sends it by value."""
 
     def lane(config: dict[str, Any]) -> dict[str, Any]:
+        redact_logs()
         drain(config["lane"], desk, run_task, store, probe)
         return {"retired": True}
 
