@@ -40,9 +40,9 @@ class SlowBackend:
         time.sleep(self.seconds)
         self.fast.put(name, data, durable=durable)
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
+    def put_if_absent(self, name: str, data: bytes, *, durable: bool = True) -> bool:
         time.sleep(self.seconds)
-        return self.fast.put_if_absent(name, data)
+        return self.fast.put_if_absent(name, data, durable=durable)
 
     def list(self, prefix: str) -> Iterator[str]:
         time.sleep(self.seconds)

@@ -110,14 +110,14 @@ def test_node_that_joins_late_gets_work(
     cluster: Cluster, engine: EngineSweep, expected: Path
 ) -> None:
     cluster.with_nodes(1)
-    engine.seconds = 3.0  # it must have time to join
+    engine.seconds = 5.0  # it must have time to join
     child = engine.run()
     engine.wait_for_acks(1, child)
     late = cluster.add_node()
     wait_for(
         "the late node works",
         lambda: any(line["node"] == late.address for line in engine.work("began")),
-        60,
+        100,
         child.told,
     )
     finished(engine, expected)
