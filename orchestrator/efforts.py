@@ -64,10 +64,10 @@ class Efforts:
 
     def __init__(self, sweep: SweepFile, facts: Mapping[str, ModelFacts]) -> None:
         self._models = {model.name: model for model in sweep.models}
-        self._names = {
-            model_key(facts[m.name].weights_sha256, m.settings.dtype): m.name for m in sweep.models
+        self._keys = {  # one weights file with several samplers is several models of one key
+            m.name: model_key(facts[m.name].weights_sha256, m.settings.dtype) for m in sweep.models
         }
-        self._keys = {name: key for key, name in self._names.items()}
+        self._names = {key: name for name, key in self._keys.items()}
         self._sizes = {
             name: _costs_by_facts(model, facts[name]) for name, model in self._models.items()
         }
@@ -75,14 +75,15 @@ class Efforts:
 
     def learn(self, reference: Record) -> None:
         """Take the block graphs of a model from the record of its dense run."""
-        name = self._names.get(model_of(reference.inputs))
+        key = model_of(reference.inputs)
         graphs = reference.outputs.get("graphs")
-        if name is None or not graphs:
+        if key not in self._names or not graphs:
             return
         known = {each: BlockGraph.from_json(graph) for each, graph in graphs.items()}
         blocks = {each: graph.costs().astype(float) for each, graph in known.items()}
         call = max(graph.call_macs() for graph in known.values())
-        self._sizes[name] = ModelCosts(float(call), blocks)
+        costs = ModelCosts(float(call), blocks)
+        self._sizes |= {name: costs for name, own in self._keys.items() if own == key}
 
     def of_task(self, planned: PlannedTask, *, gpu: bool) -> Effort:
         """Size a planned task; a placeholder by what it is expected to become."""

@@ -107,6 +107,28 @@ def test_efforts_count_the_macs_of_a_gate_table() -> None:
     assert dense.tmacs == 0  # the dense run has made them
 
 
+def test_two_samplers_of_one_weights_file_are_both_sized() -> None:
+    sweep = tiny_sweep(models=("fast", "slow"))
+    facts = dict.fromkeys(("fast", "slow"), tiny_facts(tiny_sweep())["tiny"])
+    efforts = Efforts(sweep, facts)
+    outputs = {"graphs": GRAPHS}
+    efforts.learn(
+        Record(key="0" * 64, kind="reference", state="done", inputs=inputs([]), outputs=outputs)
+    )
+    found = [
+        efforts.of_task(
+            PlannedTask(
+                key=name, kind="images", model=name, label="", needs=(), state="unresolved",
+                expect={"images": 2.0},
+            ),
+            gpu=False,
+        )
+        for name in facts
+    ]  # fmt: skip
+    assert found[0] == found[1]
+    assert found[0].tmacs == pytest.approx(2 * 10 * GRAPH.call_macs() / 1e12)
+
+
 def test_jobs_of_placeholders_are_estimated_from_what_they_will_be() -> None:
     sweep = tiny_sweep()
     jobs = Jobs(sweep, tiny_facts(sweep))
