@@ -92,6 +92,8 @@ def _settled(asked: AskedResources, estimate: TaskResources) -> TaskResources:
 
 
 def _basis(asked: AskedResources, kind: ResourceKind, sizes: ModelSizes | None) -> str:
+    if kind == "latency":  # settled before any model is looked at
+        return "one device for all: the sweep file, else the largest model"
     if asked.cpus is not None and asked.gpus is not None:
         return "the sweep file"
     if kind == "score":
