@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from orchestrator.driver import plan_sweep
 from orchestrator.planned import Plan
 from orchestrator.store import Store, open_store
 from orchestrator.store.damage import ASIDE, find_damage, set_aside
-from orchestrator.store.garbage import Garbage, check_unused, find_garbage, remove
+from orchestrator.store.garbage import Garbage, find_garbage, remove
 from orchestrator.store.holdings import Holding, holdings
 from orchestrator.sweep_file import load_sweep
 
@@ -64,13 +65,14 @@ def collect_and_show(
     store = opened(files[0] if files else None, overrides, storage)
     if unneeded and not files:
         raise ConfigError("--unneeded keeps what the sweep files named need: name at least one")
-    needed = _needed(store, files, overrides) if unneeded else None
-    if not dry_run:
-        check_unused(store)
-    found = list(find_garbage(store, shards=shards, needed=needed))
-    for garbage in found:
-        if not dry_run:
-            remove(store, garbage)
+    found = list[Garbage]()
+    with nullcontext() if dry_run else store.cleaning() as lease:
+        needed = _needed(store, files, overrides) if unneeded else None
+        for garbage in list(find_garbage(store, shards=shards, needed=needed)):
+            if lease is not None:
+                lease.check()
+                remove(store, garbage)
+            found.append(garbage)
     _show_garbage(store, found, dry_run=dry_run, as_json=as_json)
 
 
@@ -80,11 +82,12 @@ def verify_and_show(store: Store, *, repair: bool, as_json: bool) -> None:
     Raises:
         StoreError: something is damaged, and nothing was done about it.
     """
-    found = list(find_damage(store))
-    if repair:
-        check_unused(store)
+    with store.cleaning() if repair else nullcontext() as lease:
+        found = list(find_damage(store))
         for damage in found:
-            set_aside(store, damage)
+            if lease is not None:
+                lease.check()
+                set_aside(store, damage)
     if as_json:
         listed = [asdict(damage) for damage in found]
         print_json({"storage": store.url, "damaged": listed, "repaired": repair})

@@ -44,7 +44,8 @@ def find_garbage(
             if key_of(entry.name) in dropped:
                 yield Garbage(entry, dropped[key_of(entry.name)])
     yield from _of_finished(store, done)
-    yield from _without_record(store, {*done, *dropped})
+    begun = {key_of(name) for name in store.backend.list("progress")}  # it tells of artifacts
+    yield from _without_record(store, {*done, *dropped, *begun})
     yield from _not_named(store, done)
     for entry in store.backend.entries("probes"):
         if _age(entry) > DAY_S:
@@ -57,22 +58,6 @@ def remove(store: Store, garbage: Garbage) -> None:
         store.backend.delete_leftover(garbage.entry)
     else:
         store.backend.delete(garbage.entry.name)
-
-
-def check_unused(store: Store) -> None:
-    """See that no sweep of the store is being run.
-
-    Raises:
-        StoreError: one is; what it is about to need could be taken for garbage.
-    """
-    names = {name.split("/")[1] for name in store.backend.list("sweeps")}
-    for sweep in sorted(names):
-        runner = store.runner(sweep)
-        if runner is not None:
-            raise StoreError(
-                f"sweep {sweep!r} in {store.url} is being run by {runner}: wait for it, or stop "
-                "it, then collect (`--dry-run` lists at any time)"
-            )
 
 
 def _dropped(store: Store, shards: bool, needed: Collection[str] | None) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dipgo_core.errors import StoreError
+from orchestrator.records import Record
 from orchestrator.store.backend import Entry
 from orchestrator.store.store import Store
 
@@ -40,7 +41,8 @@ def holdings(store: Store) -> tuple[Holding, ...]:
 
 def kinds_of(store: Store) -> dict[str, str]:
     """Return the kind of each task that has a record; "damaged" where that cannot be read."""
-    return {key: _kind(store, key) for key in store.records()}
+    records = store.records()
+    return {key: _kind(records, key) for key in records}
 
 
 def key_of(name: str) -> str:
@@ -48,9 +50,9 @@ def key_of(name: str) -> str:
     return name.split("/")[1].removesuffix(".json")
 
 
-def _kind(store: Store, key: str) -> str:
+def _kind(records: Mapping[str, Record], key: str) -> str:
     try:
-        return store.records()[key].kind
+        return records[key].kind
     except (StoreError, KeyError):
         return "damaged"
 

@@ -3,25 +3,24 @@
 ``<prefix>/<n>.json`` tells who holds epoch n and is written only if absent; the holder rewrites
 ``<prefix>/<n>.beat`` as long as it lives. Whoever wants the lease writes n + 1 once n was released,
 its holder was a process of this machine that is gone, or its beat did not change for `LEASE_S` of
-the observer's own clock. A holder that finds a later epoch (it slept) has lost the lease.
+the observer's own clock: even who does not want to wait looks on until one or the other is plain.
+A holder that finds a later epoch (it slept) has lost the lease.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
+import math
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Event, Lock, Thread
 
 from dipgo_core.errors import StoreError
 from orchestrator.store.backend import Backend
+from orchestrator.store.holder import HELD_HERE, Holder, myself
 
 logger = logging.getLogger(__name__)
 
@@ -33,39 +32,13 @@ LEASE_S = 60.0
 SURELY_DEAD_S = 3600.0
 
 _RELEASED = b"released"
-#: Tokens of the leases that this process holds, or is about to.
-_HELD_HERE: set[str] = set()
 _FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.05, 2.0
+#: Seconds of waiting that are not worth a word.
+_SILENT_S = 1.0
 
 
 class LeaseLost(StoreError):
     """Another process holds the lease now: this one slept, or could not reach the storage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who holds a lease. started: of the process, in ticks since boot; token: of this epoch."""
-
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    started: str
-    since: float
-    token: str
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host} since {since}"
-
-    @property
-    def gone(self) -> bool:
-        """Return whether this machine knows that the process has ended, or let go of the lease."""
-        if not self.boot or (_boot(), _namespace()) != (self.boot, self.namespace):
-            return False
-        if not self.started or _started(self.pid) != self.started:
-            return True
-        return self.pid == os.getpid() and self.token not in _HELD_HERE
 
 
 class Lease:
@@ -109,7 +82,7 @@ class Lease:
             finally:
                 self._lock.release()
             self._thread.join()
-        _HELD_HERE.discard(self._token)
+        HELD_HERE.discard(self._token)
 
     def _put_released(self) -> None:
         if self._lost is None:
@@ -143,18 +116,30 @@ class Lease:
                 self._confirmed = began
 
 
+#: Called now and then by whoever waits for a lease, with the holder that is waited for.
+OnWait = Callable[[Holder | None], None]
+
+
 @contextmanager
 def held_lease(
-    backend: Backend, prefix: str, *, what: str, wait_s: float = 0.0, durable: bool = True
+    backend: Backend,
+    prefix: str,
+    *,
+    what: str,
+    wait_s: float = 0.0,
+    durable: bool = True,
+    on_wait: OnWait = lambda holder: None,
 ) -> Iterator[Lease]:
-    """Hold the lease under a prefix; `what` names it in the refusal.
+    """Hold the lease under a prefix; `what` names it in the log and in the refusal.
 
+    wait_s: how long to wait for a holder that lives; for signs of life of one that this machine
+    cannot see it waits in any case, at most `LEASE_S`.
     durable: whether it has to outlive the holder's machine, so that others can tell who held it.
 
     Raises:
         StoreError: another process holds it, and still does after `wait_s`.
     """
-    lease = _acquire(backend, prefix, what, wait_s, durable)
+    lease = _acquire(backend, prefix, what, wait_s, durable, on_wait)
     try:
         yield lease
     finally:
@@ -164,62 +149,113 @@ def held_lease(
 def living_holder(backend: Backend, prefix: str) -> Holder | None:
     """Return who holds a lease, as far as one look can tell; None if nobody does.
 
-    A holder on another machine counts as dead once it has been silent for `SURELY_DEAD_S`, so long
-    that clocks which differ do not matter.
+    A holder that this machine cannot see counts as dead once it has been silent for
+    `SURELY_DEAD_S`.
     """
     epoch = _latest(backend, prefix)
     if not epoch or backend.get(_beat(prefix, epoch)) == _RELEASED:
         return None
-    last = max((entry.modified for entry in backend.entries(prefix)), default=0.0)
     holder = _holder(backend, prefix, epoch)
-    silent = time.time() - last > SURELY_DEAD_S
-    return None if holder is None or holder.gone or silent else holder
+    dead = holder is None or holder.gone or _surely_dead(backend, prefix)
+    return None if dead else holder
+
+
+def _surely_dead(backend: Backend, prefix: str) -> bool:
+    """Return whether nobody wrote there for so long that clocks which differ do not matter."""
+    last = max((entry.modified for entry in backend.entries(prefix)), default=0.0)
+    return time.time() - last > SURELY_DEAD_S
 
 
 @dataclass
 class _Watched:
-    """What an observer has seen of a holder: its epoch, its beat, and when that changed."""
+    """What an observer has seen of a lease: epoch, holder and beat, and when those changed."""
 
-    epoch: int = -1
+    epoch: int = 0
+    holder: Holder | None = None
     beat: bytes | None = None
     changed: float = 0.0
+    changes: int = 0
+    looked: float = -math.inf
 
-    def look(self, epoch: int, beat: bytes | None) -> float:
+    def look(self, epoch: int, beat: bytes | None, holder: Holder | None) -> float:
         """Return for how many seconds nothing has changed."""
+        self.looked = _now()
         if (epoch, beat) != (self.epoch, self.beat):
-            self.epoch, self.beat, self.changed = epoch, beat, _now()
-        return _now() - self.changed
+            self.changes += self.epoch > 0  # the first look shows no change
+            self.epoch, self.beat, self.changed = epoch, beat, self.looked
+        self.holder = holder
+        return self.looked - self.changed
+
+    @property
+    def lives(self) -> bool:
+        """Whether somebody who lives has the lease, as far as can be told by now."""
+        return self.changes > 0 or (self.holder is not None and self.holder.is_seen)
 
 
-def _acquire(backend: Backend, prefix: str, what: str, wait_s: float, durable: bool) -> Lease:
-    began, pause, watched = _now(), _FIRST_LOOK_S, _Watched()
+def _acquire(
+    backend: Backend, prefix: str, what: str, wait_s: float, durable: bool, on_wait: OnWait
+) -> Lease:
+    """Look until the lease is free, or is known to be held by somebody who lives.
+
+    Whoever waits already stays calm if the storage is out of reach for less than `LEASE_S`.
+    """
+    began, pause, watched, told = _now(), _FIRST_LOOK_S, _Watched(), False
     while True:
-        epoch = _latest(backend, prefix)
-        holder = _holder(backend, prefix, epoch) if epoch else None
-        if _is_free(backend, prefix, epoch, holder, watched):
-            token = _won(backend, prefix, epoch + 1, durable=durable)
-            if token is not None:
-                return Lease(backend, prefix, epoch + 1, token)
-            continue  # somebody was faster
-        if _now() - began >= wait_s:
-            raise StoreError(
-                f"{what} in {backend.url} is being run by {holder or 'another process'}; wait for "
-                f"it (--wait), or stop that process and run again (nothing finished is lost). If "
-                f"its machine died, its lease expires: --wait takes it over after {LEASE_S:g} s"
-            )
+        try:
+            lease = _take_if_free(backend, prefix, watched, durable=durable)
+        except StoreError as error:
+            if _now() - watched.looked > LEASE_S:
+                raise
+            logger.warning("%s is waited for, and cannot be looked at: %s", what, error)
+            lease = None
+        if lease is not None:
+            return lease
+        if watched.lives and _now() - began >= wait_s:
+            raise StoreError(_refusal(backend, what, watched.holder))
+        if not told and _now() - began > _SILENT_S:
+            told = True
+            _tell(what, watched, wait_s)
+        on_wait(watched.holder)
         time.sleep(pause)
         pause = min(2 * pause, _SLOWEST_LOOK_S)
 
 
-def _is_free(
-    backend: Backend, prefix: str, epoch: int, holder: Holder | None, watched: _Watched
-) -> bool:
-    if not epoch:
-        return True
-    beat = backend.get(_beat(prefix, epoch))
+def _refusal(backend: Backend, what: str, holder: Holder | None) -> str:
+    return (
+        f"{what} in {backend.url} is being run by {holder or 'another process'}; wait for it "
+        "(`run --wait` does), or stop that process and run again (nothing finished is lost). If "
+        f"its machine dies, its lease expires after {LEASE_S:g} s"
+    )
+
+
+def _tell(what: str, watched: _Watched, wait_s: float) -> None:
+    who = watched.holder or "another process"
+    if watched.lives or wait_s > LEASE_S:
+        logger.warning("%s is being run by %s: waiting for it", what, who)
+    else:
+        patience = "%s is held by %s: waiting for a sign of life, for %g s at most"
+        logger.warning(patience, what, who, LEASE_S)
+
+
+def _take_if_free(
+    backend: Backend, prefix: str, watched: _Watched, *, durable: bool
+) -> Lease | None:
+    """Look once, and take the lease unless somebody has it, or is faster."""
+    epoch = _latest(backend, prefix)
+    if epoch and not _is_over(backend, prefix, epoch, watched):
+        return None
+    token = _won(backend, prefix, epoch + 1, durable=durable)
+    return None if token is None else Lease(backend, prefix, epoch + 1, token)
+
+
+def _is_over(backend: Backend, prefix: str, epoch: int, watched: _Watched) -> bool:
+    """Return whether the holder of an epoch let go of it, or is dead."""
+    beat, holder = backend.get(_beat(prefix, epoch)), _holder(backend, prefix, epoch)
+    silent_s = watched.look(epoch, beat, holder)
     if beat == _RELEASED or (holder is not None and holder.gone):
         return True
-    return watched.look(epoch, beat) > LEASE_S
+    seen = holder is not None and holder.is_seen
+    return silent_s > LEASE_S or (not seen and _surely_dead(backend, prefix))
 
 
 def _won(backend: Backend, prefix: str, epoch: int, *, durable: bool = True) -> str | None:
@@ -228,15 +264,15 @@ def _won(backend: Backend, prefix: str, epoch: int, *, durable: bool = True) -> 
     A storage that fails half-way may have written the epoch all the same: then its token is not
     among those held here, by which this process knows that it does not hold it.
     """
-    me = _myself()
-    _HELD_HERE.add(me.token)
+    me = myself()
+    HELD_HERE.add(me.token)
     try:
         won = _write_epoch(backend, prefix, epoch, me, durable)
     except BaseException:
-        _HELD_HERE.discard(me.token)
+        HELD_HERE.discard(me.token)
         raise
     if not won:
-        _HELD_HERE.discard(me.token)
+        HELD_HERE.discard(me.token)
     return me.token if won else None
 
 
@@ -282,40 +318,6 @@ def _holder(backend: Backend, prefix: str, epoch: int) -> Holder | None:
         return Holder(**json.loads(backend.get(_who(prefix, epoch)) or b"null"))
     except (TypeError, ValueError):  # swept away meanwhile, or damaged
         return None
-
-
-def _myself() -> Holder:
-    return Holder(
-        host=socket.gethostname(),
-        boot=_boot(),
-        namespace=_namespace(),
-        pid=os.getpid(),
-        started=_started(os.getpid()),
-        since=time.time(),
-        token=uuid.uuid4().hex,
-    )
-
-
-def _boot() -> str:
-    """Return what tells this start of this machine from any other, "" where that is unknown."""
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text(encoding="ascii").strip() if file.exists() else ""
-
-
-def _namespace() -> str:
-    """Return the name of the space that process ids count in: containers have their own."""
-    link = Path("/proc/self/ns/pid")
-    return str(link.readlink()) if link.is_symlink() else ""
-
-
-def _started(pid: int) -> str:
-    """Return when a process started, in ticks since boot; "" if it does not run."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _now() -> float:

@@ -7,23 +7,25 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StorageError, StoreError
 from orchestrator.records import Record, Task, content_key
 from orchestrator.store.backend import Backend
 from orchestrator.store.conditional import check_backend
 from orchestrator.store.documents import guarded, parse_object, parse_record, sealed, unguarded
+from orchestrator.store.holder import Holder
 from orchestrator.store.index import RecordIndex
-from orchestrator.store.lease import Holder, Lease, held_lease, living_holder
+from orchestrator.store.lease import Lease, OnWait, held_lease, living_holder
 from orchestrator.store.names import check_key, check_name, check_part, is_key
 
 logger = logging.getLogger(__name__)
 
 #: A file of a sweep that asks its driver to end.
 STOP = "stop.json"
+_CLEANING = "cleaning/lease"
 
 
 class Store:
@@ -164,8 +166,14 @@ class Store:
         return task
 
     def put_progress(self, key: str, name: str, data: bytes) -> None:
-        """Keep the state of an unfinished task (a search's checkpoint, a shard of images)."""
-        self.backend.put(_file("progress", key, name), guarded(data))
+        """Keep the state of an unfinished task (a search's checkpoint, a shard of images).
+
+        A storage that fails at this moment is a warning: the task goes on without.
+        """
+        try:
+            self.backend.put(_file("progress", key, name), guarded(data))
+        except StorageError as error:
+            logger.warning("progress of %s is not kept: %s", key[:12], error)
 
     def get_progress(self, key: str, name: str) -> bytes | None:
         """Return the state of an unfinished task, None if there is none, or a torn one."""
@@ -212,27 +220,64 @@ class Store:
         return tuple(f"{folder}{name.removeprefix(top)}" for name in self.backend.list(top))
 
     @contextmanager
-    def claim(self, key: str) -> Iterator[Lease]:
-        """Wait until no other process works on this task, and keep others out meanwhile."""
+    def claim(self, key: str, on_wait: OnWait = lambda holder: None) -> Iterator[Lease]:
+        """Wait until no other process works on this task, and keep others out meanwhile.
+
+        on_wait: called every 2 s at least with the holder that is waited for; what it raises ends
+        the wait.
+        """
         prefix, what = f"claims/{check_key(key)}", f"task {key[:12]}"
-        held = held_lease(self.backend, prefix, what=what, wait_s=math.inf, durable=False)
+        held = held_lease(
+            self.backend, prefix, what=what, wait_s=math.inf, durable=False, on_wait=on_wait
+        )
         with held as lease:
             yield lease
-        if self.has_record(key):  # nobody needs to know any more who did it
-            self.backend.delete_all(prefix)
+        try:
+            if self.has_record(key):  # nobody needs to know any more who did it
+                self.backend.delete_all(prefix)
+        except StoreError as error:  # what was done is in the store, and that is what counts
+            logger.warning("the claim of %s stays: %s", key[:12], error)
 
     @contextmanager
     def lease(self, sweep: str, wait_s: float = 0.0) -> Iterator[Lease]:
         """Hold the sweep for this driver; the lease of a driver that died is free.
 
         Raises:
-            StoreError: another driver runs this sweep, and still does after `wait_s`; or the
-                storage cannot hold a store.
+            StoreError: another driver runs this sweep, and still does after `wait_s`, or the store
+                is being cleaned; or the storage cannot hold a store.
         """
         what = f"sweep {sweep!r}"
         check_backend(self.backend)
         with held_lease(self.backend, _lease(sweep), what=what, wait_s=wait_s) as lease:
+            if living_holder(self.backend, _CLEANING) is not None:
+                with self._held_clean(wait_s):
+                    pass  # it is over
             yield lease
+
+    @contextmanager
+    def cleaning(self) -> Iterator[Lease]:
+        """Keep sweeps from starting, in order to remove what none needs.
+
+        Both sides write their lease first and then look for that of the other, so that one of two
+        at the same instant sees the other.
+
+        Raises:
+            StoreError: a sweep is being run, or another process cleans.
+        """
+        with self._held_clean(0.0) as lease:
+            names = {name.split("/")[1] for name in self.backend.list("sweeps")}
+            for sweep in sorted(names):
+                runner = self.runner(sweep)
+                if runner is not None:
+                    raise StoreError(
+                        f"sweep {sweep!r} in {self.url} is being run by {runner}: wait for it, or "
+                        "stop it, then clean (`cache gc --dry-run` lists at any time)"
+                    )
+            yield lease
+
+    def _held_clean(self, wait_s: float) -> AbstractContextManager[Lease]:
+        what = "`cache gc` or `cache verify --repair`"
+        return held_lease(self.backend, _CLEANING, what=what, wait_s=wait_s)
 
     def runner(self, sweep: str) -> Holder | None:
         """Return who runs a sweep at this moment, None if nobody does."""

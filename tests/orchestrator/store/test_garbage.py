@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from dipgo_core.errors import StoreError
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
-from orchestrator.store.garbage import check_unused, find_garbage, remove, used_up_shards
-from orchestrator.store.holdings import holdings
+from orchestrator.store.garbage import find_garbage, remove, used_up_shards
+from orchestrator.store.holdings import holdings, kinds_of
 
 SHARDS = [Task(kind="images", inputs={"keep": ["11"], "start": start}) for start in (0, 1)]
 DENSE = Task(kind="images", inputs={"start": 0})
@@ -102,11 +103,37 @@ def test_records_that_no_sweep_needs_go_with_their_artifacts(store: Store) -> No
     assert not [name for name in found if EVALUATE.key in name or DENSE.key in name]
 
 
-def test_nothing_is_collected_while_a_sweep_runs(store: Store) -> None:
-    check_unused(store)
-    with store.lease("tiny"), pytest.raises(StoreError, match="'tiny'.*being run by process"):
-        check_unused(store)
-    check_unused(store)
+def test_nothing_is_removed_while_a_sweep_runs_nor_runs_while_it_is(store: Store) -> None:
+    running = pytest.raises(StoreError, match="'tiny'.*being run by process")
+    with store.lease("tiny"), running, store.cleaning():
+        pass
+    cleaning = pytest.raises(StoreError, match="`cache gc`.* is being run by process")
+    with store.cleaning(), cleaning, store.lease("tiny"):
+        pass
+    with store.lease("tiny"):
+        pass
+
+
+def test_kinds_are_told_by_one_listing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    real = store.backend.list
+
+    def listing(room: str) -> Iterator[str]:
+        listed.append(room)
+        return real(room)
+
+    monkeypatch.setattr(store.backend, "list", listing)
+    assert len(kinds_of(store)) == 4
+    assert listed == ["records"]
+
+
+def test_images_of_an_interrupted_shard_stay_as_long_as_its_progress(store: Store) -> None:
+    begun = Task(kind="images", inputs={"start": 4}).key
+    store.put_artifact(begun, "images-000004", b"pixels")
+    store.put_progress(begun, "piece-000004", b"made")
+    for entry in list(store.backend.entries("")):
+        make_old(store, entry.name)
+    assert reasons(store) == {}
 
 
 def test_holdings_count_every_object_once(store: Store) -> None:
