@@ -17,6 +17,7 @@ DipgoError
 ├── EvaluationError          images, scorers or statistics that cannot be used
 ├── DeviceError              a device that is not there, or does not tell what it is asked
 ├── StoreError               records or artifacts that are missing, torn or refused
+│   └── StorageError         the storage is out of reach or full, which may pass
 ├── TaskError                a task that failed; names its log and the command that retries it
 └── TrackingError            the tracking server refused or lost something
 """
@@ -96,6 +97,10 @@ class DeviceError(DipgoError):
 
 class StoreError(DipgoError):
     """Records or artifacts are missing, torn or refused."""
+
+
+class StorageError(StoreError):
+    """The storage cannot be reached, or has no room; it may work again in a moment."""
 
 
 class TaskError(DipgoError):

@@ -41,10 +41,13 @@ class Meter:
     def start(self, key: str, gpus: float) -> None:
         self._running[key] = (self._clock(), gpus)
 
-    def end(self, key: str, seconds: float | None = None) -> None:
-        """Count a task that ended. seconds: as its record says; None: since it was handed out."""
+    def end(self, key: str) -> None:
+        """Count a task that ended, from its hand-out on: waiting holds a GPU as work does.
+
+        The seconds in its record may be those of another sweep's worker.
+        """
         since, gpus = self._running.pop(key, (0.0, 0.0))
-        self._gpu_seconds += gpus * (self._clock() - since if seconds is None else seconds)
+        self._gpu_seconds += gpus * (self._clock() - since)
 
     @property
     def gpu_hours(self) -> float:

@@ -153,9 +153,11 @@ def _run(
     except LeaseLost:
         raise  # another driver shows the sweep now
     except Exception:
+        source.check_lease()
         source.close()
         _show_what_is_done(source, audience)
         raise
+    source.check_lease()
     source.close()
     result = source.result(interrupted)
     audience.finish(result)

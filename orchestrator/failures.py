@@ -15,6 +15,7 @@ from dipgo_core.errors import (
     ConfigError,
     EvaluationError,
     ModelFilesError,
+    StorageError,
     StoreError,
     SubNetError,
     UnknownModelError,
@@ -22,7 +23,9 @@ from dipgo_core.errors import (
 from orchestrator.records import Record, Task
 from orchestrator.secrets import redact
 
-FailureClass = Literal["out_of_memory", "preempted", "node_lost", "worker_lost", "data", "code"]
+FailureClass = Literal[
+    "out_of_memory", "preempted", "node_lost", "worker_lost", "storage", "data", "code"
+]
 
 #: What each class means, and what is done about it; `status` and docs/engine.md say it alike.
 MEANING: Final[Mapping[str, str]] = {
@@ -30,13 +33,15 @@ MEANING: Final[Mapping[str, str]] = {
     "preempted": "the cluster took the node back; tried again, never counted",
     "node_lost": "the node is gone; tried again, never counted",
     "worker_lost": "the worker's process died; tried again, at most twice",
+    "storage": "the storage was out of reach or full; tried again for half a minute",
     "data": "files, prompts or records are missing or wrong; not tried again",
     "code": "the task raised an error; not tried again",
 }
 
 #: Nobody's fault: such tasks come back however often it happens.
 UNCOUNTED: Final = frozenset({"preempted", "node_lost"})
-LOST_WORKER_RETRIES: Final = 2
+#: How often a task comes back after what is told of it is no fault of its own, but may last.
+RETRIES: Final[Mapping[FailureClass, int]] = {"worker_lost": 2, "storage": 6}
 LONGEST_WAIT_S: Final = 60.0
 
 _OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
@@ -60,12 +65,19 @@ class Failure:
     log: str | None = None
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Keep no secret, wherever the words come from: failures are stored and shown."""
+        object.__setattr__(self, "error", redact(self.error))
+        object.__setattr__(self, "trace", redact(self.trace))
+
 
 def classify(error: BaseException) -> FailureClass:
     """Return the class of what a task raised, or of what that was caused by."""
     chain = list(_chain(error))
     if any(_is_out_of_memory(each) for each in chain):
         return "out_of_memory"
+    if any(isinstance(each, StorageError) for each in chain):
+        return "storage"
     return "data" if any(isinstance(each, _DATA) for each in chain) else "code"
 
 
@@ -89,8 +101,8 @@ def failure_of(error: BaseException, *, seconds: float = 0.0, log: str | None = 
     """Return the failure of an error that is being handled in the process that ran the task."""
     return Failure(
         kind=classify(error),
-        error=redact(one_line(f"{type(error).__name__}: {error}")),
-        trace=redact("".join(traceback.format_exception(error))),
+        error=one_line(f"{type(error).__name__}: {error}"),
+        trace="".join(traceback.format_exception(error)),
         host=platform.node(),
         log=log,
         seconds=seconds,
@@ -111,9 +123,9 @@ def next_attempt(task: Task, failures: Sequence[Failure]) -> Task | None:
     last = failures[-1]
     if last.kind in UNCOUNTED:
         return _again(task, last, {})
-    if last.kind == "worker_lost":
-        lost = sum(failure.kind == "worker_lost" for failure in failures)
-        return _again(task, last, {}) if lost <= LOST_WORKER_RETRIES else None
+    if last.kind in RETRIES:
+        count = sum(failure.kind == last.kind for failure in failures)
+        return _again(task, last, {}) if count <= RETRIES[last.kind] else None
     if last.kind == "out_of_memory" and not any(f.kind == last.kind for f in failures[:-1]):
         halved = half_batch(task)
         return None if halved is None else _again(task, last, halved)

@@ -176,7 +176,7 @@ class Comparisons:
         data = save({"values": np.ascontiguousarray(one.values), "facts": facts})
         try:
             self._store.put_derived(where[1], _derived_name(where), data)
-        except OSError as error:
+        except StoreError as error:
             logger.debug("replicates of %s are not kept: %s", where[1][:12], error)
 
     def _plain_difference(self, metric: str, key: str, others: Sequence[str]) -> float | None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from threading import Event as Flag
 from typing import Any, Literal, Protocol
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StorageError, StoreError
 from orchestrator.budget import Meter
 from orchestrator.executors.base import Lane
 from orchestrator.facts import ModelFacts
-from orchestrator.failures import Failure, failure_record, next_attempt, wait_s
+from orchestrator.failures import Failure, failure_of, failure_record, next_attempt, wait_s
 from orchestrator.jobs import Jobs
 from orchestrator.plan import Planner
 from orchestrator.planned import Plan, PlannedTask
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _CHECK_EVERY_S, _ASK_EVERY_S = 1.0, 5.0
 #: A plan is made anew at most for this share of the time, and at least so often if tasks ended.
 _PLANNING_SHARE, _HUNGRY_SHARE, _PLAN_EVERY_S = 0.1, 0.5, 30.0
+#: How long planning waits for a storage that did not answer.
+_PAUSE_S = 2.0
 
 EventKind = Literal["planned", "started", "progress", "done", "failed", "again"]
 
@@ -135,10 +137,11 @@ class SweepTasks:
         self._failed: dict[str, str] = {}
         self._failures: dict[str, list[Failure]] = {}
         self._again: dict[str, Task] = {}
+        self._unwritten: dict[str, Record] = {}  # failures that the storage did not take
         self._stopped: str | None = None
         self._budget_reached = False
         self._interrupted = False
-        self._checked = self._asked = self._clock()
+        self._checked = self._asked = self._plan_after = self._clock()
         self.plan = self._new_plan()
         if retry is not None:
             self._only = select(self.plan, retry, self._failed_before())
@@ -148,6 +151,7 @@ class SweepTasks:
     # --- a TaskSource ------------------------------------------------------------------------
 
     def next_ready(self, lane: Lane | None = None) -> Task | None:
+        self.check_lease()
         self._look_at_budget()
         if self._stopped is not None:
             return None
@@ -157,9 +161,13 @@ class SweepTasks:
         if key is None:
             return None
         task = self._task(key)
-        self._store.put_task(task)
         self._running[key] = task
         self._meter.start(key, task.gpus)
+        try:
+            self._store.put_task(task)
+        except StorageError as error:
+            self.failed(key, failure_of(error))
+            return None
         return task
 
     def demand(self) -> Mapping[Pool, int]:
@@ -177,8 +185,8 @@ class SweepTasks:
         if self._stopped is not None:
             return True
         if self._scheduler.idle and self._ended_since:
-            self._plan_again()  # the last records may have decided more
-        return self._scheduler.idle
+            self._plan_if_due(hungry=True, last=True)  # the last records may have decided more
+        return self._scheduler.idle and not self._ended_since
 
     @property
     def draining(self) -> bool:
@@ -194,12 +202,21 @@ class SweepTasks:
         if now - self._checked < _CHECK_EVERY_S:
             return
         self._checked = now
-        self._watch.check_lease()
+        self.check_lease()
+        self._write_failures()
         self._look_for_stop(now)
         self._look_at_budget()
         self._meter.write()
         if self._stopped is None:
             self._plan_if_due(hungry=False)
+
+    def check_lease(self) -> None:
+        """See that the sweep is still this driver's.
+
+        Raises:
+            LeaseLost: it is another's now.
+        """
+        self._watch.check_lease()
 
     def started(self, key: str, host: str) -> None:
         self._tell("started", self._running[key])
@@ -217,9 +234,10 @@ class SweepTasks:
         self._done[record.key] = None
         self._failures.pop(record.key, None)
         self._again.pop(record.key, None)
+        self._unwritten.pop(record.key, None)
         self._records.add(record.key)
         self._tasks.pop(record.key, None)
-        self._meter.end(record.key, record.timings.get("seconds"))
+        self._meter.end(record.key)
         self._jobs.learn(record)
         self._ended_since.add(record.key)
         self._stale |= self._scheduler.finish(record.key)
@@ -227,10 +245,11 @@ class SweepTasks:
         self._tell("done", task, record=record)
 
     def failed(self, key: str, failure: Failure) -> None:
+        self.check_lease()
         task = self._running.pop(key, None)
         if task is None:  # told before, or done after all
             return
-        self._meter.end(key, failure.seconds or None)
+        self._meter.end(key)
         failures = self._failures.setdefault(key, [])
         failures.append(failure)
         again = next_attempt(task, failures)
@@ -241,7 +260,8 @@ class SweepTasks:
         self._scheduler.give_up(key)
         self._ended_since.add(key)
         self._stale = True  # races and explorations go on without it
-        self._store.put_failure(failure_record(task, failure))
+        self._unwritten[key] = failure_record(task, failure)
+        self._write_failures()
         logger.warning("%s failed: %s", task.label, failure.error)
         self._tell("failed", task, error=failure.error)
 
@@ -258,8 +278,9 @@ class SweepTasks:
             logger.info("nothing more is started: %s", why)
 
     def close(self) -> None:
-        """Note what was spent."""
+        """Note what was spent, and what failed."""
         self._meter.write(now=True)
+        self._write_failures()
 
     def result(self, interrupted: bool) -> RunResult:
         """Return what became of every task."""
@@ -309,6 +330,16 @@ class SweepTasks:
             self._interrupted = True
             self.stop("`dipgo-sweep stop` asked for it")
 
+    def _write_failures(self) -> None:
+        """Keep what failed for good; what the storage does not take now it is given again."""
+        for key, record in list(self._unwritten.items()):
+            try:
+                self._store.put_failure(record)
+            except StorageError as error:
+                logger.warning("a failure is not kept yet: %s", error)
+                return
+            del self._unwritten[key]
+
     def _try_again(self, again: Task, failures: list[Failure]) -> None:
         key, last = again.key, failures[-1]
         self._again[key] = again
@@ -339,22 +370,32 @@ class SweepTasks:
 
     # --- the plan ----------------------------------------------------------------------------
 
-    def _plan_if_due(self, *, hungry: bool) -> bool:
+    def _plan_if_due(self, *, hungry: bool, last: bool = False) -> bool:
         """Plan anew if records may have decided more, seldom enough to cost little; say if so.
 
         hungry: whether somebody asks for work in vain: then up to half of the time may go into it.
+        last: whether nothing else is left to do.
         """
+        if self._clock() < self._plan_after:
+            return False
         since = self._clock() - self._planned_at
         share = _HUNGRY_SHARE if hungry else _PLANNING_SHARE
         waited = bool(self._ended_since) and since >= _PLAN_EVERY_S
-        due = since >= self._planning_s / share and (self._stale or waited)
-        if due:
-            self._plan_again()
-        return due
+        due = last or (since >= self._planning_s / share and (self._stale or waited))
+        return due and self._plan_again()
 
-    def _plan_again(self) -> None:
-        self.plan = self._new_plan()
+    def _plan_again(self) -> bool:
+        """Plan anew; False: the storage does not answer, and is asked again in a moment."""
+        ended = self._ended_since
+        try:
+            self.plan = self._new_plan()
+        except StorageError as error:
+            self._ended_since, self._stale = ended, True
+            self._plan_after = self._clock() + _PAUSE_S
+            logger.warning("the plan waits for the storage: %s", error)
+            return False
         self._take_over()
+        return True
 
     def _new_plan(self) -> Plan:
         began = self._clock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,13 +44,30 @@ class InProcessExecutor:
                 time.sleep(_IDLE_S)  # one that failed waits before it is tried again
                 continue
             source.started(task.key, platform.node())
-            result = attempt(task, store, run_task, partial(_report, source, task.key))
+            report = _Report(source, task.key)
+            result = attempt(task, store, run_task, report)
+            if report.error is not None:  # of the run, not of the task
+                raise report.error
             if isinstance(result, Failure):
                 source.failed(task.key, result)
             else:
                 source.done(result)
 
 
-def _report(source: TaskSource, key: str, report: Mapping[str, Any]) -> None:
-    source.tick()
-    source.progress(key, report)
+@dataclass(eq=False)
+class _Report:
+    """What a task tells meanwhile. error: what the source raised then, which ends the run."""
+
+    source: TaskSource
+    key: str
+    error: Exception | None = None
+
+    def __call__(self, report: Mapping[str, Any]) -> None:
+        if self.error is None:
+            try:
+                self.source.tick()
+                self.source.progress(self.key, report)
+            except Exception as error:
+                self.error = error
+        if self.error is not None:
+            raise self.error

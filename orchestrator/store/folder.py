@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StorageError, StoreError
 from orchestrator.store import disk
 from orchestrator.store.backend import Entry
 from orchestrator.store.names import check_name
@@ -19,6 +19,11 @@ from orchestrator.store.names import check_name
 T = TypeVar("T")
 
 _TRIES = 5
+#: What no waiting mends: somebody has to set `storage`, rights or mounts right.
+_LASTING = frozenset(
+    {errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTSUP, errno.ENOTDIR}
+    | {errno.EISDIR, errno.ENAMETOOLONG}
+)
 _ADVICE = {
     errno.ENOSPC: "free some space there and run again: nothing finished is lost",
     errno.EDQUOT: "free some of the quota there and run again: nothing finished is lost",
@@ -174,4 +179,5 @@ def _told(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         advice = _ADVICE.get(error.errno or 0, "see that the storage is reachable, and run again")
-        raise StoreError(f"{path} cannot be {what} ({reason}): {advice}") from error
+        kind = StoreError if error.errno in _LASTING else StorageError
+        raise kind(f"{path} cannot be {what} ({reason}): {advice}") from error

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StorageError, StoreError
 from orchestrator.secrets import credentials_rule, redact
 from orchestrator.store.backend import Entry
 from orchestrator.store.names import check_name
@@ -30,12 +30,13 @@ _TRIES = 5
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _EXISTS = {"PreconditionFailed", "412"}
-_BUSY = {"ConditionalRequestConflict", "409"}
+_BUSY = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _ADVICE = {
     "NoSuchBucket": "create it, or name another in `storage`",
     "AccessDenied": "the credentials in the environment (AWS_*) must allow GetObject, PutObject, "
     "DeleteObject and ListBucket there",
-    "403": "the credentials in the environment (AWS_*) must allow GetObject there",
+    "403": "the credentials in the environment (AWS_*) must allow GetObject and ListBucket there "
+    "(without ListBucket an object that is not there is refused, too)",
     "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID or the profile",
     "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY or the profile",
     "NotImplemented": "the server lacks this request: a store needs conditional writes "
@@ -194,19 +195,24 @@ class S3Backend:
     def _told(self, name: str, what: str) -> Iterator[None]:
         """Turn errors of the client into one that names object, reason and next move."""
         _require_boto3()
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore import exceptions as boto
 
         try:
             yield
-        except ClientError as error:
+        except boto.ClientError as error:
             advice = _ADVICE.get(_code(error), "see that the storage works, and run again")
-            raise StoreError(self._refusal(name, what, error, advice)) from error
-        except BotoCoreError as error:
+            kind = StoreError if _code(error) in _ADVICE else StorageError
+            raise kind(self._refusal(name, what, error, advice)) from error
+        except boto.BotoCoreError as error:
             advice = (
                 "check the network, AWS_ENDPOINT_URL and the credentials in the environment, and "
                 "run again: nothing finished is lost"
             )
-            raise StoreError(self._refusal(name, what, error, advice)) from error
+            passing = (
+                boto.HTTPClientError, boto.IncompleteReadError, boto.ResponseStreamingError,
+            )  # fmt: skip
+            kind = StorageError if isinstance(error, passing) else StoreError
+            raise kind(self._refusal(name, what, error, advice)) from error
 
     def _refusal(self, name: str, what: str, error: Exception, advice: str) -> str:
         place = f"s3://{self._bucket}/{self._prefix}{name}"

@@ -124,12 +124,18 @@ def test_run_sweep_stops_starting_tasks_at_the_budget(store: Store) -> None:
     sweep = replace(
         tiny_sweep(),
         resources=Resources(reference=gpu, search=gpu, evaluate=gpu, latency=gpu),
-        budget=Budget(gpu_hours=0.25 / 3600),  # each task takes 0.1 GPU seconds
+        budget=Budget(gpu_hours=0.3 / 3600),  # each task takes 0.2 GPU seconds or more
     )
-    result, _ = run(sweep, store)
+
+    def run_task(task: Task, store: Any, *, on_progress: Any = None) -> Record:
+        time.sleep(0.2 * task.gpus)
+        return run_tiny_task(task, store)
+
+    result, _ = run(sweep, store, run_task)
     assert result.budget_reached
     kinds = [record.kind for record in store.records().values()]
-    assert sum(kind in ("images", "search", "latency") for kind in kinds) == 3  # others take no GPU
+    on_gpu = sum(kind in ("images", "search", "latency") for kind in kinds)
+    assert 1 <= on_gpu <= 2
     assert result.skipped
     assert result.stopped is not None and "GPU-hours" in result.stopped
     assert not run(sweep, store)[0].done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dipgo_core.errors import StoreError, TaskError
+from dipgo_core.errors import StorageError, StoreError, TaskError
 from orchestrator.failures import (
     Failure,
     FailureClass,
@@ -43,6 +43,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
         (caused(TaskError("the search died"), OutOfMemoryError("x")), "out_of_memory"),
         (StoreError("torn"), "data"),
+        (caused(TaskError("no record"), StorageError("input/output error")), "storage"),
         (ValueError("we ran out of memory"), "code"),
         (TaskError("no outcome"), "code"),
     ],
@@ -60,6 +61,18 @@ def test_next_attempt_gives_up_after_three_lost_workers() -> None:
     lost = failed("worker_lost")
     assert next_attempt(evaluation(), [lost, failed("node_lost"), lost]) is not None
     assert next_attempt(evaluation(), [lost] * 3) is None
+
+
+def test_next_attempt_waits_half_a_minute_for_a_storage() -> None:
+    attempts = [failed("storage")] * 6
+    assert next_attempt(evaluation(), attempts) is not None
+    assert next_attempt(evaluation(), [*attempts, failed("storage")]) is None
+    assert sum(wait_s(attempts[:n]) for n in range(1, 7)) == 31
+
+
+def test_failure_keeps_no_secret_whoever_makes_it() -> None:
+    made = Failure(kind="worker_lost", error="http://me:secret-0@h", trace="http://me:secret-1@h")
+    assert (made.error, made.trace) == ("http://***@h", "http://***@h")
 
 
 @pytest.mark.parametrize("kind", ["data", "code"])

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event as Flag
 from typing import Any
 
 import pytest
 
-from dipgo_core.errors import StoreError, TaskError
+from dipgo_core.errors import StorageError, StoreError, TaskError
+from orchestrator import sweep_tasks
 from orchestrator.budget import Meter, limit_reached, spent_gpu_hours
 from orchestrator.cli.stopping import drained_by_sigterm
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.failures import Failure
 from orchestrator.records import Record, Task
-from orchestrator.store import Store, open_store
+from orchestrator.store import Store, lease, open_store
 from orchestrator.store.lease import LeaseLost
-from orchestrator.sweep_settings import Budget
-from orchestrator.sweep_tasks import RunResult, SweepTasks, Watch
+from orchestrator.sweep_settings import AskedResources, Budget, Resources
+from orchestrator.sweep_tasks import Event, RunResult, SweepTasks, Watch
 from tests.orchestrator.tiny_sweep import Listener, run, run_tiny_task, tiny_facts, tiny_sweep
 
 
@@ -110,12 +112,13 @@ def test_request_of_an_earlier_run_is_forgotten(store: Store) -> None:
 
 def test_wall_time_is_of_one_run_and_gpu_time_of_all(store: Store) -> None:
     clock = Clock()
-    meter = Meter(Budget(wall_hours=1, gpu_hours=3), store, "tiny", clock)
+    meter = Meter(Budget(wall_hours=9, gpu_hours=3), store, "tiny", clock)
     meter.start("a", 2.0)
     clock.now += 1800
     assert meter.gpu_hours == pytest.approx(1)  # while it runs
     assert meter.reached() is None
-    meter.end("a", 5400.0)
+    clock.now += 3600
+    meter.end("a")
     meter.write(now=True)
     assert spent_gpu_hours(store, "tiny") == pytest.approx(3)
     assert meter.reached() == "3 GPU-hours"
@@ -123,6 +126,20 @@ def test_wall_time_is_of_one_run_and_gpu_time_of_all(store: Store) -> None:
     assert (again.gpu_hours, again.wall_hours) == (pytest.approx(3), 0)
     clock.now += 3600
     assert again.reached() == "1 hours of wall time"
+
+
+def test_task_costs_what_it_held_whoever_computed_it(store: Store) -> None:
+    """The record says 0.1 s, of another sweep's worker, on whose claim ours waited 90 s."""
+    clock, gpu = Clock(), AskedResources(cpus=1, gpus=2)
+    sweep = replace(tiny_sweep(), resources=Resources(reference=gpu))
+    source = SweepTasks(sweep, store, tiny_facts(sweep), "cpu", Listener(), lambda event: None,
+                        watch=Watch(clock=clock))  # fmt: skip
+    task = source.next_ready()
+    assert task is not None and task.gpus == 2
+    clock.now += 90
+    source.done(run_tiny_task(task, store))
+    source.close()
+    assert spent_gpu_hours(store, "tiny") == pytest.approx(180 / 3600)
 
 
 def test_dollars_are_gpu_hours_at_their_price() -> None:
@@ -201,6 +218,116 @@ def test_lost_lease_ends_the_run_and_shows_nothing(
     with pytest.raises(LeaseLost):
         run_sweep(sweep, store, InProcessExecutor(), listener, facts=tiny_facts(sweep))
     assert listener.results == []
+
+
+def test_lease_lost_while_a_task_reports_ends_the_run_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver takes the sweep over during the second task (issue 5: one works)."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+    begun: list[str] = []
+
+    def reporting(task: Task, store: Store, *, on_progress: Any = None) -> Record:
+        begun.append(task.key)
+        if len(begun) == 2:
+            other = {**asdict(lease.myself()), "boot": "another", "host": "far", "pid": 7}
+            store.backend.put("sweeps/tiny/lease/00000002.json", json.dumps(other).encode())
+            for _ in range(200):
+                time.sleep(0.02)
+                on_progress({"images": 1})
+        return run_tiny_task(task, store)
+
+    sweep, listener = tiny_sweep(), Listener()
+    with pytest.raises(LeaseLost, match="process 7 on far"):
+        run_sweep(
+            sweep, store, InProcessExecutor(), listener, listener.events.append,
+            run_task=reporting, facts=tiny_facts(sweep),
+        )  # fmt: skip
+    assert len(begun) == 2 and listener.results == [] and not store.failed_keys()
+
+
+def test_lost_lease_lets_nothing_be_handed_out_nor_written(store: Store) -> None:
+    held = [True]
+
+    def check() -> None:
+        if not held[0]:
+            raise LeaseLost("somebody else holds it")
+
+    source = tasks_of(store, watch=Watch(check_lease=check))
+    task = source.next_ready()
+    assert task is not None
+    held[0] = False
+    with pytest.raises(LeaseLost):
+        source.next_ready()
+    with pytest.raises(LeaseLost):
+        source.failed(task.key, Failure(kind="code", error="a bug"))
+    assert not store.failed_keys()
+
+
+def test_error_of_the_display_is_no_failure_of_the_task(store: Store) -> None:
+    def reporting(task: Task, store: Store, *, on_progress: Any = None) -> Record:
+        on_progress({"images": 1})
+        return run_tiny_task(task, store)
+
+    def show(event: Event) -> None:
+        if event.kind == "progress":
+            raise ValueError("no terminal")
+
+    sweep = tiny_sweep()
+    with pytest.raises(ValueError, match="no terminal"):
+        run_sweep(sweep, store, InProcessExecutor(), Listener(), show, run_task=reporting,
+                  facts=tiny_facts(sweep))  # fmt: skip
+    assert not store.failed_keys()
+
+
+def test_lease_lost_as_the_executor_breaks_shows_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(InProcessExecutor):
+        def run(self, source: Any, run_task: Any, store: Any) -> None:
+            monkeypatch.setattr(SweepTasks, "check_lease", lost)
+            raise StoreError("the probe stays")
+
+    def lost(self: SweepTasks) -> None:
+        raise LeaseLost("somebody else holds it")
+
+    sweep, listener = tiny_sweep(), Listener()
+    with pytest.raises(LeaseLost):
+        run_sweep(sweep, store, Broken(), listener, facts=tiny_facts(sweep))
+    assert listener.results == []
+
+
+def hiccup(store: Store, monkeypatch: pytest.MonkeyPatch, call: str, room: str, times: int) -> None:
+    """Let a call of the storage fail for names of one room, so often."""
+    real, left = getattr(store.backend, call), [times]
+
+    def failing(name: str, *args: Any, **options: Any) -> Any:
+        if name.startswith(f"{room}/") and left[0]:
+            left[0] -= 1
+            raise StorageError(f"{name}: input/output error")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(store.backend, call, failing)
+
+
+@pytest.mark.parametrize(
+    ("call", "room"), [("put", "tasks"), ("put_if_absent", "records"), ("get", "records")]
+)
+def test_hiccup_of_the_storage_fails_no_task(
+    call: str, room: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_tasks, "_PAUSE_S", 0.05)
+    hiccup(store, monkeypatch, call, room, 2)
+    result, _ = run_with(store, run_tiny_task)
+    assert result.plan.complete and not result.failed
+
+
+def test_failure_that_the_storage_did_not_take_is_written_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hiccup(store, monkeypatch, "put", "failures", 1)
+    result, _ = run_with(store, doing(fail))
+    assert result.failed and store.failed_keys() == frozenset(result.failed)
 
 
 def test_second_sigterm_interrupts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 
-from dipgo_core.errors import TaskError
+from dipgo_core.errors import StoreError, TaskError
 from orchestrator.executors.base import RunTask, TaskSource, local_device
 from orchestrator.executors.placement import (
     Bundle,
@@ -135,7 +135,8 @@ class RayTuneExecutor:
                     floor.step()
             finally:
                 desk.close.remote()
-                drop_probe(store, probe)
+                with suppress(StoreError):  # it is collected later; how the run ended counts
+                    drop_probe(store, probe)
 
     def _connect(self) -> None:
         """Connect to the cluster, once; what is there already is used, and left as it is."""

@@ -17,7 +17,7 @@ from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, Lane, RunTask
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.placement import NODE
-from orchestrator.failures import LOST_WORKER_RETRIES, Failure, next_attempt
+from orchestrator.failures import RETRIES, Failure, next_attempt
 from orchestrator.records import Pool, Record, Task
 from orchestrator.store import open_store
 from orchestrator.sweep_settings import TaskResources
@@ -290,7 +290,7 @@ def test_task_of_a_killed_worker_is_done_by_another(survived: ListSource) -> Non
 def test_task_that_kills_its_worker_is_given_up(survived: ListSource) -> None:
     lost = task(1, die=True)
     assert set(survived.errors) == {lost.key, task(35, lost).key}
-    assert len(survived.failed_before[lost.key]) == 1 + LOST_WORKER_RETRIES
+    assert len(survived.failed_before[lost.key]) == 1 + RETRIES["worker_lost"]
     assert survived.failures[lost.key].host
 
 
