@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ import pytest
 from tests.cluster.drivers import EngineSweep, RealSweep
 from tests.cluster.harness import Cluster
 from tests.cluster.processes import Child, kill_at_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ended_by_a_signal() -> None:
+    """Whoever ends the tests from outside (a CI at its limit) leaves no cluster behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
