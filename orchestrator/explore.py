@@ -7,7 +7,8 @@ is in. Results are figures on calibration prompts: nothing is chosen on the test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.bars import calibration_figures, score_for
 from orchestrator.hypervolume import area_above
 from orchestrator.methods import STEP_MASKS, PointSpec
 from orchestrator.planned import Point
-from orchestrator.records import Record
+from orchestrator.records import Record, Task
 from orchestrator.sweep_settings import Dimension, Explore, ExploreStop, SweepModel
 
 Records = Mapping[str, Record]
@@ -47,16 +48,16 @@ Generation = tuple[Trial, ...]
 class Growing:
     """The plan of one model while it is made: what an exploration asks of it, and adds to it.
 
-    propose: adds the task of the next generation, given how many points it has and all before it.
-    add_point: adds a point with its tasks. is_dead: whether a task failed, or needs one that did.
-    gpus: what one search takes.
+    proposal: makes the task of the next generation, given how many points it has and all before
+    it. add: adds a task. add_point: adds a point with its tasks. is_dead: whether a task failed, or
+    needs one that did.
     """
 
     records: Records
-    propose: Callable[[int, Sequence[Generation]], str]
+    proposal: Callable[[int, Sequence[Generation]], Task]
+    add: Callable[[Task], str]
     add_point: Callable[[PointSpec], Point]
     is_dead: Callable[[str], bool]
-    gpus: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,36 +77,50 @@ class Explored:
 def explored_points(model: SweepModel, quality: str, plan: Growing) -> Explored:
     """Add what is known of an exploration to a plan: proposed points, and the next proposal.
 
-    quality: of the sweep's objective; its calibration figure is what samplers are told.
+    What was proposed stays, whatever is missing now of the results before it. quality: of the
+    sweep's objective; its calibration figure is what samplers are told.
     """
     explore = model.explore
     points: list[Point] = []
     generations: list[Generation] = []
-    while explore is not None and not _is_over(explore, len(points), generations):
-        left = explore.points - len(points)
-        key = plan.propose(min(explore.batch, left), generations)
-        if key not in plan.records:
-            known = tuple(points)
-            if plan.is_dead(key):
-                return Explored(points=known)
-            return Explored(points=known, to_come=left, awaits=(key,), proposed=True)
-        proposals = plan.records[key].outputs["points"]
-        specs = specs_of(model, proposals, first=len(points))
-        added = [plan.add_point(spec) for spec in specs]
+    awaits: dict[str, None] = {}
+    while explore is not None and len(points) < explore.points:
+        task = plan.proposal(min(explore.batch, explore.points - len(points)), generations)
+        if task.key not in plan.records:
+            return _next(explore, Explored(points=tuple(points)), generations, awaits, task, plan)
+        plan.add(task)
+        proposals = plan.records[task.key].outputs["points"]
+        added = [plan.add_point(spec) for spec in specs_of(model, proposals, first=len(points))]
         points += added
-        awaits = tuple(dict.fromkeys(key for point in added for key in _awaited(point, plan)))
-        if awaits:
-            to_come = explore.points - len(points)
-            return Explored(points=tuple(points), to_come=to_come, awaits=awaits if to_come else ())
+        awaits |= dict.fromkeys(key for point in added for key in _awaited(point, plan))
         told = zip(proposals, added, strict=True)
         generations.append(tuple(_trial(params, point, quality, plan) for params, point in told))
     return Explored(points=tuple(points))
 
 
-def _is_over(explore: Explore, proposed: int, generations: Sequence[Generation]) -> bool:
-    """Whether no generation follows: enough points, nothing gained, or nothing that succeeded."""
-    if proposed >= explore.points:
-        return True
+def _next(
+    explore: Explore,
+    known: Explored,
+    generations: Sequence[Generation],
+    awaits: Iterable[str],
+    task: Task,
+    plan: Growing,
+) -> Explored:
+    """Return what follows the last generation that was proposed: `task`, once all results are in,
+    unless they say that it is enough."""
+    left = explore.points - len(known.points)
+    if waiting := tuple(awaits):
+        return replace(known, to_come=left, awaits=waiting)
+    if _is_over(explore, generations):
+        return known
+    key = plan.add(task)
+    if plan.is_dead(key):
+        return known
+    return replace(known, to_come=left, awaits=(key,), proposed=True)
+
+
+def _is_over(explore: Explore, generations: Sequence[Generation]) -> bool:
+    """Whether no generation follows: nothing gained, or nothing that succeeded."""
     if generations and not any(trial.values for trial in generations[-1]):
         return True
     return explore.stop is not None and has_stalled(generations, explore.stop)
@@ -154,14 +169,27 @@ def dimensions(model: SweepModel) -> dict[str, Dimension]:
 
 def asked(model: SweepModel) -> dict[str, Any]:
     """Return what decides proposals beside results, as JSON: neither how many nor when to stop."""
-    explore = model.explore
+    explore, over = model.explore, dimensions(model)
     assert explore is not None
     return {
         "sampler": explore.sampler,
         "batch": explore.batch,
         "seed": explore.seed,
-        "over": {name: asdict(one) for name, one in dimensions(model).items()},
+        "over": {name: asdict(one) for name, one in over.items()},
+        **({} if "target" in over else {"target": model.targets[0]}),
     }
+
+
+def expected_steps(model: SweepModel) -> float:
+    """Return the steps of a search to come: the mean, where they are varied."""
+    known = dimensions(model).get("steps")
+    if known is None:
+        return float(model.grid.expand()[0].steps)
+    if known.kind == "choice":
+        return float(sum(known.choices) / len(known.choices))
+    if known.kind == "logint" and known.high > known.low:
+        return float((known.high - known.low) / math.log(known.high / known.low))
+    return (known.low + known.high) / 2
 
 
 def specs_of(model: SweepModel, proposals: Sequence[Params], *, first: int) -> list[PointSpec]:
@@ -208,13 +236,14 @@ def _trial(params: Params, point: Point, quality: str, plan: Growing) -> Trial:
     values = None
     if measured is not None and score is not None:
         values = 1.0 / (1.0 - float(measured.outputs["pruned_ratio"])), score
-    seconds = 0.0 if search is None else search.timings.get("seconds", 0.0)
-    return Trial(
-        params=params,
-        values=values,
-        search=point.search_key,
-        gpu_hours=seconds * (plan.gpus or 1.0) / 3600,
-    )
+    hours = 0.0 if search is None else _gpu_hours(search)
+    return Trial(params=params, values=values, search=point.search_key, gpu_hours=hours)
+
+
+def _gpu_hours(search: Record) -> float:
+    """Return what a search took, by its record alone: all attempts, on the GPUs it had."""
+    seconds, gpus = search.outputs.get("seconds", 0.0), search.host.get("gpus")
+    return float(seconds) * float(gpus or 1.0) / 3600
 
 
 def stand_in(model: SweepModel, settings: SearchSettings) -> SearchSettings:

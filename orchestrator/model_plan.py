@@ -9,13 +9,13 @@ from dipgo_core.config import SamplerSettings
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
-from orchestrator.explore import Explored, Growing, explored_points
+from orchestrator.explore import Explored, Growing, expected_steps, explored_points
 from orchestrator.methods import CALIBRATED, PointSpec, searches, step_mask_search
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.point_gates import Memo, Resolution, resolve_gates, unresolved_point
 from orchestrator.records import Record, Task, TaskKind, content_key
-from orchestrator.resources import resource_rows, resources_of
+from orchestrator.resources import resource_rows
 from orchestrator.rungs import candidates_of
 from orchestrator.sweep_settings import ResourceKind
 
@@ -199,10 +199,10 @@ class ModelPlan:
             maker.sweep.objective.quality,
             Growing(
                 records=self.records,
-                propose=lambda count, so_far: self._add(maker.explore(count, so_far)),
+                proposal=maker.explore,
+                add=self._add,
                 add_point=self._add_explored,
                 is_dead=self._is_dead,
-                gpus=resources_of(maker.sweep, "search", maker.facts).gpus,
             ),
         )
         if found.to_come:
@@ -227,12 +227,10 @@ class ModelPlan:
 
     def _foresee(self, found: Explored, awaits: tuple[str, ...]) -> None:
         """List the tasks that points to come will need."""
-        base = self.maker.model.grid.expand()[0]
-        looked_at = base.steps * base.batch_size
+        model = self.maker.model
+        looked_at = round(expected_steps(model) * model.grid.expand()[0].batch_size)
         for number in range(len(found.points) + 1, len(found.points) + found.to_come + 1):
-            spec = PointSpec(
-                method="search", sampler=self.maker.model.sampler, variant=f"explored {number}"
-            )
+            spec = PointSpec(method="search", sampler=model.sampler, variant=f"explored {number}")
             point = unresolved_point(self.maker, spec)
             search = self._add_placeholder(point, "search", spec.label, awaits, looked_at)
             self._add_placeholders(spec, replace(point, needs=(search,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from dipgo_core import NUMERICS_VERSION
+from dipgo_core.errors import StoreError
 from dipgo_core.evaluation.device import cpu_name, device_name
 from orchestrator.records import Record, Task, TaskKind
-from orchestrator.store import Store
+from orchestrator.store import LeaseLost, Store
+from orchestrator.store.holder import Holder
 from orchestrator.task.evaluate import run_evaluate
 from orchestrator.task.images import run_images
 from orchestrator.task.latency import run_latency
@@ -26,6 +29,8 @@ from orchestrator.task.reference import run_reference
 from orchestrator.task.search import run_search
 from orchestrator.task.statistics import run_statistics
 from orchestrator.task.work import OnProgress, Outcome, Work
+
+logger = logging.getLogger(__name__)
 
 
 def _run_explore(work: Work) -> Outcome:
@@ -53,7 +58,30 @@ def do_task(task: Task, store: Store, on_progress: OnProgress, *, imports_s: flo
     imports_s: how long this process took to import what tasks need, if it did so for this one.
     """
     return_freed_memory()
-    with store.claim(task.key):
+    while True:
+        try:
+            return _do_claimed(task, store, on_progress, imports_s)
+        except _ClaimLost as error:  # wait for who has it now, and go on from what is kept
+            logger.warning("%s stops: %s", task.label or task.key[:12], error)
+
+
+class _ClaimLost(Exception):
+    """Another process was given this task meanwhile: this one slept, or lost the storage."""
+
+
+def _do_claimed(task: Task, store: Store, on_progress: OnProgress, imports_s: float) -> Record:
+    def waiting(holder: Holder | None) -> None:
+        on_progress({"waits for": str(holder or "another process")})
+
+    with store.claim(task.key, waiting) as claim:
+
+        def report(figures: Mapping[str, Any]) -> None:
+            try:
+                claim.check()
+            except LeaseLost as error:
+                raise _ClaimLost(str(error)) from error
+            on_progress(figures)
+
         known = store.get_record(task.key)
         if known is not None:
             return known
@@ -61,7 +89,7 @@ def do_task(task: Task, store: Store, on_progress: OnProgress, *, imports_s: flo
             stop_measuring()
         began, loaded = time.perf_counter(), loading_seconds()
         torch.set_num_threads(int(task.inputs.get("threads", max(1, round(task.cpus)))))
-        work = Work(task, store, on_progress)
+        work = Work(task, store, report)
         if work.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         outcome = RUNNERS[task.kind](work)
@@ -78,13 +106,19 @@ def do_task(task: Task, store: Store, on_progress: OnProgress, *, imports_s: flo
                 "imports": imports_s,
                 "finished": time.time(),
             },
-            host={**_host(work.device), **gpu_memory(task, work.device)},
+            host={**_host(work.device), **gpu_memory(task, work.device), "gpus": task.gpus},
             versions=_versions(),
             attempts=tuple(task.options.get("attempts", ())),
         )
         if store.put_record(record):
             return record
-        return store.get_record(task.key) or record  # somebody took this process for dead
+        first = store.get_record(task.key)  # somebody took this process for dead
+        if first is None:
+            raise StoreError(
+                f"the record of {task.label or task.key[:12]} was refused since there is one, and "
+                f"there is none in {store.url}: somebody deletes them; run again"
+            )
+        return first
 
 
 def _host(device: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ Oracle: the order of landing is shuffled, and everything must come out the same;
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from dipgo_core.config import SearchSettings
-from orchestrator.explore import Trial, has_stalled, settings_of
+from orchestrator.explore import Trial, asked, expected_steps, has_stalled, settings_of
+from orchestrator.jobs import Jobs
 from orchestrator.plan import Planner, build_plan
-from orchestrator.planned import Plan
+from orchestrator.planned import Plan, PlannedTask
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from orchestrator.sweep_settings import Dimension, Explore, ExploreStop, SweepFile
@@ -74,6 +76,11 @@ def run_quickly(task: Task, store: Store) -> None:
 def proposals(store: Store) -> list[Record]:
     found = [record for record in store.records().values() if record.kind == "explore"]
     return sorted(found, key=lambda record: record.inputs["generation"])
+
+
+def searches_of(sweep: SweepFile, folder: Path) -> list[PlannedTask]:
+    tasks = plan_of(sweep, open_store(str(folder))).tasks
+    return [task for task in tasks if task.kind == "search"]
 
 
 def explored(plan: Plan) -> list[Any]:
@@ -174,6 +181,35 @@ def test_failed_point_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert len(explored(plan)) == 8
 
 
+def test_next_run_goes_on_while_a_failed_search_is_tried_again(tmp_path: Path) -> None:
+    """A new driver has no failures yet: what was proposed after one stays, and can be worked on."""
+    sweep, store = exploring(12), open_store(str(tmp_path))
+    first: list[str] = []
+
+    def fails(task: Task) -> bool:
+        first[:] = first or ([task.key] if task.kind == "search" else [])
+        return task.key in first
+
+    failed = land(sweep, store, fails=fails, at_most=60)
+    before, after = plan_of(sweep, store, failed), plan_of(sweep, store)
+    assert len(explored(after)) == len(explored(before)) == 12
+    assert {task.key for task in before.ready} <= {task.key for task in after.ready}
+
+
+def test_next_proposal_waits_for_searches_of_all_batches(tmp_path: Path) -> None:
+    sweep, store = exploring(12), open_store(str(tmp_path))
+    first: list[str] = []
+
+    def fails(task: Task) -> bool:
+        first[:] = first or ([task.key] if task.kind == "search" else [])
+        return task.key in first or (task.kind == "explore" and len(proposals(store)) == 2)
+
+    land(sweep, store, fails=fails)
+    plan = plan_of(sweep, store)
+    (waiting,) = [task for task in plan.tasks if task.kind == "explore" and task.task is None]
+    assert len(explored(plan)) == 8 and set(first) <= set(waiting.needs)
+
+
 def test_explore_ends_where_nothing_succeeds(tmp_path: Path) -> None:
     sweep, store = exploring(40), open_store(str(tmp_path))
     failed = land(sweep, store, fails=lambda task: task.kind == "search")
@@ -189,7 +225,7 @@ def test_explore_ends_where_a_proposal_fails(tmp_path: Path) -> None:
 
 def test_race_waits_for_the_last_point(tmp_path: Path) -> None:
     sweep, store = exploring(8, rungs=(8, 16)), open_store(str(tmp_path))
-    held = []
+    held: list[Task] = []
 
     def pick(ready: list[Task]) -> Task:
         held.extend(task for task in ready if task.kind == "race")
@@ -209,6 +245,42 @@ def test_range_of_targets_is_explored(tmp_path: Path) -> None:
     sweep, store = exploring(4, over=over), open_store(str(tmp_path))
     targets = [point.target for point in explored(finish(sweep, store).plan)]
     assert all(0.3 <= target <= 0.8 for target in targets) and len(set(targets)) == 4
+
+
+def test_proposals_at_another_target_are_others() -> None:
+    """What a sampler was told at one target says nothing at another one."""
+    (model,) = exploring(8).models
+    asked_at = [asked(replace(model, targets=each)) for each in ((0.5,), (0.7,), (0.5, 0.7))]
+    assert asked_at[0] != asked_at[1] and asked_at[0]["target"] == 0.5
+    assert "target" not in asked_at[2] and "target" in asked_at[2]["over"]
+
+
+@pytest.mark.parametrize(
+    ("varied", "steps"),
+    [
+        (Dimension(kind="int", low=100, high=500), 300),
+        (Dimension(kind="choice", choices=(10, 20, 60)), 30),
+        (Dimension(kind="logint", low=1, high=100), 99 / math.log(100)),
+        (None, 8),
+    ],
+)
+def test_steps_of_searches_to_come_are_the_mean(varied: Dimension | None, steps: float) -> None:
+    (model,) = exploring(over={"steps": varied} if varied else OVER).models
+    assert expected_steps(model) == pytest.approx(steps)
+
+
+def test_searches_to_come_are_estimated_as_searches(tmp_path: Path) -> None:
+    """An explored search of 80 to 160 steps costs what a known one of 120 does."""
+    over = {"steps": Dimension(kind="int", low=80, high=160)}
+    sweep = exploring(4, over=over)
+    (model,) = sweep.models
+    grid = replace(model.grid, axes={**model.grid.axes, "steps": (120,)})
+    known = replace(sweep, models=(replace(model, explore=None, grid=grid),))
+    (come,), (there,) = (
+        {Jobs(each, sweep_facts(each)).effort(task) for task in searches_of(each, tmp_path)}
+        for each in (sweep, known)
+    )
+    assert come == there and (come.group, come.images) == ("search, dipgo", 120)
 
 
 def test_settings_of_a_proposal_leave_the_rest() -> None:
@@ -257,3 +329,26 @@ def test_stopped_exploration_has_fewer_points(tmp_path: Path) -> None:
     sweep, store = exploring(40, stop=stop), open_store(str(tmp_path))
     plan = finish(sweep, store).plan
     assert len(explored(plan)) == 8 and plan.complete
+
+
+def test_stop_takes_nothing_back_that_was_proposed(tmp_path: Path) -> None:
+    """By the new rule the first batch would have been the last."""
+    store = open_store(str(tmp_path))
+    finish(exploring(12), store)
+    sweep = exploring(24, stop=ExploreStop(epsilon=10.0, gpu_hours=0.01))
+    assert len(explored(plan_of(sweep, store))) == 12
+
+
+@pytest.mark.parametrize(("gpus", "goes_on"), [(0.0, True), (1.0, True), (2.0, False)])
+def test_stop_counts_hours_by_the_records_alone(gpus: float, goes_on: bool, tmp_path: Path) -> None:
+    """A second batch: 400 s on these GPUs, of 0.2 GPU-hours without growth."""
+    stop = ExploreStop(epsilon=10.0, gpu_hours=0.2)
+    sweep, store = exploring(24, stop=stop), open_store(str(tmp_path))
+    finish(sweep, store)
+    records = {
+        key: replace(record, host={"gpus": gpus}, timings={"seconds": 1.0})
+        for key, record in store.records().items()
+        if (record.kind, record.inputs.get("generation")) != ("explore", 2)
+    }
+    plan = build_plan(sweep, records, facts=sweep_facts(sweep), device="cpu")
+    assert any(task.kind == "explore" for task in plan.ready) is goes_on

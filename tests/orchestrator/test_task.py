@@ -292,7 +292,7 @@ def test_record_says_where_and_with_what(finished: Any) -> None:
     _, plan, records = finished
     record = records[plan.tasks[0].key]
     assert record.versions["torch"].startswith(torch.__version__.split("+")[0])
-    assert {"hostname", "cpu", "device"} <= set(record.host)
+    assert {"hostname", "cpu", "device", "gpus"} <= set(record.host)
     assert record.timings["seconds"] > 0
 
 
@@ -339,6 +339,7 @@ def test_interrupted_search_ends_as_the_uninterrupted_one(
     with pytest.raises(Stop):
         run_task(task, store, on_progress=stop)
     assert store.get_progress(task.key, search_task.CHECKPOINT) is not None
+    assert len(list(store.backend.list(f"progress/{task.key}"))) == 1  # state and curve of one step
     reports: list[Mapping[str, Any]] = []
     record = run_task(task, store, on_progress=reports.append)
     assert [report["search_step"] for report in reports] == [3]
@@ -352,7 +353,6 @@ def test_damaged_checkpoint_starts_the_search_anew(finished: Any, tmp_path: Path
     store = copied(finished, tmp_path, ("reference",))
     task = tasks_of(plan, "search", "dipgo")[0]
     store.put_progress(task.key, search_task.CHECKPOINT, b"torn")
-    store.put_progress(task.key, search_task.CURVE, b"[]")
     record = run_task(task, store)
     assert record.outputs["outcome"] == records[task.key].outputs["outcome"]
 
