@@ -204,8 +204,8 @@ def _notes(known: Mapping[str, Any]) -> Iterator[str]:
             f"Of processor time the plans took {spent[0]:.1f} s and {spent[1]:.1f} s. They are of "
             "four models of 28 blocks and 20 calls, with a search a weight and five targets, each "
             "in a process of its own. A finished sweep's plan lists no "
-            "shards, as nothing needs them any more. The run is the driver's with tasks that take no "
-            "time, in its own process, shown to nobody.\n"
+            "shards, as nothing needs them any more. The run is the driver's with tasks of no "
+            "length, in its own process, shown to nobody.\n"
         )
     if "short" in known:
         yield from _tune_notes(known["short"])
