@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from dipgo_core.errors import DipgoError, TrackingError
 from orchestrator.records import content_key
-from orchestrator.secrets import redact
+from orchestrator.secrets import redact, remember
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +156,16 @@ class MlflowTracker:
     """One experiment: a parent run per resolved sweep file, a child run per search and point.
 
     A run is found again by the tag `dipgo.task_key`, which is set when the run is created, so a
-    driver that was killed at any moment leaves nothing that the next one does not take up.
+    driver that was killed at any moment leaves nothing that the next one does not take up. After a
+    failure all runs are looked up again, for a run may have been created though its answer was
+    lost; should a request have been sent twice below us, all but one run of a key are deleted.
     missing: keys of entries that could not be written so far.
     """
 
     def __init__(self, experiment: str, uri: str | None = None) -> None:
         self.experiment = experiment
         self.uri = tracking_uri(uri)
+        remember(self.uri)
         self.missing: set[str] = set()
         self._sweep: SweepRun | None = None
         self._experiment_id: str | None = None
@@ -223,6 +226,7 @@ class MlflowTracker:
         try:
             action()
         except Exception as error:  # a view must not stop the sweep, whatever its server raises
+            self._parent = None  # what the server has is looked up before the next attempt
             self._retry_at = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_RETRY_S)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -236,8 +240,10 @@ class MlflowTracker:
         assert self._sweep is not None
         self._client = self._client or _client(self.uri)
         self._experiment_id = _experiment(self._client, self.experiment, self.uri)
-        found = _search(self._client, self._experiment_id, self._sweep.name)
-        self._runs = {r.data.tags[KEY_TAG]: _shown(r) for r in found if KEY_TAG in r.data.tags}
+        self._runs = {
+            run.data.tags[KEY_TAG]: _shown(run)
+            for run in _single_runs(self._client, self._experiment_id, self._sweep.name)
+        }
         name = f"{self._sweep.name} {self._sweep.digest[:12]}"
         parent = self._take_up(self._sweep.key, "sweep", name, {})
         if not parent.params:
@@ -308,7 +314,8 @@ class MlflowTracker:
             self._client.log_artifacts(self._parent, str(folder), "report")
         self._log_series(self._parent, series)
         assert self._experiment_id is not None and self._sweep is not None
-        for run in _search(self._client, self._experiment_id, self._sweep.name):
+        kept = {run.run_id for run in self._runs.values()}
+        for run in _single_runs(self._client, self._experiment_id, self._sweep.name, kept):
             own = run.info.run_id == self._parent
             if own and run.info.status != _STATUS[state]:
                 self._client.set_terminated(run.info.run_id, _STATUS[state])
@@ -322,7 +329,7 @@ class MlflowTracker:
 def _client(uri: str) -> Any:
     """Open the tracking server; a sqlite file is created, with its tables, on first use."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a sweep must work offline
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the driver must not hang
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # it would create a run twice
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
@@ -382,6 +389,32 @@ def _search(client: Any, experiment_id: str, sweep: str) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def _single_runs(
+    client: Any, experiment_id: str, sweep: str, kept: Collection[str] = ()
+) -> Iterator[Any]:
+    """Yield a run of each key of this sweep, and delete the others of the key.
+
+    kept: ids of runs that stay; else the one that shows its entry whole, else the oldest.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for run in _search(client, experiment_id, sweep):
+        if KEY_TAG in run.data.tags:
+            by_key.setdefault(run.data.tags[KEY_TAG], []).append(run)
+    for runs in by_key.values():
+        first, *others = sorted(
+            runs,
+            key=lambda run: (
+                run.info.run_id not in kept,
+                DIGEST_TAG not in run.data.tags,
+                run.info.start_time,
+            ),
+        )
+        for run in others:
+            logger.info("tracking: run %s is there twice and deleted", run.info.run_name)
+            client.delete_run(run.info.run_id)
+        yield first
 
 
 def _once(metrics: Mapping[str, float]) -> list[tuple[str, float, int]]:

@@ -61,6 +61,50 @@ def a_search(steps: int) -> Entry:
     return an_entry("s", kind="search", metrics={"forwards": 10.0}, curves={"loss": curve})
 
 
+def runs_of(uri: str) -> list[tuple[str, str]]:
+    """Return the first letter of each run's key, and its status."""
+    client = MlflowClient(tracking_uri=uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'demo'")
+    found = client.search_runs([experiment.experiment_id])
+    return sorted((run.data.tags[KEY_TAG][0], run.info.status) for run in found)
+
+
+def test_lost_answer_to_a_create_makes_no_second_run(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker("demo", uri)
+    tracker.start(SWEEP)
+    real = tracker._client.create_run
+
+    def lost(*given: object, **options: object) -> None:
+        real(*given, **options)
+        monkeypatch.undo()
+        raise ConnectionError("the answer is lost")
+
+    monkeypatch.setattr(tracker._client, "create_run", lost)
+    tracker.log([an_entry("k")])
+    assert tracker.down
+    tracker.finish("done", entries=[an_entry("k")])
+    assert [run for run in runs_of(uri) if run[0] == "k"] == [("k", "FINISHED")]
+
+
+@pytest.mark.parametrize("when", ["start", "finish"])
+def test_run_that_was_created_twice_is_shown_once(uri: str, when: str) -> None:
+    """As an HTTP client below does that sends a request again."""
+    tracker = track(uri, an_entry("k"))
+    client, shown = tracker._client, tracker._runs["k" * 64]
+    tags = {KEY_TAG: "k" * 64, SWEEP_TAG: SWEEP.name}
+    if when == "start":
+        client.create_run(tracker._experiment_id, tags=tags)
+        tracker.start(SWEEP)
+    else:
+        tracker.start(SWEEP)
+        client.create_run(tracker._experiment_id, tags=tags)
+    tracker.finish("done")
+    assert [run for run in runs_of(uri) if run[0] == "k"] == [("k", "FINISHED")]
+    assert tracker._runs["k" * 64].run_id == shown.run_id
+
+
 def track(uri: str, *entries: Entry, sweep: SweepRun = SWEEP, **finish: object) -> MlflowTracker:
     tracker = MlflowTracker("demo", uri)
     tracker.start(sweep)
