@@ -13,7 +13,7 @@ from dipgo_core.errors import ConfigError
 from orchestrator.cargo import SWEEP_FILE, Cargo, pack
 from orchestrator.cli.show import print_json, say
 from orchestrator.executors.ray_tune.jobs import Job, JobServer
-from orchestrator.secrets import has_credentials
+from orchestrator.secrets import has_credentials, redact, spelled_out
 from orchestrator.sweep_file import load_sweep
 from orchestrator.versions import differences, installed_versions
 
@@ -27,9 +27,10 @@ def submit_and_show(
         ConfigError: the sweep cannot be sent, or the cluster has other versions installed.
         TaskError: the cluster does not answer.
     """
+    sweep = load_sweep(file, overrides)
+    _check_tracking(sweep.tracking.uri, file, overrides)
     server = JobServer(address, insecure=insecure)
     with tempfile.TemporaryDirectory() as folder:
-        sweep = load_sweep(file, overrides)
         cargo = pack(file, [*overrides, *_tracking(sweep.tracking.uri)], Path(folder))
         running = next((job for job in server.jobs(sweep.name) if not job.ended), None)
         if running is not None:
@@ -102,6 +103,21 @@ def _on_cluster(verb: str, overrides: Sequence[str]) -> list[str]:
     """Return a command about the sweep as it was sent."""
     told = [word for override in overrides for word in ("-o", override)]
     return ["dipgo-sweep", verb, SWEEP_FILE, *told]
+
+
+def _check_tracking(uri: str | None, file: Path, overrides: Sequence[str]) -> None:
+    """Refuse to send a password: a job's command and files are shown to who sees the cluster.
+
+    Raises:
+        ConfigError: the sweep file or an override spells it out.
+    """
+    written = "\n".join([file.read_text(encoding="utf-8-sig"), *overrides])
+    if uri is not None and spelled_out(uri, written):
+        raise ConfigError(
+            f"tracking.uri is {redact(uri)}: a password must not travel with a job. Leave it out "
+            "and set MLFLOW_TRACKING_URI on the cluster's nodes, or write uri: ${NAME} and set "
+            "NAME there"
+        )
 
 
 def _tracking(uri: str | None) -> list[str]:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from orchestrator.cli.show import console, say
+from orchestrator.secrets import redact
 
 #: Seconds over which the speed behind the remaining time is averaged.
 SPEED_PERIOD_S = 600.0
@@ -113,11 +114,11 @@ class LiveDisplay:
         if key in self._ids:
             self._running.remove_task(self._ids.pop(key))
         if error is not None:
-            self._console.print(f"failed: {label}: {first_line(error)}", markup=False)
+            self._console.print(redact(f"failed: {label}: {first_line(error)}"), markup=False)
 
     def again(self, key: str, label: str, error: str) -> None:
         self.ended(key, label, None)
-        self._console.print(f"tried again: {label}: {first_line(error)}", markup=False)
+        self._console.print(redact(f"tried again: {label}: {first_line(error)}"), markup=False)
 
 
 class LineDisplay:

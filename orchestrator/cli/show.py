@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.secrets import redact
+from orchestrator.secrets import redact, redacted
 
 #: Wide enough for a row of figures with intervals where there is no terminal to ask.
 PIPE_WIDTH = 160
@@ -31,7 +31,8 @@ def say(text: str = "", *, stderr: bool = False) -> None:
 
 def print_json(document: Any) -> None:
     """Print one JSON document without secrets; NaN is refused, for it is not JSON."""
-    print(redact(json.dumps(document, indent=1, allow_nan=False, default=_plain)))
+    plain = json.loads(json.dumps(document, allow_nan=False, default=_plain))
+    print(json.dumps(redacted(plain), indent=1))
 
 
 def _plain(value: Any) -> Any:
@@ -52,7 +53,7 @@ def print_wrapped(name: str, text: str) -> None:
     shown = Table.grid(padding=(0, 1))
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
-    shown.add_row(f"{name}:", text)
+    shown.add_row(f"{name}:", redact(text))
     console().print(shown)
 
 
@@ -76,5 +77,5 @@ def print_table(
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(redact(cell) for cell in row))
     console().print(table)

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from dipgo_core import errors
 from dipgo_core.errors import DipgoError, TaskError
 from orchestrator.records import Task
+from orchestrator.secrets import redact_logs
 
 _ROOT = Path(__file__).parents[2]  # holds the packages, installed or not
 _STOP_SECONDS = 10.0
@@ -157,6 +158,7 @@ def serve() -> None:
     """Answer requests until whoever started this process closes the line or is gone."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    redact_logs()
     requests = queue.SimpleQueue[str]()
     threading.Thread(target=_listen, args=(sys.stdin, requests), daemon=True).start()
     while True:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dipgo_core.errors import ConfigError
 from orchestrator.background import BackgroundTracker
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
@@ -199,6 +200,20 @@ def test_no_secret_leaves_the_command_line(tmp_path: Path) -> None:
         assert found_in(each.stdout + each.stderr) == []
     assert watch.seen and watch.found == {}
     assert found_under(tmp_path) == {}
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_submit_refuses_to_send_a_password(in_file: bool, tmp_path: Path) -> None:
+    from orchestrator.cli.jobs import submit_and_show
+
+    text = (
+        SWEEP.replace("${CANARY_URI}", URI) if in_file else SWEEP.replace("${CANARY_URI}", "x.db")
+    )
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    overrides = [] if in_file else [f"tracking.uri={URI}"]
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI on the cluster") as refused:
+        submit_and_show(tmp_path / "s.yaml", overrides, "http://127.0.0.1:1")
+    assert found_in(str(refused.value)) == []
 
 
 def test_ui_hands_the_uri_over_in_the_environment(
