@@ -14,7 +14,8 @@ import pytest
 from faulty_disk import FaultyOs, at, failing, slow
 from stored_work import STEPS, TASK, work
 
-from dipgo_core.errors import StoreError
+from dipgo_core.errors import StorageError, StoreError
+from orchestrator.records import Record
 from orchestrator.store import Store, disk, lease, open_store
 
 
@@ -148,8 +149,44 @@ def test_torn_files_are_told_and_mended_as_advised(
         "tasks": lambda: store.get_task(TASK.key),
         "failures": lambda: store.get_failure(TASK.key),
     }
-    with pytest.raises(StoreError, match=r"delete .* run .*again"):
+    with pytest.raises(StoreError, match=r"(delete|--repair).* run .*again"):
         reads[room]()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOSPC, True), (errno.EROFS, False)],
+)
+def test_error_of_the_disk_tells_whether_waiting_may_mend_it(
+    error: int, passes: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "os", FaultyOs(lambda call, given: failing(error)(call, given)))
+    with pytest.raises(StoreError) as told:
+        store.put_task(TASK)
+    assert isinstance(told.value, StorageError) is passes
+
+
+def test_checkpoint_that_cannot_be_written_is_a_warning(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disk, "os", FaultyOs(at(1, failing(errno.EIO))))
+    store.put_progress(TASK.key, "checkpoint", b"lost")
+    assert "is not kept" in caplog.text
+    store.put_progress(TASK.key, "checkpoint", b"new")
+    assert store.get_progress(TASK.key, "checkpoint") == b"new"
+
+
+def test_claim_that_cannot_be_cleared_fails_no_task(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing_delete(prefix: str) -> None:
+        raise StorageError("input/output error")
+
+    record = Record(key=TASK.key, kind=TASK.kind, state="done", inputs=TASK.inputs)
+    with store.claim(TASK.key):
+        assert store.put_record(record)
+        monkeypatch.setattr(store.backend, "delete_all", failing_delete)
+    assert "claim" in caplog.text and store.has_record(TASK.key)
 
 
 @pytest.mark.parametrize("room", ["progress", "derived"])
