@@ -256,9 +256,13 @@ def test_ui_of_a_server_prints_its_address(capsys: pytest.CaptureFixture[str]) -
 def test_ui_of_a_database_serves_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command: served.append(command) or 0)
+    served: list[tuple[list[str], str]] = []
+
+    def serve(command: list[str], env: dict[str, str]) -> int:
+        served.append((command[1:], env["MLFLOW_BACKEND_STORE_URI"]))
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", serve)
     assert call("ui", QUICKSTART, "--port", "5055") == ExitCode.DONE
     assert capsys.readouterr().out.strip() == "http://127.0.0.1:5055"
-    assert served[0][1:5] == ["-m", "mlflow", "ui", "--backend-store-uri"]
-    assert served[0][5:] == ["sqlite:///mlflow.db", "--port", "5055"]
+    assert served == [(["-m", "mlflow", "ui", "--port", "5055"], "sqlite:///mlflow.db")]

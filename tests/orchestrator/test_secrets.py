@@ -45,7 +45,7 @@ def test_redact_masks(text: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "sqlite:////home/me@work/mlflow.db",
+        "sqlite:////srv/me@work/mlflow.db",
         "http://127.0.0.1:5000/#/experiments/1",
         "s3://bucket/prefix",
         "http://gateway:8080/models/a@v1",
