@@ -141,6 +141,13 @@ def wait_s(failures: Sequence[Failure]) -> float:
     return 0.0 if count <= 1 else min(LONGEST_WAIT_S, 2.0 ** (min(count, 16) - 2))
 
 
+def can_be_halved(task: Task) -> bool:
+    """Say whether a task that ran out of memory would be tried again at half the batch."""
+    earlier = task.options.get("attempts", ())
+    halved = any(each["failure"] == "out_of_memory" for each in earlier)
+    return not halved and half_batch(task) is not None
+
+
 def half_batch(task: Task) -> dict[str, Any] | None:
     """Return the options that halve what a task holds at once, None where nothing can be halved.
 

@@ -106,6 +106,12 @@ class Jobs:
         asked = resources_of(self._sweep, kind, self._facts[planned.model])
         return Pool(asked.cpus, asked.gpus, asked.accelerator, planned.kind == "latency")
 
+    def setting(self, planned: PlannedTask) -> str:
+        """Return which part of the sweep file says what a task occupies."""
+        shard = planned.task if planned.kind == "images" else None
+        dense = shard is not None and "keep" not in shard.inputs
+        return f"resources.{'reference' if dense else _PLACEHOLDERS.get(planned.kind, 'score')}"
+
 
 def _readable(records: Mapping[str, Record], key: str) -> Record | None:
     """Return a record, None for a damaged one: whoever needs what it tells will say so."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +62,8 @@ class Scheduler:
         self._delayed: list[tuple[float, str]] = []
         self._running = 0
         self._arrivals = 0
+        #: Pools that no node holds: what must be alone does not wait for them.
+        self.set_aside: Collection[Pool] = frozenset()
         self._last = ""  # affinity that was handed out last, for whoever asks without a lane
 
     def __len__(self) -> int:
@@ -244,7 +246,7 @@ class Scheduler:
         """Return the pools with ready jobs; what must be alone only when nothing else is ready."""
         pools = [pool for pool, count in self._count.items() if count]
         shared = [pool for pool in pools if not pool.exclusive]
-        return shared or pools
+        return shared if any(pool not in self.set_aside for pool in shared) else pools
 
     def _offers(self, lane: Lane | None) -> Iterator[_Node]:
         """Yield the first job of each queue that this lane may take from."""

@@ -63,6 +63,7 @@ class RunResult:
     failed: key to error. skipped: not run because of a failure, the budget or an interruption;
     tasks whose inputs never became known count under the plan's placeholder key.
     stopped: why nothing more was started though there was work; None if that did not happen.
+    unshown: whether the user interrupted before the results were shown.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class RunResult:
     interrupted: bool = False
     budget_reached: bool = False
     stopped: str | None = None
+    unshown: bool = False
 
 
 class Audience(Protocol):
@@ -141,7 +143,8 @@ class SweepTasks:
         self._stopped: str | None = None
         self._budget_reached = False
         self._interrupted = False
-        self._checked = self._asked = self._plan_after = self._clock()
+        self._checked = self._asked = float("-inf")
+        self._plan_after = self._clock()
         self.plan = self._new_plan()
         if retry is not None:
             self._only = select(self.plan, retry, self._failed_before())
@@ -152,6 +155,7 @@ class SweepTasks:
 
     def next_ready(self, lane: Lane | None = None) -> Task | None:
         self.check_lease()
+        self._look_at_flag()
         self._look_at_budget()
         if self._stopped is not None:
             return None
@@ -176,6 +180,16 @@ class SweepTasks:
         if not self._scheduler.demand(self._clock()):
             self._plan_if_due(hungry=True)
         return self._scheduler.demand(self._clock())
+
+    def pools(self) -> Mapping[Pool, Sequence[str]]:
+        wanted, found = self._wanted(self.plan), dict[Pool, set[str]]()
+        for key, task in self._tasks.items():
+            if wanted is None or key in wanted:
+                found.setdefault(self._jobs.pool(task), set()).add(self._jobs.setting(task))
+        return {pool: sorted(settings) for pool, settings in found.items()}
+
+    def set_aside(self, pools: Collection[Pool]) -> None:
+        self._scheduler.set_aside = pools
 
     @property
     def finished(self) -> bool:
@@ -314,10 +328,13 @@ class SweepTasks:
             self._budget_reached = True
             self.stop(f"the budget of {reached} is reached")
 
-    def _look_for_stop(self, now: float) -> None:
+    def _look_at_flag(self) -> None:
         if self._watch.stop.is_set():
             self._interrupted = True
             self.stop("the run was told to stop by a signal")
+
+    def _look_for_stop(self, now: float) -> None:
+        self._look_at_flag()
         if self._stopped is not None or now - self._asked < _ASK_EVERY_S:
             return
         self._asked = now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -55,6 +55,12 @@ class TaskSource(Protocol):
 
     def demand(self) -> Mapping[Pool, int]:
         """Return how many ready tasks nobody has been handed yet, by pool."""
+
+    def pools(self) -> Mapping[Pool, Sequence[str]]:
+        """Return what tasks that are not done occupy, with the settings of the file saying so."""
+
+    def set_aside(self, pools: Collection[Pool]) -> None:
+        """Note all pools that no node holds: other tasks do not wait for theirs."""
 
     @property
     def finished(self) -> bool:

@@ -70,17 +70,23 @@ def narrowed(nodes: Sequence[Node], devices: Mapping[str, str], device: str) -> 
 
 def declares_nodes(nodes: Iterable[Node]) -> bool:
     """Say whether latency tasks can have a node for themselves by `NODE`; warn if not."""
-    working = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
-    lacking = [node["NodeManagerAddress"] for node in working if NODE not in node["Resources"]]
+    lacking = undeclared(nodes)
     if lacking:
         logger.warning(
             "nodes without the resource %s (%s): latencies take all CPUs of a node instead; start "
             "every node with --resources='{\"%s\": 1}'",
             NODE,
-            ", ".join(sorted(set(lacking))),
+            ", ".join(lacking),
             NODE,
         )
     return not lacking
+
+
+def undeclared(nodes: Iterable[Node]) -> list[str]:
+    """Return the addresses of nodes that could run workers, and do not declare `NODE`."""
+    working = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+    lacking = {node["NodeManagerAddress"] for node in working if NODE not in node["Resources"]}
+    return sorted(lacking)
 
 
 def bundle_of(pool: Pool, nodes: Iterable[Node], extra: Bundle, *, by_node: bool) -> Bundle:
@@ -115,7 +121,7 @@ def slots(bundle: Bundle, nodes: Iterable[Node], used: Mapping[str, Bundle] | No
 
 def _slots_on(total: Mapping[str, float], taken: Bundle, bundle: Bundle) -> int:
     free = {name: total.get(name, 0.0) - taken.get(name, 0.0) for name in bundle}
-    return max(0, min(int(free[name] / asked + 1e-6) for name, asked in bundle.items()))
+    return max(0, min(int(free[name] / asked + 1e-6) for name, asked in bundle.items() if asked))
 
 
 def _largest(nodes: Iterable[Node], bundle: Bundle) -> float:

@@ -6,6 +6,7 @@ given a task or told to retire, and is taken off when it ends, however it ends.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,6 +31,8 @@ _THERE: tuple[State, ...] = ("starting", "waiting", "working", "barred")
 class Worker:
     """A lane as the driver knows it. node: id, "" until it asked for work for the first time.
 
+    bundle: what it asked the cluster for when it opened, which stays.
+
     since: when it came into its state, by `time.monotonic`. task: while it works. A barred lane's
     node cannot see the storage: it is given nothing, and keeps others off that node.
     """
@@ -41,6 +44,7 @@ class Worker:
     host: str = ""
     task: Task | None = None
     held: tuple[str, ...] = ()
+    bundle: Bundle = field(default_factory=dict)
 
     def turn(self, state: State, now: float, task: Task | None = None) -> None:
         self.state, self.since, self.task = state, now, task
@@ -54,12 +58,12 @@ class Worker:
 class Roster:
     """All lanes of a run. bundle_of: what a lane of a pool asks the cluster for.
 
-    starts: how many lanes a node starts at a time. Imports keep a CPU busy for seconds, so that
-    more lanes than CPUs would all come late, and fewer let the first ones work meanwhile.
+    starts: how many lanes a node starts at a time, if that is less than its CPUs. Imports keep a
+    CPU busy for seconds: more lanes than CPUs would all come late, fewer let the first ones work.
     """
 
     bundle_of: Callable[[Pool], Bundle]
-    starts: int = 2
+    starts: int = sys.maxsize
     workers: dict[str, Worker] = field(default_factory=dict)
     opened: int = 0
 
@@ -67,7 +71,7 @@ class Roster:
         """Add a lane that is about to start, and return its name."""
         self.opened += 1
         name = f"lane-{self.opened:05d}"
-        self.workers[name] = Worker(pool, now)
+        self.workers[name] = Worker(pool, now, bundle=self.bundle_of(pool))
         return name
 
     def waiting(self) -> list[tuple[str, Worker]]:
@@ -103,15 +107,22 @@ class Roster:
         late = [name for name, each in idle if now - each.since > IDLE_S]
         return sorted({*for_room, *late})
 
-    def in_vain(self, demand: Mapping[Pool, int], now: float) -> list[str]:
-        """Return lanes that have not started, and that nobody waits for any more."""
+    def in_vain(self, demand: Mapping[Pool, int], nodes: Sequence[Node], now: float) -> list[str]:
+        """Return lanes that have not started, and that nobody waits for any more.
+
+        Nor is one waited for that fits nowhere, now that a lane of its pool asks for less.
+        """
         starting = [row for row in self.workers.items() if row[1].state == "starting"]
-        found = []
+        found = [
+            name
+            for name, each in starting
+            if each.bundle != self.bundle_of(each.pool) and not slots(each.bundle, nodes)
+        ]
         for pool in {each.pool for _, each in starting}:
             coming = self._count(pool, "starting", "waiting")
             late = [n for n, each in starting if each.pool == pool and now - each.since > VAIN_S]
             found += late[: max(0, coming - demand.get(pool, 0))]
-        return found
+        return sorted({*found})
 
     def _starts_left(self, nodes: Sequence[Node]) -> int:
         """Return how many more lanes may start now; those that wait for room do not start."""
@@ -120,7 +131,8 @@ class Roster:
             room = slots(self.bundle_of(pool), nodes)
             beyond = max(0, self._count(pool, *_THERE) - room)
             starting += self._count(pool, "starting") - beyond
-        return self.starts * max(1, len(nodes)) - starting
+        able = sum(min(self.starts, max(1, int(_cpus(node)))) for node in nodes)
+        return max(1, able) - starting
 
     def _count(self, pool: Pool, *states: State) -> int:
         return sum(each.pool == pool and each.state in states for each in self.workers.values())
@@ -131,7 +143,7 @@ class Roster:
         for each in self.workers.values():
             if each.node:
                 taken = used.setdefault(each.node, {})
-                for name, asked in self.bundle_of(each.pool).items():
+                for name, asked in each.bundle.items():
                     taken[name] = taken.get(name, 0.0) + asked
         return {
             pool
@@ -139,3 +151,7 @@ class Roster:
             if wanted > self._count(pool, "waiting")
             and not slots(self.bundle_of(pool), nodes, used)
         }
+
+
+def _cpus(node: Node) -> float:
+    return float(node["Resources"].get("CPU", 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dipgo_core.errors import StoreError, TaskError
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.placement import Node
-from orchestrator.failures import Failure, FailureClass, one_line
+from orchestrator.failures import Failure, FailureClass, can_be_halved, one_line
+from orchestrator.records import Task
 from orchestrator.store import Store
 from orchestrator.store.probe import drop_probe, echo_probe, read_probe
 
@@ -26,6 +28,10 @@ _HEAD_TRIES_EVERY_S = 1.0
 _NODE_ANSWERS_S = 2.0
 #: A head that answers nobody for this long is lost.
 HEAD_LOST_S = 20.0
+#: A label that Ray gives to nodes that belong to a group of an autoscaler.
+_NODE_GROUP = "ray.io/node-group"
+#: How Ray's errors name a node: "ip: 10.0.0.7", "ip=10.0.0.7".
+_ADDRESS = re.compile(r"\bip[:=] ?([0-9a-fA-F.:]*[0-9a-fA-F])")
 #: How Ray's memory monitor says that it ended a worker (its text is all there is).
 _MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory", "OutOfMemoryError")
 
@@ -169,22 +175,43 @@ class Cluster:
                 ) from error
 
 
-def lost_lane(error: BaseException, *, node_alive: bool, host: str, seconds: float) -> Failure:
-    """Return the failure of a task whose lane ended before the task did."""
+def autoscaled(nodes: Sequence[Node]) -> bool:
+    """Say whether an autoscaler may add nodes: it has named the group of those that are there."""
+    return any(_NODE_GROUP in node.get("Labels", {}) for node in nodes)
+
+
+def lost_lane(
+    error: BaseException, task: Task, *, node_alive: bool, host: str, seconds: float
+) -> Failure:
+    """Return the failure of a task whose lane ended before the task did.
+
+    A node without memory ends whom it likes: a task that asks for no less another time is a worker
+    that was lost.
+    """
+    kind = class_of_loss(error, node_alive=node_alive)
+    if kind == "out_of_memory" and not can_be_halved(task):
+        kind = "worker_lost"
     return Failure(
-        kind=_class_of(error, node_alive),
+        kind=kind,
         error=one_line(f"{type(error).__name__}: {error}"),
         host=host,
         seconds=seconds,
     )
 
 
-def _class_of(error: BaseException, node_alive: bool) -> FailureClass:
+def class_of_loss(error: BaseException, *, node_alive: bool) -> FailureClass:
+    """Return why a lane ended, by what Ray says of it."""
     if getattr(error, "preempted", False):
         return "preempted"
     if any(sign in f"{type(error).__name__} {error}" for sign in _MEMORY):
         return "out_of_memory"
     return "worker_lost" if node_alive else "node_lost"
+
+
+def address_in(error: BaseException) -> str:
+    """Return the address of the node that Ray's error names, "" where it names none."""
+    found = _ADDRESS.search(str(error))
+    return found[1] if found else ""
 
 
 def addresses(nodes: Sequence[Node]) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ class ListSource:
         self.errors: dict[str, str] = {}
         self.failures: dict[str, Failure] = {}
         self.ticks = 0
+        self.aside: frozenset[Pool] = frozenset()
         self.reports: list[tuple[str, Mapping[str, Any]]] = []
 
     def next_ready(self, lane: Lane | None = None) -> Task | None:
@@ -52,6 +53,12 @@ class ListSource:
 
     def demand(self) -> Mapping[Pool, int]:
         return Counter() if self.draining else Counter(task.pool for task in self._ready())
+
+    def pools(self) -> Mapping[Pool, list[str]]:
+        return {task.pool: ["resources.score"] for task in self.waiting.values()}
+
+    def set_aside(self, pools: Collection[Pool]) -> None:
+        self.aside = frozenset(pools)
 
     def _ready(self) -> list[Task]:
         self._drop_blocked()

@@ -128,6 +128,70 @@ def test_workers_that_never_start_end_the_run(floor: Any) -> None:
         floor._ended(ended(lane, RuntimeError("no module named dipgo_core")))
 
 
+def test_lane_taken_back_as_it_asks_is_given_nothing(floor: Any) -> None:
+    floor.adapt()
+    first = floor.lanes.opened[0]
+    floor.source.demand = dict
+    floor.roster.workers[first].since -= 3600
+    floor.adapt()
+    assert first not in floor.lanes.opened
+    floor._asked(asking(first, written=write_probe(floor.store)))
+    floor._hand_out()
+    assert floor.desk.orders == {first: None}
+    assert not floor.source.running
+
+
+def test_lane_that_is_stopped_at_work_loses_its_task(floor: Any) -> None:
+    floor.adapt()
+    lane = floor.lanes.opened[0]
+    floor._asked(asking(lane, written=write_probe(floor.store)))
+    floor._hand_out()
+    floor._ended(ended(lane, None))
+    (failure,) = floor.source.failures.values()
+    assert failure.kind == "worker_lost"
+
+
+def lost_as_they_start(floor: Any, count: int, error: BaseException) -> None:
+    for _ in range(count):
+        floor._ended(ended(floor.roster.open(Pool(), 0.0), error))
+
+
+def test_workers_that_never_start_are_only_told_of_while_others_work(
+    floor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    floor.adapt()
+    floor._asked(asking(floor.lanes.opened[0], written=write_probe(floor.store)))
+    floor._hand_out()
+    with caplog.at_level(logging.WARNING):
+        lost_as_they_start(floor, 7, RuntimeError("no module named dipgo_core (ip=10.0.0.7)"))
+    assert caplog.text.count("5 workers in a row did not start, the last one on node 10.0.0.7") == 1
+
+
+def test_workers_that_are_lost_with_their_node_as_they_start_do_not_count(floor: Any) -> None:
+    errors = pytest.importorskip("ray").exceptions
+    lost_as_they_start(floor, 9, errors.RayActorError(error_msg="died\n\tip: 10.9.9.9"))
+    lost_as_they_start(floor, 9, errors.RayActorError(error_msg="died", preempted=True))
+    assert floor.false_starts == 0
+
+
+def test_node_that_joins_without_its_name_is_told_of_once(
+    floor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = {**NODES[0], "NodeID": "l", "NodeManagerAddress": "10.0.0.8", "Resources": {"CPU": 2.0}}
+    floor.cluster.nodes = lambda: [*NODES, late]
+    with caplog.at_level(logging.WARNING):
+        floor.adapt()
+        floor.adapt()
+    assert caplog.text.count("node 10.0.0.8 gets no work") == 1
+
+
+def test_tasks_that_fit_nowhere_are_set_aside(floor: Any) -> None:
+    large = Pool(gpus=4)
+    floor.source.demand = lambda: {large: 1, Pool(): 1}
+    floor.adapt()
+    assert floor.source.aside == {large}
+
+
 def test_lane_without_work_goes_home_for_one_that_needs_its_place(floor: Any) -> None:
     floor.adapt()
     for lane in floor.lanes.opened:

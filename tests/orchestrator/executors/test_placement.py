@@ -107,6 +107,11 @@ def test_bundle_without_node_resource_takes_all_cpus_of_a_node_that_fits() -> No
     assert bundle_of(alone, cluster, extra, by_node=False)["CPU"] == 8
 
 
+def test_bundle_without_node_resource_takes_all_cpus_for_a_latency_on_a_processor() -> None:
+    bundle = bundle_of(Pool(exclusive=True), [node("1", CPU=64.0), *T4], {}, by_node=False)
+    assert bundle == {"CPU": 64}
+
+
 def test_slots_are_counted_node_by_node_without_what_is_taken() -> None:
     assert slots({"CPU": 3.0}, CLUSTER) == 10  # two on each node with 8 CPUs
     assert slots({"CPU": 1.0, "GPU": 0.5}, CLUSTER) == 2 * 2 + 3 * 8

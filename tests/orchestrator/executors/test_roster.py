@@ -53,6 +53,11 @@ def test_lanes_start_few_at_a_time() -> None:
     assert few.missing({SMALL: 8}, NODES) == [SMALL]
 
 
+def test_lanes_start_as_many_as_a_node_has_cpus() -> None:
+    small, half = node("head", cpus=2), Pool(cpus=0.25)
+    assert len(roster().missing({half: 99}, [small, node("large", cpus=16)])) == 18
+
+
 def test_lanes_that_wait_or_start_are_counted_before_new_ones_open() -> None:
     some = roster()
     lane(some, SMALL, "waiting")
@@ -102,9 +107,19 @@ def test_idle_lane_goes_home_after_a_while() -> None:
 def test_lane_that_nobody_waits_for_any_more_is_taken_back() -> None:
     late = roster()
     name = lane(late, LARGE, "starting")
-    assert late.in_vain({LARGE: 1}, VAIN_S + 1) == []
-    assert late.in_vain({}, VAIN_S - 1) == []
-    assert late.in_vain({}, VAIN_S + 1) == [name]
+    assert late.in_vain({LARGE: 1}, NODES, VAIN_S + 1) == []
+    assert late.in_vain({}, NODES, VAIN_S - 1) == []
+    assert late.in_vain({}, NODES, VAIN_S + 1) == [name]
+
+
+def test_lane_whose_node_left_is_taken_back_if_another_would_fit() -> None:
+    nodes = [node("a", cpus=4), node("b", cpus=16)]
+    whole = Roster(lambda pool: bundle_of(pool, nodes, {}, by_node=False))
+    name = whole.open(ALONE, 0.0)
+    assert whole.workers[name].bundle["CPU"] == 16
+    assert whole.in_vain({ALONE: 1}, nodes, 1.0) == []
+    del nodes[1]
+    assert whole.in_vain({ALONE: 1}, nodes, 1.0) == [name]
 
 
 def test_worker_tells_the_scheduler_its_pool_and_pipelines() -> None:
