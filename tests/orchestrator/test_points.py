@@ -311,3 +311,15 @@ def test_damaged_replicates_are_made_again(
     again = Comparisons(finished.store, records).replicates("kid", key)
     assert made is not None and again is not None and np.array_equal(made.values, again.values)
     assert "damaged" in caplog.text
+
+
+def test_store_that_can_only_be_read_is_read(
+    finished: Finished, points: tuple[ResolvedPoint, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str, data: bytes, *, durable: bool = False) -> None:
+        raise StoreError("the file system is mounted read-only")
+
+    records, key = finished.store.records(), pick(points, "search", 0.5)[0].evaluate_key or ""
+    monkeypatch.setattr(finished.store, "get_derived", lambda *_: None)
+    monkeypatch.setattr(finished.store.backend, "put", refused)
+    assert Comparisons(finished.store, records).replicates("kid", key) is not None
