@@ -104,6 +104,16 @@ def test_whoever_must_be_alone_waits_until_nothing_else_is_ready() -> None:
     assert scheduler.take(Lane(ALONE), 0) == "latency"  # though a runs, which unlocks b
 
 
+def test_whoever_must_be_alone_does_not_wait_for_what_fits_nowhere() -> None:
+    alone, large = Pool(exclusive=True), Pool(gpus=9)
+    scheduler = scheduler_of(job("alone", pool=alone), job("large", pool=large))
+    scheduler.set_aside = {large}
+    assert scheduler.demand(0.0) == {alone: 1, large: 1}
+    assert scheduler.take(Lane(alone), 0.0) == "alone"
+    scheduler.set_aside = set()
+    assert scheduler.demand(0.0) == {large: 1}
+
+
 def test_job_that_is_put_back_comes_when_its_time_has_come() -> None:
     scheduler = scheduler_of(job("a"))
     assert scheduler.take(None, 0) == "a"

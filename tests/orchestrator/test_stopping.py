@@ -22,7 +22,7 @@ from orchestrator.cli.stopping import drained_by_sigterm
 from orchestrator.driver import run_sweep
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.failures import Failure
-from orchestrator.records import Record, Task
+from orchestrator.records import Pool, Record, Task
 from orchestrator.store import Store, lease, open_store
 from orchestrator.store.lease import LeaseLost
 from orchestrator.sweep_settings import AskedResources, Budget, Resources
@@ -77,6 +77,20 @@ def tasks_of(store: Store, **options: Any) -> SweepTasks:
     return SweepTasks(
         sweep, store, tiny_facts(sweep), "cpu", listener, listener.events.append, **options
     )
+
+
+def test_signal_that_came_before_the_first_task_starts_none(store: Store) -> None:
+    flag = Flag()
+    flag.set()
+    assert tasks_of(store, watch=Watch(stop=flag)).next_ready() is None
+
+
+def test_stop_asked_for_before_the_first_task_starts_none(store: Store) -> None:
+    source = tasks_of(store)
+    store.request_stop("tiny")
+    source.tick()
+    assert source.next_ready() is None
+    assert source.result(interrupted=False).interrupted
 
 
 def test_signal_lets_the_running_task_end_and_starts_no_other(store: Store) -> None:
@@ -407,3 +421,13 @@ def test_sigterm_ends_a_driver_with_everything_it_began_in_the_store(
     assert 3 <= log.read_text().count("\n") == len(store.records())
     assert store.runner("tiny") is None
     assert run(tiny_sweep(), store)[0].plan.complete
+
+
+def test_pools_tell_what_open_tasks_occupy_and_which_setting_says_so(store: Store) -> None:
+    asked = AskedResources(cpus=2, gpus=1)
+    sweep = replace(tiny_sweep(targets=(0.5,)), resources=Resources(search=asked))
+    listener = Listener()
+    source = SweepTasks(sweep, store, tiny_facts(sweep), "cpu", listener, listener.events.append)
+    found = dict(source.pools())
+    assert found.pop(Pool(cpus=2, gpus=1)) == ["resources.search"]
+    assert found[Pool()] == ["resources.evaluate", "resources.reference", "resources.score"]
