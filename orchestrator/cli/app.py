@@ -34,6 +34,7 @@ from orchestrator.cli.options import (
     ModelName,
     Overrides,
     SweepPath,
+    Wait,
     Workers,
 )
 from orchestrator.cli.show import print_json, say
@@ -45,6 +46,7 @@ app = typer.Typer(
     "and sweep it to Pareto fronts of speed against quality.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # it would take [default: ...] for markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -109,13 +111,12 @@ def run(
     address: Address = None,
     workers: Workers = None,
     insecure: Insecure = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait while another process runs this sweep.")
-    ] = False,
+    wait: Wait = False,
 ) -> None:
     """Run a sweep, or go on with it: whatever the store holds already is not computed again."""
     from orchestrator.cli.running import Command, run_and_show
 
+    _refuse_ignored(executor, address, workers)
     command = Command(
         file, override or [], executor, address, workers, insecure=insecure, wait=wait
     )
@@ -134,14 +135,43 @@ def retry(
     address: Address = None,
     workers: Workers = None,
     insecure: Insecure = False,
+    wait: Wait = False,
 ) -> None:
     """Try the tasks that failed again, or those named, and run what depends on them."""
     from orchestrator.cli.running import Command, run_and_show
 
+    _refuse_ignored(executor, address, workers)
     command = Command(
-        file, override or [], executor, address, workers, retry=keys or [], insecure=insecure
+        file,
+        override or [],
+        executor,
+        address,
+        workers,
+        retry=keys or [],
+        insecure=insecure,
+        wait=wait,
     )
     raise typer.Exit(run_and_show(command))
+
+
+def _refuse_ignored(executor: str, address: str | None, workers: int | None) -> None:
+    """Refuse options that another one, or the environment, would make meaningless.
+
+    Raises:
+        typer.BadParameter: names both.
+    """
+    if executor == "local" and (address or workers):
+        given = "--address" if address else "--workers"
+        raise typer.BadParameter(
+            "runs one task after another in this process; leave one of the two out",
+            param_hint=f"{given} with --executor local",
+        )
+    elsewhere = "--address" if address else "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else ""
+    if workers and elsewhere:
+        raise typer.BadParameter(
+            "a running cluster has as many workers as its nodes hold; leave one of the two out",
+            param_hint=f"--workers with {elsewhere}",
+        )
 
 
 @app.command()
@@ -173,7 +203,8 @@ def plan(
     override: Overrides = None,
     as_json: AsJson = False,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Predict wall time and utilisation on a cluster.")
+        bool,
+        typer.Option("--simulate", help="Predict wall time and utilisation; --gpus implies it."),
     ] = False,
     gpus: Annotated[
         int | None, typer.Option(min=0, help="Of the simulated cluster [default: this machine].")
@@ -188,7 +219,7 @@ def plan(
     """Show what a run would compute and cost, and what is in the store already."""
     from orchestrator.cli.planning import Asked, plan_and_show
 
-    asked = Asked(gpus, gpus_per_node, cpus_per_node) if simulate else Asked()
+    asked = Asked(gpus, gpus_per_node, cpus_per_node)
     plan_and_show(file, override or [], as_json=as_json, simulate=simulate, asked=asked)
 
 

@@ -48,6 +48,7 @@ Address = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Tasks at a time on this machine [default: CPUs].")
 ]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait while another process runs this sweep.")]
 JobAddress = Annotated[
     str,
     typer.Option("--address", metavar="http://HEAD:8265", help="The cluster's job server."),

@@ -57,6 +57,30 @@ def call_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 # --- the command line itself ---
 
 
+@pytest.mark.parametrize("command", ["run", "retry"])
+@pytest.mark.parametrize(
+    ("options", "environment", "both"),
+    [
+        ("--executor local --address h:1", "", ("--address", "--executor local")),
+        ("--executor local --workers 2", "", ("--workers", "--executor local")),
+        ("--workers 2 --address h:1", "", ("--workers", "--address")),
+        ("--workers 2", "h:1", ("--workers", "RAY_ADDRESS")),
+    ],
+)
+def test_option_that_would_be_ignored_is_a_usage_error_naming_both(
+    command: str,
+    options: str,
+    environment: str,
+    both: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    assert call(command, QUICKSTART, *options.split()) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert all(each in told for each in both)
+
+
 def test_help_lists_every_command_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == ExitCode.DONE
     text = capsys.readouterr().out
