@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event as Flag
 from typing import Any
 
-from dipgo_core.errors import DipgoError
+from dipgo_core.errors import DipgoError, StoreError
 from dipgo_core.evaluation.device import device_name
 from orchestrator.executors.base import Executor, RunTask
 from orchestrator.facts import ModelFacts, known_items, refusal, with_kept_items
@@ -20,6 +20,7 @@ from orchestrator.point_gates import Memo
 from orchestrator.preflight import Ready, as_last_run, prepare
 from orchestrator.resources import latency_resources
 from orchestrator.store import Store
+from orchestrator.store.documents import parse_object
 from orchestrator.store.lease import LeaseLost
 from orchestrator.sweep_settings import SweepFile
 from orchestrator.sweep_tasks import Audience, OnEvent, RunResult, SweepTasks, Watch
@@ -138,10 +139,16 @@ def run_sweep(
         )
         if source.plan.too_large:
             raise refusal(sweep, source.plan.too_large)
+        _check_dense_runs(source.plan, store)
+        _keep_tasks(source.plan, store)
         _write_inputs(sweep, store, ready, {"device": device, "gpu_memory_gb": memory})
+        store.begin(sweep.name)
         audience.start(sweep, source.plan)
         source.announce()
-        return _run(executor, source, run_task, store, audience)
+        result = _run(executor, source, run_task, store, audience)
+        if result.plan.complete:
+            store.end(sweep.name)
+        return result
 
 
 def _run(
@@ -160,7 +167,10 @@ def _run(
     source.check_lease()
     source.close()
     result = source.result(interrupted)
-    audience.finish(result)
+    try:
+        audience.finish(result)
+    except KeyboardInterrupt:
+        return replace(result, interrupted=True, unshown=True)
     return result
 
 
@@ -187,8 +197,34 @@ def _execute(executor: Executor, source: SweepTasks, run_task: RunTask, store: S
 
 def _last_run(sweep: SweepFile, store: Store) -> dict[str, Any]:
     data = store.get_sweep_file(sweep.name, LAST_RUN)
-    noted: dict[str, Any] = {} if data is None else json.loads(data)
-    return noted
+    place = store.sweep_file_place(sweep.name, LAST_RUN)
+    return {} if data is None else parse_object(data, place, f"delete {place} and run again")
+
+
+def _check_dense_runs(plan: Plan, store: Store) -> None:
+    """See that the images of finished dense runs are there, unless nothing is left to do.
+
+    Raises:
+        StoreError: somebody deleted the record of a shard.
+    """
+    records = store.records()
+    done = (task.key for task in plan.tasks if task.kind == "reference" and task.state == "cached")
+    for key in done if not plan.complete else ():
+        for shard in records[key].outputs.get("shards", ()):
+            if shard not in records:
+                raise StoreError(
+                    f"the dense run {key[:12]} lacks its shard {shard[:12]}, whose record is gone "
+                    f"from {store.url}: `dipgo-sweep cache verify --repair` sets aside what rests "
+                    "on it, the next run makes it again"
+                )
+
+
+def _keep_tasks(plan: Plan, store: Store) -> None:
+    """Write what was done and has its specification no more: reports read it."""
+    kept = store.task_keys()
+    for planned in plan.tasks:
+        if planned.task is not None and planned.state == "cached" and planned.key not in kept:
+            store.put_task(planned.task)
 
 
 def _write_inputs(sweep: SweepFile, store: Store, ready: Ready, machine: Mapping[str, Any]) -> None:

@@ -127,13 +127,14 @@ class NullTracker:
         pass
 
 
-def _files_of(entry: Entry) -> Mapping[str, bytes]:
-    """Return an entry's files; where the store has lost one, the figures are shown without."""
+def _files_of(entry: Entry) -> Mapping[str, bytes] | None:
+    """Return an entry's files; None where the store gives one not: the figures are shown without,
+    and the files sent when it does."""
     try:
         return entry.files()
     except DipgoError as error:
         logger.warning("tracking: %s is shown without files: %s", entry.name, error)
-        return {}
+        return None
 
 
 def tracking_uri(uri: str | None) -> str:
@@ -292,11 +293,13 @@ class MlflowTracker:
     def _write(self, run: _Shown, entry: Entry) -> None:
         """Write files and curves first and the digest last, with the figures, in one batch."""
         run_id = run.run_id
-        _log_files(self._client, run_id, _files_of(entry))
+        files = _files_of(entry)
+        _log_files(self._client, run_id, files or {})
         self._log_series(run_id, entry.curves)
         there = self._client.get_run(run_id).data.params if run.params else {}
         params = {k: v for k, v in entry.params.items() if k not in there}
-        tags = {**entry.tags, DIGEST_TAG: entry.digest}
+        shown = {} if files is None else {DIGEST_TAG: entry.digest}
+        tags = {**entry.tags, **shown}
         _log_batches(self._client, run_id, metrics=_once(entry.metrics), params=params, tags=tags)
 
     def _log_series(self, run_id: str, series: Series) -> None:

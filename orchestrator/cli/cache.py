@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dipgo_core.errors import ConfigError, StoreError
 from orchestrator.cli.show import megabytes, print_json, print_table, say
 from orchestrator.driver import plan_sweep
 from orchestrator.planned import Plan
+from orchestrator.records import Record, content_key
 from orchestrator.store import Store, open_store
 from orchestrator.store.damage import ASIDE, find_damage, set_aside
 from orchestrator.store.garbage import Garbage, find_garbage, remove
@@ -120,12 +122,40 @@ def _needed(store: Store, files: Sequence[Path], overrides: Sequence[str]) -> fr
 
 
 def needed_keys(store: Store, plan: Plan) -> frozenset[str]:
-    """Return the keys of a plan's tasks, of what they need, and of the shards references read."""
+    """Return the keys of a plan's tasks, of what they need, and of the shards references read.
+
+    The same latencies on other devices count as well. Until the plan is complete the shards of its
+    evaluations do, too: the next rung of a race begins with them.
+    """
     keys = {key for task in plan.tasks for key in (task.key, *task.needs)}
     records = store.records()
-    found = (records[key] for key in keys if key in records)
-    shards = (shard for record in found for shard in record.outputs.get("shards", ()))
-    return frozenset((*keys, *shards))
+    found = [records[key] for key in keys if key in records]
+    shards = {shard for record in found for shard in record.outputs.get("shards", ())}
+    if not plan.complete:
+        shards |= _evaluated_shards(store, plan)
+    return frozenset((*keys, *shards, *_on_any_device(records, plan)))
+
+
+def _evaluated_shards(store: Store, plan: Plan) -> set[str]:
+    keys = [planned.key for planned in plan.tasks if planned.kind == "evaluate"]
+    tasks = (store.get_task(key) for key in keys if store.has_task(key))
+    return {shard for task in tasks for shard in task.options.get("shards", ())}
+
+
+def _on_any_device(records: Mapping[str, Record], plan: Plan) -> Iterator[str]:
+    """Yield the latencies that differ from those of the plan in the device alone."""
+    wanted = {
+        _but_device(planned.task.inputs)
+        for planned in plan.tasks
+        if planned.kind == "latency" and planned.task is not None
+    }
+    if wanted:
+        timed = (record for record in records.values() if record.kind == "latency")
+        yield from (record.key for record in timed if _but_device(record.inputs) in wanted)
+
+
+def _but_device(inputs: Mapping[str, Any]) -> str:
+    return content_key({name: value for name, value in inputs.items() if name != "device"})
 
 
 def _show_garbage(store: Store, found: Sequence[Garbage], *, dry_run: bool, as_json: bool) -> None:

@@ -32,6 +32,11 @@ def find_damage(store: Store) -> Iterator[Damage]:
         problem = _problem(partial(_note, store, key, readable, resting))
         if problem is not None:
             yield Damage(problem, (_record_name(key),))
+    whole = set(readable)
+    for shard, references in resting.items():
+        if shard not in whole:
+            problem = f"the dense run {references[0][:12]} lacks its shard {shard[:12]}"
+            yield Damage(problem, tuple(map(_record_name, references)))
     for key in readable:
         record = store.get_record(key)
         if record is not None:

@@ -47,14 +47,39 @@ def link_new(path: Path, data: bytes, *, durable: bool) -> bool:
 
 
 def make_folder(folder: Path, *, durable: bool) -> None:
-    """Create a folder and those above it."""
+    """Create a folder and those above it, which are always on disk before this returns: they are
+    few, and durable files come into them later."""
     if folder.is_dir():
         return
-    make_folder(folder.parent, durable=durable)
-    with suppress(FileExistsError):
+    make_folder(folder.parent, durable=True)
+    try:
         os.mkdir(folder)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
     if durable:
         sync_folder(folder.parent)
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file; a disk that does not answer is an error, not a no."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all files below it; links are not followed."""
+    with os.scandir(folder) as found:
+        listed = [(Path(each.path), each.is_dir(follow_symlinks=False)) for each in found]
+    for path, is_folder in listed:
+        if is_folder:
+            remove_folder(path)
+        else:
+            remove(path)
+    os.rmdir(folder)
 
 
 def remove(path: Path) -> None:

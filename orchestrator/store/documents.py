@@ -11,6 +11,8 @@ from dipgo_core.errors import StoreError
 from orchestrator.records import Record, content_key
 
 _DIGEST_BYTES = 32
+#: What to do about a record or an artifact that is not what was written.
+MENDING = "set it aside with `dipgo-sweep cache verify --repair` and run again"
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:
@@ -35,7 +37,7 @@ def parse_record(data: bytes, key: str, place: str) -> Record:
     Raises:
         StoreError: it is torn or was edited.
     """
-    remedy = f"delete {place} and run again, only this task is computed anew"
+    remedy = f"{MENDING}, only what is damaged is computed anew"
     document = parse_object(data, place, remedy)
     digest = document.pop("sha256", None)
     try:

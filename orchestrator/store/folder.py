@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +40,7 @@ class FolderBackend:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = Path(folder).expanduser().absolute()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(self._folder, durable=True)
         except OSError as error:
             raise StoreError(
                 f"storage {str(self._folder)!r} cannot be used as a folder ({error.strerror}); "
@@ -70,7 +69,9 @@ class FolderBackend:
                 return disk.read(path)
 
     def exists(self, name: str) -> bool:
-        return os.path.lexists(self._path(name))
+        path = self._path(name)
+        with _told(path, "read"):
+            return disk.exists(path)
 
     def put(self, name: str, data: bytes, *, durable: bool = False) -> None:
         path = self._path(name)
@@ -110,7 +111,7 @@ class FolderBackend:
         top = self._room(prefix)
         with _told(top, "deleted"):
             try:
-                shutil.rmtree(top)
+                disk.remove_folder(top)
             except OSError as error:  # never there, or others delete or write there as well
                 if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
                     raise

@@ -34,6 +34,9 @@ def find_garbage(
     shards: also the images' scores of gate tables that are evaluated already; evaluating them on
     more images would generate these again. needed: keys of tasks; then also the records of all
     others, with what belongs to them.
+
+    Raises:
+        StoreError: `shards`, and a sweep is not finished that may need them.
     """
     for entry in store.backend.leftovers(HOUR_S):
         yield Garbage(entry, "left by a writer that died", leftover=True)
@@ -64,12 +67,23 @@ def _dropped(store: Store, shards: bool, needed: Collection[str] | None) -> dict
     """Return the keys whose records may go as well, with the reason."""
     dropped = dict[str, str]()
     if shards:
+        _check_all_ended(store)
         used = used_up_shards(store)
         dropped |= dict.fromkeys(used, "a shard whose evaluation is there")
     if needed is not None:
         others = set(store.records()) - set(needed)
         dropped |= dict.fromkeys(others, "no sweep that was named needs it")
     return dropped
+
+
+def _check_all_ended(store: Store) -> None:
+    """See that no race is open: its next rung takes the images of the last one."""
+    for sweep in store.unfinished_sweeps():
+        raise StoreError(
+            f"sweep {sweep!r} in {store.url} is not finished and may go on with the images of its "
+            "shards: run it to its end before `--shards`, or, if it never will be, remove "
+            f"{store.sweep_file_place(sweep, 'unfinished.json')}"
+        )
 
 
 def used_up_shards(store: Store) -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ T = TypeVar("T")
 #: Metadata of an object: who wrote it, by which a repeated request knows that it is its own.
 _WRITER = "dipgo-writer"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_DELETED_AT_ONCE = 1000  # the most that S3 takes
+_PAGE = 1000  # the most objects that S3 lists or deletes at once
 _TRIES = 5
+_PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _EXISTS = {"PreconditionFailed", "412"}
@@ -97,14 +99,18 @@ class S3Backend:
         """
         key, writer = self._key(name), uuid.uuid4().hex
         with self._told(name, "written"):
-            for _ in range(_TRIES):
+            for pause_s in _PAUSES_S:
                 code = self._put_new(key, data, writer)
-                if code not in _BUSY:
-                    break
-            if not code:
-                return True
-            found = self._head(key)
-        return found is not None and found.get("Metadata", {}).get(_WRITER) == writer
+                if not code:
+                    return True
+                found = self._head(key)
+                if found is not None:
+                    return bool(found.get("Metadata", {}).get(_WRITER) == writer)
+                time.sleep(pause_s)  # others write or delete it at this moment
+        raise StorageError(
+            f"{self.place(name)} cannot be written ({code}, and nothing is there): the server is "
+            "busy, run again"
+        )
 
     def list(self, prefix: str) -> Iterator[str]:
         check_name(prefix)
@@ -114,7 +120,8 @@ class S3Backend:
         top = f"{self._key(prefix)}/" if prefix else self._prefix
         with self._told(prefix, "listed"):
             pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=top):
+            sized = {"PageSize": _PAGE}
+            for page in pages.paginate(Bucket=self._bucket, Prefix=top, PaginationConfig=sized):
                 for found in page.get("Contents", ()):
                     name = found["Key"].removeprefix(self._prefix)
                     yield Entry(name, found["Size"], found["LastModified"].timestamp())
@@ -130,7 +137,7 @@ class S3Backend:
     def delete_all(self, prefix: str) -> None:
         names = self.list(prefix)
         with self._told(prefix, "deleted"):
-            while batch := [{"Key": self._key(n)} for n in islice(names, _DELETED_AT_ONCE)]:
+            while batch := [{"Key": self._key(n)} for n in islice(names, _PAGE)]:
                 asked = {"Objects": batch, "Quiet": True}
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete=asked)
                 for failed in answer.get("Errors", ()):

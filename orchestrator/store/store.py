@@ -15,7 +15,14 @@ from dipgo_core.errors import StorageError, StoreError
 from orchestrator.records import Record, Task, content_key
 from orchestrator.store.backend import Backend
 from orchestrator.store.conditional import check_backend
-from orchestrator.store.documents import guarded, parse_object, parse_record, sealed, unguarded
+from orchestrator.store.documents import (
+    MENDING,
+    guarded,
+    parse_object,
+    parse_record,
+    sealed,
+    unguarded,
+)
 from orchestrator.store.holder import Holder
 from orchestrator.store.index import RecordIndex
 from orchestrator.store.lease import Lease, OnWait, held_lease, living_holder
@@ -25,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: A file of a sweep that asks its driver to end.
 STOP = "stop.json"
+#: A file of a sweep that is there from its first run until all of it is done.
+_BEGUN = "unfinished.json"
 _CLEANING = "cleaning/lease"
 
 
@@ -108,6 +117,9 @@ class Store:
         self.backend.put(artifact_name(key, name, digest), data, durable=True)
         return digest
 
+    def has_artifact(self, key: str, name: str, digest: str) -> bool:
+        return self.backend.exists(artifact_name(key, name, digest))
+
     def get_artifact(self, record: Record, name: str) -> bytes:
         """Return the bytes of an artifact, verified against the digest in its record.
 
@@ -119,10 +131,9 @@ class Store:
                 f"the {record.kind} record {record.key[:12]} has no artifact {name!r}; it has "
                 f"{', '.join(sorted(record.artifacts)) or 'none'}"
             )
-        place = self.backend.place(_document("records", record.key))
         digest = record.artifacts[name]
         file = artifact_name(record.key, name, digest)
-        return self._verified(file, digest, f"delete {place} and run again")
+        return self._verified(file, digest, MENDING)
 
     def put_blob(self, data: bytes) -> str:
         """Keep an input under its SHA-256, which is returned."""
@@ -164,6 +175,13 @@ class Store:
         if task.key != key:
             raise StoreError(f"{place} was edited: its inputs have another key; {remedy}")
         return task
+
+    def has_task(self, key: str) -> bool:
+        return self.backend.exists(_document("tasks", key))
+
+    def task_keys(self) -> frozenset[str]:
+        """Return the keys of all tasks whose specification is kept; one listing."""
+        return frozenset(self._keys("tasks"))
 
     def put_progress(self, key: str, name: str, data: bytes) -> None:
         """Keep the state of an unfinished task (a search's checkpoint, a shard of images).
@@ -293,6 +311,19 @@ class Store:
     def clear_stop(self, sweep: str) -> None:
         """Forget what was asked of an earlier run; the driver does this once it has the lease."""
         self.backend.delete(_sweep_file(sweep, STOP))
+
+    def begin(self, sweep: str) -> None:
+        """Note that a sweep is on its way, whatever becomes of its driver."""
+        self.backend.put(_sweep_file(sweep, _BEGUN), b"{}", durable=True)
+
+    def end(self, sweep: str) -> None:
+        """Note that everything of a sweep is done."""
+        self.backend.delete(_sweep_file(sweep, _BEGUN))
+
+    def unfinished_sweeps(self) -> tuple[str, ...]:
+        """Return the sweeps that were begun and not ended."""
+        names = (name.split("/") for name in self.backend.list("sweeps"))
+        return tuple(parts[1] for parts in names if parts[2:] == [_BEGUN])
 
     def _record_keys(self) -> Iterator[str]:
         return self._keys("records")

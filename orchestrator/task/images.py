@@ -109,10 +109,7 @@ def _dense(work: Work) -> Outcome:
     latents, forwards = [], 0
     for piece in pieces_of(work):
         made = _kept(work, piece)
-        artifacts |= {
-            image_file(int(first)): digest.tobytes().hex()
-            for first, digest in zip(made["firsts"], made["digests"], strict=True)
-        }
+        artifacts |= dict(_files(made))
         latents += [made["latents"]] if "latents" in made else []
         forwards += int(made["facts"][2])
     if latents:
@@ -142,11 +139,17 @@ def _described(work: Work) -> dict[str, Any]:
 def _kept(work: Work, piece: range) -> Arrays:
     """Make a piece unless an interrupted run has; return what `_make` says of it."""
     made = stored_piece(work, piece)
-    if made is None:
+    if made is None or not all(work.has(name, digest) for name, digest in _files(made)):
         made = _make(work, piece)
         put_piece(work, piece.start, made)
     _report(work, piece.stop)
     return made
+
+
+def _files(made: Arrays) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of each artifact of a piece."""
+    for first, digest in zip(made["firsts"], made["digests"], strict=True):
+        yield image_file(int(first)), digest.tobytes().hex()
 
 
 def _make(work: Work, piece: range) -> Arrays:

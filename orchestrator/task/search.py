@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -68,19 +69,21 @@ def _figures(progress: SearchProgress) -> dict[str, Any]:
 
 
 def _save_checkpoint(work: Work, progress: SearchProgress, curve: list[dict[str, Any]]) -> None:
-    """Write the curve first: rows after the checkpoint's step are dropped when going on."""
-    key = work.task.key
-    work.store.put_progress(key, CURVE, json.dumps(curve).encode())
-    work.store.put_progress(key, CHECKPOINT, safetensors.torch.save(progress.state()))
+    """Write the curve into the same object, so that both are of one step."""
+    rows = torch.frombuffer(bytearray(json.dumps(curve).encode()), dtype=torch.uint8)
+    state = safetensors.torch.save({**progress.state(), CURVE: rows})
+    work.store.put_progress(work.task.key, CHECKPOINT, state)
 
 
 def _checkpoint(work: Work) -> tuple[dict[str, Tensor] | None, list[dict[str, Any]]]:
     key = work.task.key
-    state, curve = work.store.get_progress(key, CHECKPOINT), work.store.get_progress(key, CURVE)
-    if state is None or curve is None:
+    data = work.store.get_progress(key, CHECKPOINT)
+    if data is None:
         return None, []
     try:
-        return safetensors.torch.load(state), json.loads(curve)
-    except (SafetensorError, ValueError) as error:
+        state = safetensors.torch.load(data)
+        curve = json.loads(state.pop(CURVE).numpy().tobytes())
+        return state, curve
+    except (SafetensorError, KeyError, ValueError) as error:
         logger.warning("the checkpoint of %s is damaged (%s): starting anew", key[:12], error)
         return None, []

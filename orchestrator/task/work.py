@@ -147,6 +147,10 @@ class Work:
         """Store an artifact; return its name and digest for the record."""
         return {name: self.store.put_artifact(self.task.key, name, data)}
 
+    def has(self, name: str, digest: str) -> bool:
+        """Return whether an artifact is there that an interrupted run of this task has put."""
+        return self.store.has_artifact(self.task.key, name, digest)
+
 
 @lru_cache(maxsize=HELD_PIPELINES)
 def loaded(settings_json: str, device: str) -> LoadedModel:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from dipgo_core.errors import StoreError
 from orchestrator.cli import main, running
 from orchestrator.cli.cache import needed_keys
 from orchestrator.cli.options import ExitCode
+from orchestrator.planned import Plan, PlannedTask
 from orchestrator.records import Record, Task
 from orchestrator.store import Store, open_store
 from orchestrator.store.garbage import find_garbage, remove
-from tests.orchestrator.tiny_sweep import ALL_BASELINES, run, tiny_sweep
+from orchestrator.sweep_tasks import RunResult
+from tests.orchestrator.tiny_sweep import ALL_BASELINES, run, run_tiny_task, tiny_sweep
 
 TASK = Task(kind="search", inputs={"seed": 1})
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
@@ -71,6 +74,47 @@ def test_cache_gc_of_unneeded_records_keeps_those_of_the_files(
     assert call("cache", "gc", *sweep, "--unneeded") == ExitCode.DONE
     assert not store.has_record(TASK.key)
     assert list(store.backend.list("artifacts")) == []
+
+
+def stopped_between_rungs(store: Store) -> tuple[RunResult, set[str]]:
+    """Run a sweep until its race begins; return the images that were scored by then."""
+
+    def until_race(task: Task, store: Store, *, on_progress: object = None) -> Record:
+        if task.kind == "race":
+            raise KeyboardInterrupt
+        return run_tiny_task(task, store)
+
+    racing = tiny_sweep(rungs=(4, 16), baselines=ALL_BASELINES)
+    result, _ = run(racing, store, until_race)
+    assert result.interrupted
+    scored = {k for k, r in store.records().items() if r.kind == "images" and "keep" in r.inputs}
+    return result, scored
+
+
+def test_images_of_a_race_that_is_not_over_stay(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    result, scored = stopped_between_rungs(store)
+    assert scored <= needed_keys(store, result.plan)
+    with pytest.raises(StoreError, match="is not finished.*--shards"):
+        list(find_garbage(store, shards=True))
+    run(tiny_sweep(rungs=(4, 16), baselines=ALL_BASELINES), store)
+    assert store.unfinished_sweeps() == ()
+    assert any("shard" in each.reason for each in find_garbage(store, shards=True))
+
+
+def test_latencies_of_other_devices_are_needed(tmp_path: Path) -> None:
+    store, inputs = open_store(tmp_path), {"keep": ["11"], "device": "one"}
+    here = Task(kind="latency", inputs=inputs)
+    there, other = (
+        Task(kind="latency", inputs={**inputs, "device": "two"}),
+        Task(kind="latency", inputs={**inputs, "keep": ["10"]}),
+    )
+    for task in (there, other):
+        store.put_record(Record(key=task.key, kind="latency", state="done", inputs=task.inputs))
+    listed = {"model": "m", "label": "", "needs": (), "state": "ready", "task": here}
+    planned = PlannedTask(key=here.key, kind="latency", **listed)  # type: ignore[arg-type]
+    plan = Plan(models=("m",), tasks=(planned,), points=())
+    assert needed_keys(store, plan) == {here.key, there.key}
 
 
 def test_finished_sweep_is_finished_still_when_all_it_does_not_need_is_gone(tmp_path: Path) -> None:

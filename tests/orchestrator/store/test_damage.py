@@ -30,6 +30,23 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.mark.parametrize("torn", [True, False])
+def test_dense_run_without_a_shard_is_found_and_goes_with_it(store: Store, torn: bool) -> None:
+    shard = f"records/{SHARD.key}.json"
+    if torn:
+        store.backend.put(shard, b"{")
+    else:
+        store.backend.delete(shard)
+    found = list(find_damage(store))
+    assert {name for each in found for name in each.objects} == {
+        f"records/{REFERENCE.key}.json",
+        *([shard] if torn else []),
+    }
+    for damage in found:
+        set_aside(store, damage)
+    assert len(store.records()) == 0
+
+
 def cut(data: bytes) -> bytes:
     return data[:-1]
 
@@ -49,10 +66,11 @@ def test_damaged_object_is_found_and_set_aside(
     if after == before:
         after = before + b"0"
     store.backend.put(name, after)
-    (found,) = find_damage(store)
+    found = next(find_damage(store))
     assert found.objects == (name,)
     assert name in found.problem
-    set_aside(store, found)
+    for each in list(find_damage(store)):
+        set_aside(store, each)
     assert store.backend.get(f"damaged/{name}") == after
     assert list(find_damage(store)) == []
 

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from s3_server import BUCKET, Behaviour
 
-from dipgo_core.errors import StoreError
-from orchestrator.store import open_store
+from dipgo_core.errors import StorageError, StoreError
+from orchestrator.store import open_store, s3
 
 
 def test_store_on_s3_has_places_and_no_folder(s3_url: str) -> None:
@@ -43,6 +44,51 @@ def test_answer_that_got_lost_is_not_taken_for_somebody_elses(
     assert backend.put_if_absent("room/a", b"mine")
     assert behaviour.requests.count(f"PUT /{BUCKET}/some/prefix/room/a") == 2
     assert not backend.put_if_absent("room/a", b"mine")
+
+
+class BusyServer:
+    """A client whose conditional writes are all answered 409, while nothing is there."""
+
+    def put_object(self, **asked: object) -> None:
+        raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+
+    def head_object(self, **asked: object) -> None:
+        raise ClientError({"Error": {"Code": "404"}}, "HeadObject")
+
+
+def test_server_that_is_busy_to_the_end_is_no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_PAUSES_S", (0.0, 0.0))
+    backend = s3.S3Backend("s3://bucket/x")
+    backend._made = BusyServer()
+    with pytest.raises(StorageError, match="records/x cannot be written.*busy, run again"):
+        backend.put_if_absent("records/x", b"1")
+
+
+def test_answer_that_got_lost_leaves_a_lease_to_its_holder(
+    s3_url: str, behaviour: Behaviour
+) -> None:
+    store = open_store(s3_url)
+    with store.lease("tiny"):
+        pass
+    behaviour.lost = 2  # of the check of the storage, and of the epoch
+    with store.lease("tiny") as held:
+        held.check()
+    assert behaviour.lost == 0
+
+
+def test_listing_and_deleting_take_more_than_one_page(
+    s3_url: str, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_PAGE", 2)
+    backend = open_store(s3_url).backend
+    names = [f"room/{number}" for number in range(5)]
+    for name in names:
+        backend.put(name, b"")
+    behaviour.requests.clear()
+    assert list(backend.list("room")) == names
+    assert len(behaviour.requests) == 3
+    backend.delete_all("room")
+    assert list(backend.list("room")) == []
 
 
 def test_bucket_that_is_not_there_is_named(s3_url: str) -> None:

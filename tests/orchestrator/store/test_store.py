@@ -89,7 +89,7 @@ def test_get_record_names_a_damaged_file_and_the_remedy(store: Store, damage: An
     store.put_record(record(outputs={"x": 1}))
     file = record_file(store)
     file.write_text(damage(file.read_text()))
-    with pytest.raises(StoreError, match=f"{file.name}.*(torn|edited).*delete"):
+    with pytest.raises(StoreError, match=f"{file.name}.*(torn|edited).*--repair"):
         store.get_record(TASK.key)
 
 
@@ -120,7 +120,7 @@ def test_artifacts_are_verified(store: Store) -> None:
     assert store.get_artifact(stored, "curve.json") == b"{}"
     (file,) = (store.folder / "artifacts" / TASK.key).iterdir()
     file.write_bytes(b"[]")
-    with pytest.raises(StoreError, match=r"curve\.json.*SHA-256 differs.*delete"):
+    with pytest.raises(StoreError, match=r"curve\.json.*SHA-256 differs.*--repair"):
         store.get_artifact(stored, "curve.json")
     with pytest.raises(StoreError, match=r"no artifact 'other'.*curve\.json"):
         store.get_artifact(stored, "other")
