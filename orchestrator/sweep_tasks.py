@@ -435,7 +435,8 @@ class SweepTasks:
         What runs ends, whether the plan still has it or not.
         """
         plan = self.plan
-        self._total = len(plan.tasks)
+        planned = (task.key for task in plan.tasks)  # merged shards are in no plan any more
+        self._total = len({*planned, *self._running, *self._done, *self._cached})
         running = {key: self._tasks[key] for key in self._running}
         tasks = {task.key: task for task in plan.tasks if task.state != "cached"}
         self._tasks = {**running, **tasks}

@@ -49,6 +49,7 @@ class Command:
         options += ["--address", self.address] if self.address else []
         options += ["--workers", str(self.workers)] if self.workers else []
         options += ["--insecure"] if self.insecure else []
+        options += ["--wait"] if self.wait else []
         return self.line("run", *options)
 
     def line(self, verb: str, *options: str) -> str:
@@ -69,6 +70,7 @@ def run_and_show(command: Command) -> ExitCode:
     publisher = Publisher(sweep, store, BackgroundTracker(tracker))
     executor = make_executor(command)
     logging.getLogger("orchestrator.sweep_tasks").setLevel(logging.ERROR)  # the display tells them
+    watcher = None
     try:
         with open_display() as display, drained_by_sigterm() as stop:
             watcher = Watcher(display)
@@ -83,9 +85,16 @@ def run_and_show(command: Command) -> ExitCode:
                 wait_s=math.inf if command.wait else 0.0,
             )
     except KeyboardInterrupt:
-        say(f"interrupted before anything ran; to go on: {command.again()}", stderr=True)
+        ran = watcher is not None and watcher.began
+        when = "; finished tasks are kept" if ran else " before anything ran"
+        say(f"interrupted{when}; to go on: {command.again()}", stderr=True)
         return ExitCode.INTERRUPTED
-    _print_results(command, publisher, result)
+    if result.unshown:
+        ways = f"{command.line('report')}; {command.line('sync')}"
+        say(f"interrupted while results were written and sent; to do that: {ways}", stderr=True)
+    else:
+        _print_results(command, publisher)
+    _print_ending(command, result)
     return exit_code(result)
 
 
@@ -103,12 +112,14 @@ def make_executor(command: Command) -> Executor:
 
 
 class Watcher:
-    """Passes the driver's events on to a display."""
+    """Passes the driver's events on to a display. began: whether there were any."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
+        self.began = False
 
     def __call__(self, event: Event) -> None:
+        self.began = True
         self._display.totals(event.done, event.total)
         if event.task is not None:
             self._pass_on(event, event.task)
@@ -125,26 +136,28 @@ class Watcher:
 
 
 def exit_code(result: RunResult) -> ExitCode:
-    """Return what the contract says about how a run ended."""
+    """Return what the contract says about how a run ended; whoever raises budgets looks for theirs.
+
+    A target that no SubNet reaches is a finding, not a failure.
+    """
     if result.interrupted:
         return ExitCode.INTERRUPTED
-    if result.failed or any(point.error for point in result.plan.points):
-        succeeded = result.done or result.cached
-        return ExitCode.SOME_FAILED if succeeded else ExitCode.ALL_FAILED
     if result.budget_reached and result.skipped:
         return ExitCode.BUDGET
+    if result.failed:
+        succeeded = result.done or result.cached
+        return ExitCode.SOME_FAILED if succeeded else ExitCode.ALL_FAILED
     return ExitCode.DONE
 
 
-def _print_results(command: Command, shown: Publisher, result: RunResult) -> None:
-    """Print fronts, verdicts, where things lie and what to do next; how it ended goes to stderr."""
+def _print_results(command: Command, shown: Publisher) -> None:
+    """Print fronts, verdicts, where things lie and what to do next."""
     quality = shown.sweep.objective.quality
     lines = headlines(shown.points, quality)
     print_fronts(shown.points, [each for each in shown.fronts if each.objectives[1] == quality])
     print_verdicts(shown.points, lines)
     _print_files(shown)
     _print_next(command, shown.sweep, lines[-1] if lines else None)
-    _print_ending(command, result)
 
 
 def _print_files(shown: Publisher) -> None:
@@ -177,8 +190,11 @@ def example_prompt(sweep: SweepFile, model: str) -> str:
 
 
 def _print_ending(command: Command, result: RunResult) -> None:
+    """Tell on stderr how a run ended, and how to go on."""
     counts = f"{len(result.done)} tasks done, {len(result.cached)} were in the store"
     say(f"{counts}, {len(result.failed)} failed, {len(result.skipped)} not run", stderr=True)
+    for line in _unreached(result):
+        say(line, stderr=True)
     for error in list(result.failed.values())[:SHOWN_FAILURES]:
         say(f"failed: {error}", stderr=True)
     if result.failed:
@@ -189,3 +205,12 @@ def _print_ending(command: Command, result: RunResult) -> None:
     elif result.interrupted:
         why = result.stopped or "interrupted"
         say(f"{why}, finished tasks are kept; to go on: {command.again()}", stderr=True)
+
+
+def _unreached(result: RunResult) -> list[str]:
+    """Return why points are missing though nothing failed, the first ones."""
+    told = [
+        f"no such point: {p.model}: {p.label}: {p.error}" for p in result.plan.points if p.error
+    ]
+    more = len(told) - SHOWN_FAILURES
+    return [*told[:SHOWN_FAILURES], *([f"and {more} more such points"] if more > 0 else [])]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from orchestrator.cli import progress
+from orchestrator.cli import progress, running
 from orchestrator.cli.options import ExitCode
 from orchestrator.cli.progress import LineDisplay, LiveDisplay, detail, open_display
-from orchestrator.cli.running import Command, Watcher, exit_code
+from orchestrator.cli.running import (
+    Command,
+    Watcher,
+    _print_ending,
+    exit_code,
+    run_and_show,
+)
 from orchestrator.planned import Plan, PlannedTask
 from orchestrator.records import Task
 from orchestrator.sweep_tasks import Event, RunResult
 
 TASK = Task(kind="search", inputs={"model": "x"}, label="tiny: search")
+COMMAND = Command(Path("x.yaml"), [], "local")
 OTHER = Task(kind="evaluate", inputs={"model": "x"}, label="tiny: evaluate")
 
 
@@ -50,11 +58,59 @@ def result(**fields: Any) -> RunResult:
         ({"failed": {"b": "no"}, "skipped": ("c",)}, ExitCode.ALL_FAILED),
         ({"done": ("a",), "skipped": ("c",), "budget_reached": True}, ExitCode.BUDGET),
         ({"done": ("a",), "budget_reached": True}, ExitCode.DONE),
+        (
+            {"done": "a", "failed": {"b": "no"}, "skipped": "c", "budget_reached": True},
+            ExitCode.BUDGET,
+        ),
         ({"failed": {"b": "no"}, "interrupted": True}, ExitCode.INTERRUPTED),
     ],
 )
 def test_exit_code_is_that_of_the_contract(fields: dict[str, Any], code: ExitCode) -> None:
     assert exit_code(result(**fields)) == code
+
+
+def test_target_that_no_subnet_reaches_is_told_and_no_failure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    point = SimpleNamespace(model="tiny", label="dipgo at 0.9", error="at most 0.8 can go")
+    ended = RunResult(plan=replace(plan_of(TASK), points=cast(Any, (point,))), done=("a",))
+    _print_ending(COMMAND, ended)
+    assert exit_code(ended) == ExitCode.DONE
+    assert "no such point: tiny: dipgo at 0.9: at most 0.8 can go" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("began", "words"), [(True, "finished tasks are kept"), (False, "before anything ran")]
+)
+def test_interrupted_run_says_whether_anything_ran(
+    began: bool,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def interrupted(*given: Any, **_: Any) -> RunResult:
+        if began:
+            given[4](Event(kind="planned", done=0, total=1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "run_sweep", interrupted)
+    file = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
+    command = replace(COMMAND, file=file, overrides=[f"storage={tmp_path}"])
+    assert run_and_show(command) == ExitCode.INTERRUPTED
+    assert words in capsys.readouterr().err
+
+
+def test_run_interrupted_while_showing_says_how_to_show(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended = result(done=("a",), interrupted=True, unshown=True)
+    monkeypatch.setattr(running, "run_sweep", lambda *_, **__: ended)
+    file = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
+    command = replace(COMMAND, file=file, overrides=[f"storage={tmp_path}"])
+    assert run_and_show(command) == ExitCode.INTERRUPTED
+    told = capsys.readouterr().err
+    assert "dipgo-sweep report" in told and "1 tasks done" in told
 
 
 def test_command_to_go_on_is_what_was_typed_quoted() -> None:
@@ -67,6 +123,7 @@ def test_command_to_go_on_is_what_was_typed_quoted() -> None:
 def test_command_to_go_on_keeps_cluster_and_workers() -> None:
     again = Command(Path("x.yaml"), [], "ray", "ray://head:10001", 3).again()
     assert again == "dipgo-sweep run x.yaml --address ray://head:10001 --workers 3"
+    assert Command(Path("x.yaml"), [], wait=True).again() == "dipgo-sweep run x.yaml --wait"
 
 
 class RecordingDisplay:

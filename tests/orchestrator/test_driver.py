@@ -82,6 +82,14 @@ def test_run_sweep_starts_references_first_and_latencies_last(store: Store) -> N
     assert kinds[kinds.index("latency") :] == ["latency"] * kinds.count("latency")
 
 
+def test_run_sweep_never_counts_backwards(store: Store) -> None:
+    """Merged shards leave the plan, and count all the same."""
+    _, listener = run(tiny_sweep(baselines=ALL_BASELINES), store)
+    done = [event.done for event in listener.events]
+    assert done == sorted(done)
+    assert done[-1] == listener.events[-1].total == len(store.records())
+
+
 def test_run_sweep_reports_each_task_in_order(store: Store) -> None:
     _, listener = run(tiny_sweep(), store)
     assert listener.events[0].kind == "planned"
