@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.store import disk
 
 #: Calls of orchestrator/store/disk.py after which the disk is another than before, or should be.
-WRITES = ("open", "write", "fsync", "close", "replace", "link", "unlink", "mkdir")
+WRITES = ("open", "write", "fsync", "close", "replace", "link", "unlink", "mkdir", "rmdir")
 
 Fault = Callable[[str, tuple[Any, ...]], None]
 

@@ -75,6 +75,8 @@ def outside(top: Path, store: Store) -> dict[Path, bytes]:
 )
 @given(name=names, way=st.sampled_from(WAYS))
 @example(name="../secret", way=WAYS[0])
+@example(name="../secret", way=WAYS[2])
+@example(name="..", way=WAYS[5])
 @example(name="../secret", way=WAYS[4])
 @example(name="sub/../../secret", way=WAYS[3])
 def test_no_name_leaves_the_storage(
@@ -83,7 +85,10 @@ def test_no_name_leaves_the_storage(
     store = open_store(tmp_path / "store")
     (tmp_path / "secret").write_bytes(b"untouched")
     with suppress(StoreError):
-        way(store, name)
+        found = way(store, name)
+        assert "untouched" not in str(found)
+        assert "secret" not in str(found)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [store.folder]
     assert outside(tmp_path, store) == {tmp_path / "secret": b"untouched"}
 
 
