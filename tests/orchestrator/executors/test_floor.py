@@ -201,3 +201,14 @@ def test_lane_without_work_goes_home_for_one_that_needs_its_place(floor: Any) ->
     floor.adapt()
     assert floor.desk.orders == dict.fromkeys(floor.lanes.opened[:2])
     assert len(floor.lanes.opened) == 3  # and one for the task that must be alone
+
+
+def test_cluster_of_this_machine_has_room_for_its_largest_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    from orchestrator.executors.ray_tune import run
+
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 4)
+    asked = [(1, 1.0), (1, 2.0), (3, 2.0), (1, 9.0), (None, 2.0)]
+    assert [run._slots_for(*each) for each in asked] == [1, 2, 3, 4, None]
