@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dipgo_core.errors import ConfigError
 from orchestrator.budget import spent_gpu_hours
 from orchestrator.cli.show import print_json, print_table, say
 from orchestrator.cli.tables import print_memory, print_plan
@@ -35,8 +35,17 @@ class Asked:
     gpus_per_node: int | None = None
     cpus_per_node: int | None = None
 
+    @property
+    def simulated(self) -> bool:
+        """Whether this is a cluster that is not there."""
+        return any(value is not None for value in asdict(self).values())
+
     def cluster(self) -> Cluster:
-        """Return equal nodes that have at least these GPUs together."""
+        """Return equal nodes that have exactly these GPUs together.
+
+        Raises:
+            ConfigError: they do not make whole nodes.
+        """
         here = os.cpu_count() or 1
         if self.gpus is None:
             there = 0 if local_gpu_memory_gb() is None else 1
@@ -44,8 +53,14 @@ class Asked:
         if self.gpus == 0:
             return Cluster(nodes=1, cpus=self.cpus_per_node or here, gpus=0)
         each = min(self.gpus, self.gpus_per_node or _GPUS_PER_NODE)
+        if self.gpus % each:
+            near = self.gpus - self.gpus % each
+            raise ConfigError(
+                f"--gpus {self.gpus} does not make whole nodes of {each} GPUs, and nodes are "
+                f"simulated alike; take {near} or {near + each}, or another --gpus-per-node"
+            )
         cpus = self.cpus_per_node or _CPUS_PER_GPU * each
-        return Cluster(nodes=math.ceil(self.gpus / each), cpus=cpus, gpus=each)
+        return Cluster(nodes=self.gpus // each, cpus=cpus, gpus=each)
 
 
 def plan_and_show(
@@ -53,13 +68,17 @@ def plan_and_show(
 ) -> None:
     """Plan a sweep against its store, and print it with what it is expected to cost.
 
+    simulate: whether this machine is simulated where `asked` names no cluster.
+
     Raises:
-        DipgoError: the file has errors, the store cannot be used, or a task fits on no GPU.
+        DipgoError: the file has errors, the store cannot be used, a task fits on no GPU, or the
+            cluster is none.
     """
+    cluster = asked.cluster()
     sweep = load_sweep(file, overrides)
     store = open_store(sweep.storage)
     outlook = look_ahead(sweep, store)
-    costs = costs_on(outlook, store, asked.cluster())
+    costs = costs_on(outlook, store, cluster)
     missing = not_here(sweep)
     if as_json:
         print_json({**outlook.plan.to_json(), "not_here": missing, "costs": costs.to_json()})
@@ -68,7 +87,9 @@ def plan_and_show(
         print_resources(outlook.plan.resources)
         print_memory(outlook.plan.memory)
         print_costs(costs)
-        _print_wall(costs, "simulated" if simulate else "as far as this machine goes")
+        print_wall(costs, simulated=simulate or asked.simulated)
+        if any(t.kind == "explore" and t.state != "cached" for t in outlook.plan.tasks):
+            say("an exploration may end before all its points are proposed (docs/explore.md)")
     if missing and not as_json:
         say(f"not on this machine yet (`dipgo-sweep prefetch {file}` tells sizes):", stderr=True)
         say("\n".join(f"  {line}" for line in missing), stderr=True)
@@ -125,12 +146,17 @@ def print_costs(costs: Costs) -> None:
         say("the budget holds, if the estimates do")
 
 
-def _print_wall(costs: Costs, how: str) -> None:
+def print_wall(costs: Costs, *, simulated: bool) -> None:
+    """Print how long the cluster takes, or that there is none for these tasks."""
     cluster, forecast = costs.cluster, costs.forecast
     if not costs.rows:
         return
+    if not cluster.gpus and costs.gpu_hours and not simulated:
+        say("no GPU here, so no wall time: give a cluster with --simulate --gpus N")
+        return
     nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     where = f"{nodes} of {cluster.gpus:g} GPUs and {cluster.cpus:g} CPUs"
+    how = "simulated" if simulated else "as far as this machine goes"
     say(
         f"wall time, {how} ({where}): {duration(forecast.makespan_s)}, utilisation "
         f"{forecast.utilisation:.0%}, {forecast.workers} workers"

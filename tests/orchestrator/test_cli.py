@@ -87,6 +87,15 @@ def test_help_lists_every_command_of_the_contract(capsys: pytest.CaptureFixture[
     assert [name for name in COMMANDS if name not in text] == []
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "cache ls", "models show", "bench", "status"])
+def test_help_shows_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What rich takes for markup is left out, and a full stop stands alone."""
+    assert call(*command.split(), "--help") == ExitCode.DONE
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert " ." not in text.replace(" ./", "")
+    assert "[default:" in text
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["models"], ["validate", QUICKSTART]])
 def test_light_commands_load_no_heavy_library(arguments: list[str]) -> None:
     code = (

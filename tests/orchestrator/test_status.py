@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.planning import Asked, costs_on, duration, print_costs
+from dipgo_core.errors import ConfigError
+from orchestrator.cli.planning import Asked, costs_on, duration, print_costs, print_wall
 from orchestrator.cli.running import Command
 from orchestrator.cli.status import print_status, status_json
 from orchestrator.cli.sweeps import Results
@@ -91,9 +93,27 @@ def test_plan_prints_hours_and_basis(store: Store, capsys: pytest.CaptureFixture
     assert "no record yet" in text and "CPU-hours" in text
 
 
-def test_cluster_has_at_least_the_gpus_asked_for() -> None:
+def test_plan_without_a_gpu_asks_for_a_cluster(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = costs_on(outlook(store), store, Asked(gpus=0, cpus_per_node=2).cluster())
+    print_wall(replace(costs, gpu_hours=3.0), simulated=False)
+    assert capsys.readouterr().out == (
+        "no GPU here, so no wall time: give a cluster with --simulate --gpus N\n"
+    )
+    print_wall(costs, simulated=False)
+    assert "as far as this machine goes" in capsys.readouterr().out
+
+
+def test_naming_a_cluster_simulates_it() -> None:
+    assert not Asked().simulated
+    assert Asked(gpus=0).simulated and Asked(cpus_per_node=4).simulated
+
+
+def test_cluster_has_the_gpus_asked_for() -> None:
     assert Asked(64, 8).cluster().nodes == 8
-    assert Asked(10, 8).cluster().nodes == 2
+    with pytest.raises(ConfigError, match=r"--gpus 10 .* take 8 or 16"):
+        Asked(10, 8).cluster()
     few = Asked(4).cluster()
     assert (few.nodes, few.gpus, few.cpus) == (1, 4, 64)
 
