@@ -31,7 +31,8 @@ def submit_and_show(
     _check_tracking(sweep.tracking.uri, file, overrides)
     server = JobServer(address, insecure=insecure)
     with tempfile.TemporaryDirectory() as folder:
-        cargo = pack(file, [*overrides, *_tracking(sweep.tracking.uri)], Path(folder))
+        tracking = tracking_override(sweep.tracking.uri)
+        cargo = pack(file, [*overrides, *tracking], Path(folder))
         running = next((job for job in server.jobs(sweep.name) if not job.ended), None)
         if running is not None:
             _tell_running(running, cargo, file, address)
@@ -46,6 +47,8 @@ def submit_and_show(
             files=cargo.folder,
         )
     say(f"sent as job {job}")
+    if remark := tracking_remark(sweep.tracking.uri, tracking):
+        say(remark, stderr=True)
     for verb in ("status", "logs -f", "stop"):
         name, *flags = verb.split()
         say(f"  {' '.join(['dipgo-sweep', name, str(file), *flags, '--address', address])}")
@@ -120,7 +123,7 @@ def _check_tracking(uri: str | None, file: Path, overrides: Sequence[str]) -> No
         )
 
 
-def _tracking(uri: str | None) -> list[str]:
+def tracking_override(uri: str | None) -> list[str]:
     """Return the override that names the tracking server of this machine, if the file names none.
 
     An address with a password stays here: what a job is started with is shown to who sees the
@@ -129,6 +132,17 @@ def _tracking(uri: str | None) -> list[str]:
     known = os.environ.get("MLFLOW_TRACKING_URI", "")
     sent = uri is None and known.startswith(("http://", "https://")) and not has_credentials(known)
     return [f"tracking.uri={known}"] if sent else []
+
+
+def tracking_remark(uri: str | None, sent: Sequence[str]) -> str | None:
+    """Return what to know of tracking that is left to the cluster; None: a server is named."""
+    if sent or (uri is not None and uri.startswith(("http://", "https://"))):
+        return None
+    return (
+        "no MLflow server is named: unless the cluster sets MLFLOW_TRACKING_URI, runs are tracked "
+        "in the job's folder, which Ray deletes. Results and reports are in the storage all the "
+        "same; to track, too: -o tracking.uri=http://HOST:5000, or `dipgo-sweep sync` here later"
+    )
 
 
 def _tell_running(job: Job, cargo: Cargo, file: Path, address: str) -> None:

@@ -22,7 +22,7 @@ from tests.orchestrator.tiny_sweep import tiny_facts, tiny_sweep
 
 ONE = Cluster(nodes=1, cpus=1, gpus=0)
 TWO = Cluster(nodes=1, cpus=2, gpus=0)
-RECORDED = sorted((Path(__file__).parent / "data").glob("two_sweeps_*.json"))
+RECORDED = [Path(__file__).parent / "data" / f"two_sweeps_{how}.json" for how in ("local", "ray")]
 
 
 def test_one_worker_takes_the_sum() -> None:
