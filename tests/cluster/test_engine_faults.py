@@ -44,6 +44,12 @@ def lost_as(sweep: EngineSweep) -> set[str]:
     return {attempt["failure"] for record in records for attempt in record["attempts"]}
 
 
+def tried_again(sweep: EngineSweep) -> set[str]:
+    """Return the finished tasks that had an attempt before."""
+    records = records_in(sweep.storage)
+    return {key for key, record in records.items() if record["attempts"]}
+
+
 def busy_nodes(cluster: Cluster, sweep: EngineSweep) -> list[Node]:
     """Return the nodes that tasks are running on now."""
     addresses = {line["node"] for line in sweep.running()}
@@ -59,7 +65,10 @@ def test_losing_nodes_loses_no_task(
     engine.wait_for_acks(moment(f"{lost} nodes"), child)
     nodes = wait_for("nodes are busy", lambda: busy_nodes(cluster, engine)[:lost], 60, child.told)
     cluster.kill(*nodes)
+    gone = {node.address for node in nodes}
+    interrupted = {line["key"] for line in engine.running() if line["node"] in gone}
     finished(engine, expected)
+    assert interrupted <= tried_again(engine)
     assert lost_as(engine) <= {"node_lost"}
 
 
@@ -73,7 +82,9 @@ def test_losing_a_task_process_loses_no_task(
     process = Process.of(running[0]["pid"])
     assert process is not None
     process.send(signal.SIGKILL)
+    interrupted = {line["key"] for line in engine.running() if line["pid"] == process.pid}
     finished(engine, expected)
+    assert interrupted <= tried_again(engine)
     assert lost_as(engine) <= {"worker_lost"}
 
 
@@ -134,10 +145,11 @@ def test_lost_head_ends_the_driver_and_a_new_cluster_finishes(
     engine.wait_for_acks(moment("head"), child)
     own_cluster.kill(own_cluster.head)
     assert child.wait(120) != 0, child.told()
-    done = len(engine.acks())
+    finished_before, begun = {*records_in(engine.storage)}, len(engine.work("began"))
     engine.cluster = cluster
     engine.run()
     assert engine.runs[-1].wait(RUN_S) == 0, engine.runs[-1].told()
     engine.checked()
-    assert len(engine.acks()) >= done
+    recomputed = {line["key"] for line in engine.work("began")[begun:]} & finished_before
+    assert not recomputed
     check_equal(engine.storage, expected, tolerance=0.0)
