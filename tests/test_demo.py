@@ -129,7 +129,8 @@ def test_one_more_target_computes_only_its_points(local: tuple[Workplace, str]) 
     after = place.records()
     fresh = Counter(after[key][0] for key in after.keys() - before.keys())
     assert {key: after[key] for key in before} == before
-    assert set(fresh) == {"evaluate", "latency"}
+    assert set(fresh) == {"images", "evaluate", "latency"}
+    assert fresh["images"] == fresh["evaluate"]  # one shard a point, none of the dense run's
 
 
 def test_exported_subnet_makes_an_image(local: tuple[Workplace, str]) -> None:

@@ -69,7 +69,7 @@ def test_nothing_is_chosen_where_nobody_says_how_much_there_is() -> None:
     plan = plan_of(sdxl_sweep(None))
     assert plan.too_large == () and all(row.choices == () for row in plan.memory)
     assert "memory" not in searched(plan).options
-    assert all("decoding" not in task.options for task in tasks_of(plan, "reference"))
+    assert all("decoding" not in task.options for task in tasks_of(plan, "images"))
 
 
 def test_a_search_that_fits_as_it_is_may_keep_nothing_or_all() -> None:
@@ -87,7 +87,7 @@ def test_batches_of_a_search_are_split_and_its_key_stays() -> None:
 
 
 def test_images_at_a_time_are_no_part_of_a_key() -> None:
-    many, few = (tasks_of(plan_of(sdxl_sweep(gb)), "reference")[0] for gb in (None, 14))
+    many, few = (tasks_of(plan_of(sdxl_sweep(gb)), "images")[0] for gb in (None, 14))
     assert few.options["batch_size"] < many.options["batch_size"]
     assert few.options["decoding"] == {"slicing": True} and few.key == many.key
 

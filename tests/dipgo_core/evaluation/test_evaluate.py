@@ -198,7 +198,7 @@ def test_first_images_of_a_shard_are_what_fewer_images_are(
 ) -> None:
     """Oracle: numpy's slices of the whole shard."""
     (whole_shard,) = shards(model, protocol, scorers, dense, gated, shard_size=10)
-    part = first_of(whole_shard, replace(protocol, images=6))
+    part = first_of(whole_shard, replace(protocol, images=6, kid_subset_size=3))
 
     assert (part.start, part.stop, part.samples.shape[0]) == (0, 6, 6)
     assert part.forwards == whole_shard.forwards * 6 // 10
