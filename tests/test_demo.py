@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
 SMALL = (
     "targets=[0.5]",
+    "models.0.sampler.steps=5",  # 2^4 step masks to try, and not 2^9
+    "models.1.sampler.steps=5",
     "search.steps=2",
     "models.1.overrides.search.steps=2",
     "search.loss.alpha=[1.0]",
@@ -147,7 +149,7 @@ def test_ray_gives_the_points_of_the_in_process_run(
     """Images come from seeds, so where a task ran must not matter."""
     one_model = (
         "models=[{name: tiny-dit, id: tiny-dit, "
-        "sampler: {scheduler: ddim, steps: 10, guidance_scale: 3.0}, "
+        "sampler: {scheduler: ddim, steps: 5, guidance_scale: 3.0}, "
         "overrides: {search: {learning_rate: 1.5, steps: 2}}}]"
     )
     place = Workplace(tmp_path, (*SMALL, one_model))

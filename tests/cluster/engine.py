@@ -71,8 +71,11 @@ class EngineTask:
             first = int(store.get_progress(task.key, "step") or b"0")
             for step in range(first, STEPS):
                 time.sleep(self.seconds / STEPS)
-                self._say("step", task, step=step)
-                store.put_progress(task.key, "step", str(step + 1).encode())
+                made = str(step + 1).encode()
+                store.put_progress(task.key, "step", made)  # a full storage is no reason to stop
+                self._say(
+                    "step", task, step=step, kept=store.get_progress(task.key, "step") == made
+                )
             record = Record(
                 key=task.key,
                 kind=task.kind,

@@ -30,6 +30,7 @@ _ENDED: Final = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _POLL_S: Final = 1.0
 _SMALL_JOB_S: Final = 300.0
 _HEAD_START_S: Final = 60.0
+_STOP_S: Final = 60.0
 _SHOWN_LINES: Final = 20
 _OF_RAY: Final = ("INFO job_manager.py:", "Running entrypoint for job ")
 
@@ -126,8 +127,17 @@ class JobServer:
             time.sleep(_POLL_S)
 
     def stop(self, job: Job) -> None:
-        """End a job at once; what is finished is in its store."""
+        """End a job at once and wait until it has ended; what is finished is in its store.
+
+        Raises:
+            TaskError: it goes on all the same.
+        """
         self._client.stop_job(job.id)
+        if (status := self._ended(job.id, _STOP_S)) not in _ENDED:
+            raise TaskError(
+                f"job {job.id} on the cluster at {self.address} is {status} still, {_STOP_S:g} s "
+                "after it was told to end; look at it with `dipgo-sweep status --address`"
+            )
 
     def answer(self, command: Sequence[str], files: str | None = None) -> str:
         """Run a short command on the head and return what it prints.
@@ -191,11 +201,17 @@ class JobServer:
             time.sleep(_POLL_S)
 
     def _wait(self, name: str) -> str:
-        end = time.monotonic() + _SMALL_JOB_S
+        if (status := self._ended(name, _SMALL_JOB_S)) in _ENDED:
+            return status
+        self._client.stop_job(name)
+        return f"still {status} after {_SMALL_JOB_S:g} s"
+
+    def _ended(self, name: str, within_s: float) -> str:
+        """Return the status of a job once it has ended, or what it is when the time is over."""
+        end = time.monotonic() + within_s
         while (status := str(self._client.get_job_status(name))) not in _ENDED:
             if time.monotonic() > end:
-                self._client.stop_job(name)
-                return f"still {status} after {_SMALL_JOB_S:g} s"
+                break
             time.sleep(_POLL_S / 2)
         return status
 
