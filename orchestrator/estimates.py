@@ -148,12 +148,16 @@ class Estimates:
         """Say in a few words where the estimate for such a task comes from."""
         return self._law(effort)[1]
 
-    def load_s(self, model: str) -> float:
-        """Return how long a worker takes to load the pipeline of a model."""
+    def load_s(self, model: str, *, apart: bool = False) -> float:
+        """Return how long a worker takes to load the pipeline of a model.
+
+        apart: in a process of its own, which imports the libraries first.
+        """
         if not model:
             return 0.0
         every = [load for loads in self._loads.values() for load in loads]
-        return median(self._loads.get(model) or every or [_LOAD_S])
+        load = median(self._loads.get(model) or every or [_LOAD_S])
+        return load + self.startup_s if apart else load
 
     @property
     def startup_s(self) -> float:

@@ -31,8 +31,8 @@ _PLACEHOLDERS: Final[Mapping[TaskKind, ResourceKind]] = {
     "evaluate": "score", "latency": "latency", "race": "score",
 }  # fmt: skip
 
-#: Kinds whose worker holds a model's pipeline. (A latency is measured in a process of its own.)
-_LOADING: Final[frozenset[TaskKind]] = frozenset({"reference", "images", "search"})
+#: Kinds whose worker holds a model's pipeline; that of latencies in a process of its own.
+_LOADING: Final[frozenset[TaskKind]] = frozenset({"reference", "images", "search", "latency"})
 
 
 class Jobs:
@@ -91,7 +91,7 @@ class Jobs:
             seconds=self.estimates.seconds(effort),
             pool=self.pool(planned),
             affinity=model if loads else "",
-            load_s=self.estimates.load_s(model) if loads else 0.0,
+            load_s=self.estimates.load_s(model, apart=planned.kind == "latency") if loads else 0.0,
             runnable=task is not None,
         )
 

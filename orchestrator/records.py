@@ -65,6 +65,17 @@ class Pool:
     exclusive: bool = False
 
 
+def held_after(held: tuple[str, ...], affinity: str, pool: Pool) -> tuple[str, ...]:
+    """Return whose pipelines a worker holds after a task, the last one first; "" needs none.
+
+    The process that measures latencies holds one alone.
+    """
+    if not affinity:
+        return held
+    others = [each for each in held if each != affinity]
+    return (affinity, *others)[: 1 if pool.exclusive else HELD_PIPELINES]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One unit of work. `inputs` holds everything that decides the result, and nothing else.

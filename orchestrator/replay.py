@@ -75,12 +75,12 @@ def span(samples: Sequence[Sample]) -> float:
 
 def _job(place: int, data: dict[str, Any], estimates: Estimates) -> Job:
     effort = Effort(*data["effort"])
-    affinity = data["affinity"]
+    affinity, pool = data["affinity"], Pool(**data["pool"])
     return Job(
         key=str(place),
         needs=tuple(map(str, data["needs"])),
         seconds=estimates.seconds(effort),
-        pool=Pool(**data["pool"]),
+        pool=pool,
         affinity=affinity,
-        load_s=estimates.load_s(affinity) if affinity else 0.0,
+        load_s=estimates.load_s(affinity, apart=pool.exclusive),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.executors.base import Lane
-from orchestrator.records import HELD_PIPELINES, Pool
+from orchestrator.records import Pool, held_after
 from orchestrator.scheduler import Job, Scheduler
 
 
@@ -169,9 +169,7 @@ class _Run:
         load = job.load_s if job.affinity and job.affinity not in lane.held else 0.0
         before = (0.0 if lane.started else self.cluster.startup_s) + self.cluster.dispatch_s
         lane.key, lane.started = key, True
-        if job.affinity:
-            others = (model for model in lane.held if model != job.affinity)
-            lane.held = (job.affinity, *others)[:HELD_PIPELINES]
+        lane.held = held_after(lane.held, job.affinity, lane.pool)
         self._count(job, load)
         self.count += 1
         heapq.heappush(self.events, (self.now + before + load + job.seconds, self.count, lane))

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.efforts import Effort, Efforts
 from orchestrator.estimates import Estimates, Sample, fit
 from orchestrator.jobs import Jobs
+from orchestrator.plan import build_plan
 from orchestrator.planned import PlannedTask
 from orchestrator.records import Record
 from tests.orchestrator.tiny_sweep import GRAPH, GRAPHS, tiny_facts, tiny_sweep
@@ -66,6 +67,7 @@ def test_estimates_know_loading_starting_and_handing_out() -> None:
         [at(10, 5, load=2, imports=4), at(16, 5.75), at(100, 5), at(106, 5.75)]  # gaps .25, 79, .25
     )
     assert found.load_s("m") == 2 and found.load_s("") == 0
+    assert found.load_s("m", apart=True) == 2 + 4 and found.load_s("", apart=True) == 0
     assert found.startup_s == 4
     assert found.dispatch_s == pytest.approx(0.25)
 
@@ -147,3 +149,15 @@ def test_jobs_of_placeholders_are_estimated_from_what_they_will_be() -> None:
     )  # fmt: skip
     assert jobs.effort(planned).tmacs == pytest.approx(16 * 0.5 * 10 * GRAPH.call_macs() / 1e12)
     assert not jobs.job(planned).runnable
+
+
+def test_latencies_of_a_model_belong_together() -> None:
+    """A measuring process imports the libraries and loads the model anew for another one."""
+    sweep = tiny_sweep()
+    jobs = Jobs(sweep, tiny_facts(sweep))
+    plan = build_plan(sweep, {}, facts=tiny_facts(sweep), device="cpu")
+    one, other = (
+        jobs.job(next(t for t in plan.tasks if t.kind == kind)) for kind in ("latency", "images")
+    )
+    assert one.affinity and one.affinity == other.affinity
+    assert one.load_s == pytest.approx(other.load_s + jobs.estimates.startup_s)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.records import Record, Task, content_key
+from orchestrator.records import Pool, Record, Task, content_key, held_after
 
 
 def test_content_key_is_the_sha256_of_sorted_compact_json() -> None:
@@ -45,3 +45,11 @@ def test_task_and_record_survive_json() -> None:
     record = Record(key=task.key, kind="search", state="done", inputs=task.inputs, outputs={"x": 1})
     assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_worker_holds_the_pipelines_it_used_last() -> None:
+    shared, alone = Pool(), Pool(exclusive=True)
+    assert held_after(("a", "b"), "b", shared) == ("b", "a")
+    assert held_after(("a", "b"), "c", shared) == ("c", "a")
+    assert held_after(("a", "b"), "", shared) == ("a", "b")
+    assert held_after(("a",), "b", alone) == ("b",)  # the measuring process holds one

@@ -16,7 +16,7 @@ from dipgo_core.errors import StoreError
 from orchestrator.executors.base import OnProgress, RunTask, attempt
 from orchestrator.executors.ray_tune.desk import Asking, Progress
 from orchestrator.failures import Failure
-from orchestrator.records import HELD_PIPELINES, Record, Task
+from orchestrator.records import Record, held_after
 from orchestrator.store import Store
 from orchestrator.store.probe import echo_probe
 
@@ -33,7 +33,11 @@ def drain(lane: str, desk: Any, run_task: RunTask, store: Store, probe: str) -> 
     asking = _with_probe(here, store, probe)
     while (task := ray.get(desk.ask.remote(asking))) is not None:
         result = attempt(task, store, run_task, _reporter(desk, lane, task.key))
-        asking = replace(here, held=_held(asking.held, task), result=_located(result, here.host))
+        asking = replace(
+            here,
+            held=held_after(asking.held, task.affinity, task.pool),
+            result=_located(result, here.host),
+        )
 
 
 def host_name() -> str:
@@ -47,14 +51,6 @@ def _with_probe(here: Asking, store: Store, probe: str) -> Asking:
         return replace(here, written=echo_probe(store, probe))
     except StoreError as error:
         return replace(here, problem=str(error))
-
-
-def _held(held: tuple[str, ...], task: Task) -> tuple[str, ...]:
-    """Return whose pipelines are loaded after a task, as `task.work.loaded` keeps them."""
-    if not task.affinity:
-        return held
-    others = [each for each in held if each != task.affinity]
-    return (task.affinity, *others)[:HELD_PIPELINES]
 
 
 def _located(result: Record | Failure, host: str) -> Record | Failure:
