@@ -25,8 +25,11 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str = "", *, stderr: bool = False) -> None:
-    """Print one line, as it is but for secrets."""
-    print(redact(text), file=sys.stderr if stderr else sys.stdout, flush=stderr)
+    """Print one line, as it is but for secrets, in one write: threads that log cut no line in two."""
+    stream = sys.stderr if stderr else sys.stdout
+    stream.write(f"{redact(text)}\n")
+    if stderr:
+        stream.flush()
 
 
 def print_json(document: Any) -> None:
