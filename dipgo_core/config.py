@@ -17,6 +17,7 @@ Convention = Literal["all", "paper"]
 Postprocess = Literal["budget", "paper", "released"]
 Encoder = Literal["attention", "linear", "none"]
 Granularity = Literal["block", "layer"]
+Objective = Literal["latent", "pixel"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
@@ -122,7 +123,12 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """One search. Defaults are the paper's, except `steps`, which is the released scripts'."""
+    """One search. Defaults are the paper's, except `steps`, which is the released scripts'.
+
+    Of searches that run candidates: samples, calibration images a candidate is run on;
+    evaluations, candidates that are run for a target; objective, where their distance to the dense
+    run is taken. staleness: longest age, in calls, at which the error of a reuse is measured.
+    """
 
     strategy: str = "dipgo"
     loss: LossSettings = field(default_factory=LossSettings)
@@ -136,9 +142,14 @@ class SearchSettings:
     weight_decay: float = 1e-4
     encoder: Encoder = "attention"
     query_dim: int = 512
+    samples: int = 4
+    evaluations: int = 40
+    objective: Objective = "latent"
+    staleness: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "query_dim"):
+        whole = ("steps", "batch_size", "accumulation", "query_dim")
+        for name in (*whole, "samples", "evaluations", "staleness"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
 

@@ -117,6 +117,7 @@ class _MaskSearch:
         full, self.forwards = dense_latents(problem)
         self.full = full[chosen].to(problem.model.device)
         self.batch = batch_of(problem, chosen)
+        self.sample_forwards = float(self.forwards * problem.settings.batch_size)
         self.calls = _MaskedCalls(repeat_of(scheduler))
         self.best: dict[int, tuple[float, Mask]] = {}
         self.seen: tuple[Mask, list[_Known]] = ((), [])
@@ -173,6 +174,7 @@ class _MaskSearch:
             num_steps=self.num_steps,
             **self.figures._asdict(),
             forwards=self.forwards,
+            sample_forwards=self.sample_forwards,
             seconds=self.seconds,
             outcome=self._outcome() if self.done == self.num_steps else None,
             snapshot=self._state,
@@ -214,6 +216,7 @@ class _MaskSearch:
         calls.start(mask, shared)
         final = rollout(problem.model, self.batch, problem.sampler, on_call=calls.start_call)
         self.forwards += calls.computed - before
+        self.sample_forwards += (calls.computed - before) * len(self.batch)
         self.seen = (mask, shared)
         error = (final.double() - self.full.double()).square().mean().item()
         if not math.isfinite(error):
@@ -225,13 +228,16 @@ class _MaskSearch:
 
     def _outcome(self) -> SearchOutcome:
         masks = {k: _calls(mask) for k, (_, mask) in sorted(self.best.items())}
-        return SearchOutcome(step_masks=masks, forwards=self.forwards)
+        return SearchOutcome(
+            step_masks=masks, forwards=self.forwards, sample_forwards=self.sample_forwards
+        )
 
     def _state(self) -> dict[str, Tensor]:
         counts = sorted(self.best)
         return {
             "search_step": torch.tensor(self.done),
             "forwards": torch.tensor(self.forwards),
+            "sample_forwards": torch.tensor(self.sample_forwards, dtype=torch.float64),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "errors": torch.tensor([self.best[k][0] for k in counts], dtype=torch.float64),
             "figures": self.figures.to_tensor(),
@@ -242,6 +248,7 @@ class _MaskSearch:
         if "masks" not in state or state["masks"].shape[1:] != (self.num_calls,):
             raise SearchError("the saved state belongs to another search; delete it and start anew")
         self.done, self.forwards = int(state["search_step"]), int(state["forwards"])
+        self.sample_forwards = float(state["sample_forwards"])
         self.seconds = float(state["seconds"])
         self.figures = Figures.from_tensor(state["figures"])
         rows = zip(state["errors"].tolist(), state["masks"].tolist(), strict=True)

@@ -87,7 +87,10 @@ class _Search:
         if again is None:
             again = checkpoints(graph.call_macs(), self.num_calls * settings.batch_size)
         self.supernet = SuperNet(model, graph, checkpointing=again)
+        # of one image: forward, backward twice that, and once more where calls are repeated
+        self.step_cost = self.num_calls * (4 if again else 3)
         self.done, self.seconds = 0, 0.0
+        self.sample_forwards = float(self.forwards_before * settings.batch_size)
         self.last_needed = np.zeros((self.num_calls, len(graph.searched)), dtype=np.int64)
         self.figures = NOTHING_YET
         if problem.resume is not None:
@@ -112,6 +115,7 @@ class _Search:
         self._refuse_non_finite(total)
         self.optimizer.step()
         self.done += 1
+        self.sample_forwards += self.step_cost * sum(map(len, parts))
         self._note_needed(keep)
         flips = int((keep != self._keep()).sum())
         self.figures = Figures(total, consistency, sparsity, ratio, rate, int(keep.sum()), flips)
@@ -125,6 +129,7 @@ class _Search:
             num_steps=num_steps,
             **self.figures._asdict(),
             forwards=self.forwards_before + self.supernet.forwards,
+            sample_forwards=self.sample_forwards,
             seconds=self.seconds,
             outcome=self._outcome() if self.done == num_steps else None,
             snapshot=self._state,
@@ -193,6 +198,7 @@ class _Search:
         return SearchOutcome(
             scores=final_scores(p_keep, self.last_needed, settings.steps, graph),
             forwards=self.forwards_before + self.supernet.forwards,
+            sample_forwards=self.sample_forwards,
         )
 
     def _state(self) -> dict[str, Tensor]:
@@ -201,6 +207,7 @@ class _Search:
         counters = {
             "search_step": torch.tensor(self.done),
             "forwards": torch.tensor(self.forwards_before + self.supernet.forwards),
+            "sample_forwards": torch.tensor(self.sample_forwards, dtype=torch.float64),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "last_needed": torch.from_numpy(self.last_needed.copy()),
             "figures": self.figures.to_tensor(),
@@ -215,6 +222,7 @@ class _Search:
             self.net.load_state_dict({k: state[f"pruner.{k}"] for k in self._weights()})
             self.done = int(state["search_step"])
             self.forwards_before = int(state["forwards"])
+            self.sample_forwards = float(state["sample_forwards"])
             self.seconds = float(state["seconds"])
             self.last_needed = state["last_needed"].numpy().copy()
             self.figures = Figures.from_tensor(state["figures"])
