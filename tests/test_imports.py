@@ -34,6 +34,7 @@ TORCH_FREE = [
     "dipgo_core.subnet",
     "dipgo_core.families",
     "dipgo_core.postprocess",
+    "dipgo_core.strategies",
     "dipgo_core.baselines",
     "dipgo_core.evaluation.protocol",
     "dipgo_core.evaluation.prompts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from dipgo_core.config import SearchSettings
 
@@ -39,6 +39,9 @@ READS: Final[dict[str, tuple[str, ...]]] = {
 #: Strategies that search at a budget, so that a target is a search of its own.
 TABLE_STRATEGIES: Final = frozenset({"calibrate", "anneal", "genetic", "random_search", "auto"})
 
+#: The fields that decide measured errors, which all strategies share.
+ERRORS_READ: Final = ("granularity", "seed", "samples", "staleness")
+
 #: What the strategies begin with.
 NEEDS: Final[dict[str, frozenset[Need]]] = {
     "calibrate": frozenset({"errors"}),
@@ -54,7 +57,19 @@ def effective(settings: SearchSettings) -> SearchSettings:
 
     So that equal work has one content key.
     """
-    read = {"strategy", "granularity", *READS[settings.strategy]}
-    plain = SearchSettings()
+    read, plain = _read(settings), SearchSettings()
     unread = {f.name: getattr(plain, f.name) for f in fields(settings) if f.name not in read}
     return replace(settings, **unread)
+
+
+def decisive(settings: SearchSettings) -> dict[str, Any]:
+    """Return the fields that a strategy reads as JSON: what a search's content key holds of them.
+
+    A field that is added for other strategies changes no key.
+    """
+    read = _read(settings)
+    return {name: value for name, value in settings.to_json().items() if name in read}
+
+
+def _read(settings: SearchSettings) -> frozenset[str]:
+    return frozenset({"strategy", "granularity", *READS[settings.strategy]})
