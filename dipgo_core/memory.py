@@ -124,11 +124,16 @@ class Search:
 
 
 def generation_need(
-    load: Load, run: Run, gated: Granularity | None = None, *, decodes: bool = True
+    load: Load,
+    run: Run,
+    gated: Granularity | None = None,
+    *,
+    decodes: bool = True,
+    caches: int = 1,
 ) -> Need:
     """Return what it takes to make images, or latents alone where nothing is decoded.
 
-    gated: at which granularity a SubNet keeps caches.
+    gated: at which granularity a SubNet keeps caches. caches: of how many calls.
     """
     item = _ITEM[load.dtype]
     upcast = load.pipeline_upcasts and _upcasts(load)
@@ -144,7 +149,7 @@ def generation_need(
     if decodes:
         parts["images"] = 2 * 4 * 3 * load.side**2 * run.images  # in floating point, and rounded
     if gated:
-        parts["caches"] = round(rows * call.cache)
+        parts["caches"] = round(caches * rows * call.cache)
     return _with_scorers(load, parts)
 
 
@@ -156,16 +161,20 @@ def fit_generation(
     gated: Granularity | None = None,
     fixed: bool = False,
     decodes: bool = True,
+    caches: int = 1,
     tile: int | None = None,
 ) -> Fit:
     """Return the fastest way to make images that fits, at most so many at a time.
 
     fixed: neither their number nor how they are decoded may change (they decide the result).
-    decodes: False for latents alone. tile: as in `Decoding`, where images are decoded in tiles.
+    decodes: False for latents alone. caches: as of `generation_need`. tile: as in `Decoding`, where
+    images are decoded in tiles.
     """
     asked = Run(images=images, decoding=Decoding(tile=tile))
     ways = [asked] if fixed else [asked, *_smaller(asked)]
-    needs = ((way, generation_need(load, way, gated, decodes=decodes)) for way in ways)
+    needs = (
+        (way, generation_need(load, way, gated, decodes=decodes, caches=caches)) for way in ways
+    )
     return _first_that_fits(needs, limit)
 
 

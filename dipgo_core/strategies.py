@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal
 
-from dipgo_core.config import SearchSettings
+from dipgo_core.config import Granularity, Objective, SearchSettings
 
 #: What a strategy can be given that was found before it: measured errors of single reuses, the best
 #: step masks.
@@ -39,8 +39,13 @@ READS: Final[dict[str, tuple[str, ...]]] = {
 #: Strategies that search at a budget, so that a target is a search of its own.
 TABLE_STRATEGIES: Final = frozenset({"calibrate", "anneal", "genetic", "random_search", "auto"})
 
-#: The fields that decide measured errors, which all strategies share.
-ERRORS_READ: Final = ("granularity", "seed", "samples", "staleness")
+#: Up to this many calls all 2^(T - 1) step masks are tried, at one denoiser forward a mask.
+EXHAUSTIVE_CALLS: Final = 11
+#: Candidates are run on at most so many images at once.
+MOST_AT_ONCE: Final = 16
+#: Calibration images that the errors of reuses are measured on: these differ by orders of
+#: magnitude, so two will do.
+PROBED_ITEMS: Final = 2
 
 #: What the strategies begin with.
 NEEDS: Final[dict[str, frozenset[Need]]] = {
@@ -69,6 +74,41 @@ def decisive(settings: SearchSettings) -> dict[str, Any]:
     """
     read = _read(settings)
     return {name: value for name, value in settings.to_json().items() if name in read}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorsSettings:
+    """What decides the measured errors of single reuses, which all strategies share."""
+
+    granularity: Granularity = "block"
+    seed: int = 0
+    objective: Objective = "latent"
+    staleness: int = 4
+
+    @classmethod
+    def of(cls, settings: SearchSettings) -> ErrorsSettings:
+        """Return the part of a search's settings that its measured errors depend on."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def search(self) -> SearchSettings:
+        """Return settings to measure them with; all others are at their defaults."""
+        return SearchSettings(**self.to_json())
+
+
+def mask_forwards(num_calls: int) -> float:
+    """Return about how many forwards a search for step masks takes for each of its images.
+
+    Of short runs all masks are tried, a forward each. Of longer ones a mask of k + 1 calls grows
+    out of one of k: about T - k tries, of k calls of which half are shared with another, and about
+    as many again for moves of its calls.
+    """
+    if num_calls <= EXHAUSTIVE_CALLS:
+        return 2.0 ** (num_calls - 1)
+    return float(sum((num_calls - k) * k for k in range(1, num_calls)))
 
 
 def _read(settings: SearchSettings) -> frozenset[str]:

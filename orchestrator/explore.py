@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dipgo_core.config import SearchSettings
+from dipgo_core.strategies import effective
 from orchestrator.bars import calibration_figures, score_for
 from orchestrator.hypervolume import area_above
 from orchestrator.methods import STEP_MASKS, PointSpec
@@ -249,8 +250,8 @@ def _gpu_hours(search: Record) -> float:
 def stand_in(model: SweepModel, settings: SearchSettings) -> SearchSettings:
     """Return the search whose memory was planned for in place of an explored one.
 
-    They differ in nothing that decides it: `batch_size` and `query_dim` cannot be explored.
+    They differ in nothing that decides it, for that cannot be explored (`sweep_file.explore`).
     """
     if model.explore is None or settings.strategy == STEP_MASKS:
         return settings
-    return replace(model.grid.expand()[0], granularity=settings.granularity)
+    return effective(replace(model.grid.expand()[0], granularity=settings.granularity))

@@ -10,7 +10,6 @@ from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_call
 from dipgo_core.config import (
     Convention,
     Granularity,
-    LossSettings,
     SamplerSettings,
     SearchSettings,
     Spacing,
@@ -21,6 +20,7 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import PAPER_TOLERANCE, select
+from dipgo_core.strategies import NEEDS, READS, effective
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import Baseline, SweepModel
 
@@ -76,9 +76,16 @@ def search_label(search: SearchSettings) -> str:
     """Return what tells a search apart from others of its sweep."""
     if search.strategy == STEP_MASKS:
         return search.strategy
-    losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
     layers = " layers" if search.granularity == "layer" else ""
-    return f"{search.strategy}{layers} {losses} alpha {search.loss.alpha:g} seed {search.seed}"
+    return f"{search.strategy}{layers} {_distance(search)}seed {search.seed}"
+
+
+def _distance(search: SearchSettings) -> str:
+    """Return what a search goes by, where there is a choice."""
+    if "loss" in READS[search.strategy]:
+        losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
+        return f"{losses} alpha {search.loss.alpha:g} "
+    return f"{search.objective} " if search.objective != "latent" else ""
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
@@ -89,10 +96,10 @@ def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
 def kinds_of_search(model: SweepModel) -> tuple[SearchSettings, ...]:
     """Return the searches of the grid, or what those of an exploration have in common.
 
-    Step masks look at no loss weights.
+    What a strategy does not read tells no two of its searches apart.
     """
-    effective = (_effective(settings) for settings in model.searches())
-    return tuple({content_key(settings.to_json()): settings for settings in effective}.values())
+    found = map(effective, model.searches())
+    return tuple({content_key(settings.to_json()): settings for settings in found}.values())
 
 
 def granularities(model: SweepModel) -> tuple[Granularity, ...]:
@@ -102,17 +109,16 @@ def granularities(model: SweepModel) -> tuple[Granularity, ...]:
 
 
 def step_mask_search(model: SweepModel) -> SearchSettings | None:
-    """Return the search that the `best_step_mask` baseline takes its masks from, if wanted."""
-    if all(baseline.name != STEP_MASKS for baseline in model.baselines):
-        return None
+    """Return the search for step masks, if the baseline or another search takes masks from it."""
+    wanted = any(baseline.name == STEP_MASKS for baseline in model.baselines)
+    begin = any("step_masks" in NEEDS.get(one.strategy, ()) for one in kinds_of_search(model))
+    return step_mask_settings(model) if wanted or begin else None
+
+
+def step_mask_settings(model: SweepModel) -> SearchSettings:
+    """Return the search for step masks: all there is to say of it is how many images it runs."""
     images = min(model.calibration.images, model.calibration.batch_size)
     return SearchSettings(strategy=STEP_MASKS, batch_size=images)
-
-
-def _effective(settings: SearchSettings) -> SearchSettings:
-    if settings.strategy != STEP_MASKS:
-        return settings
-    return replace(settings, loss=LossSettings())
 
 
 def point_specs(model: SweepModel) -> Iterator[PointSpec]:
@@ -235,7 +241,7 @@ def _uniform(model: SweepModel, baseline: Baseline, target: float) -> Iterator[P
 
 
 def _best_step_mask(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    yield replace(point_of(model, "best_step_mask", target), search=step_mask_search(model))
+    yield replace(point_of(model, "best_step_mask", target), search=step_mask_settings(model))
 
 
 def _random(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dipgo_core.config import SamplerSettings
+from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
@@ -51,10 +51,10 @@ class ModelPlan:
             self._add_reference("calibration")
         for task in maker.statistics.values():
             self._add(task)
-        found = tuple(self._add(maker.search(one)) for one in searches(maker.model))
+        found = tuple(self._add_searches())
         step_masks = step_mask_search(maker.model)
         if step_masks is not None:
-            self._add(maker.search(step_masks))
+            self._add_search(step_masks, None)
         points = [self._add_point(spec) for spec in specs]
         explored = self._explore()
         points += explored
@@ -74,6 +74,20 @@ class ModelPlan:
     def _specs(self) -> Sequence[PointSpec]:
         """Return the points that are wanted."""
         return self.maker.specs
+
+    # searches -----------------------------------------------------------------------------------
+
+    def _add_searches(self) -> Iterator[str]:
+        """Add the searches of the grid, each once for every target that it does not serve alone."""
+        model = self.maker.model
+        for settings in searches(model):
+            yield from dict.fromkeys(self._add_search(settings, t) for t in model.targets)
+
+    def _add_search(self, settings: SearchSettings, target: float | None) -> str:
+        """Add a search, and what it begins with."""
+        for before in self.maker.found_before(settings).values():
+            self._add(before)
+        return self._add(self.maker.search(settings, target))
 
     # images and their figures --------------------------------------------------------------------
 
@@ -212,7 +226,7 @@ class ModelPlan:
 
     def _add_explored(self, spec: PointSpec) -> Point:
         assert spec.search is not None
-        self._add(self.maker.search(spec.search))
+        self._add_search(spec.search, spec.target)
         return self._add_point(spec)
 
     def _next_proposal(self, found: Explored) -> tuple[str, ...]:

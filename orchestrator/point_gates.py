@@ -9,6 +9,7 @@ from dipgo_core.config import SearchSettings
 from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
+from dipgo_core.strategies import decisive
 from orchestrator.methods import PointSpec, gates_of
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.planned import Point
@@ -31,7 +32,7 @@ def unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
     """Return what is known of a point before any record is."""
     model = maker.model
     reference_key = maker.reference("test").key
-    search_key = None if spec.search is None else maker.search(spec.search).key
+    search_key = None if spec.search is None else maker.search(spec.search, spec.target).key
     identity = {
         "model": model.name,
         "reference": reference_key,
@@ -46,14 +47,15 @@ def unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
         "macs_convention": maker.sweep.macs_convention,
     }
     searched: SearchSettings | None = spec.search if spec.method == "search" else None
+    told = decisive(searched) if searched else {}
     return Point(
         key=content_key(identity),
         model=model.name,
         model_id=model.settings.id,
         method=spec.method,
         strategy=searched.strategy if searched else None,
-        loss=searched.loss.to_json() if searched else None,
-        search=searched.to_json() if searched else None,
+        loss=told.get("loss"),
+        search=told or None,
         sampler=spec.sampler.to_json(),
         sampler_dense=model.sampler.to_json(),
         granularity=spec.granularity,

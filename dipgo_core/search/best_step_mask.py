@@ -30,10 +30,9 @@ from dipgo_core.search.calibration import (
     draw_items,
 )
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
+from dipgo_core.strategies import EXHAUSTIVE_CALLS
 from dipgo_core.structures import Tensors
 
-#: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
-EXHAUSTIVE_CALLS: Final = 11
 #: Progress is reported after this many shares of the masks.
 REPORTS: Final = 32
 
