@@ -125,9 +125,10 @@ class LossSettings:
 class SearchSettings:
     """One search. Defaults are the paper's, except `steps`, which is the released scripts'.
 
-    Of searches that run candidates: samples, calibration images a candidate is run on;
-    evaluations, candidates that are run for a target; objective, where their distance to the dense
-    run is taken. staleness: longest age, in calls, at which the error of a reuse is measured.
+    Of searches that run candidates: samples, calibration images a candidate is run on at first;
+    effort, what they may spend on a target, in dense runs of one image (a step of the paper's search
+    costs about five of them, so 500 steps 2,500); objective, where the distance to the dense run is
+    taken. staleness: longest age, in calls, at which the error of a reuse is measured.
     """
 
     strategy: str = "dipgo"
@@ -142,14 +143,14 @@ class SearchSettings:
     weight_decay: float = 1e-4
     encoder: Encoder = "attention"
     query_dim: int = 512
-    samples: int = 4
-    evaluations: int = 40
-    objective: Objective = "latent"
+    samples: int = 8
+    effort: int = 250
+    objective: Objective = "pixel"
     staleness: int = 4
 
     def __post_init__(self) -> None:
         whole = ("steps", "batch_size", "accumulation", "query_dim")
-        for name in (*whole, "samples", "evaluations", "staleness"):
+        for name in (*whole, "samples", "effort", "staleness"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
 

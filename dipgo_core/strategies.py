@@ -23,13 +23,13 @@ _GRADIENT: Final = (
     "encoder",
     "query_dim",
 )
-_CANDIDATES: Final = ("seed", "samples", "evaluations", "objective")
+_CANDIDATES: Final = ("seed", "samples", "effort", "objective")
 
 #: The fields each strategy reads, besides `strategy` and `granularity`.
 READS: Final[dict[str, tuple[str, ...]]] = {
     "dipgo": _GRADIENT,
     "best_step_mask": ("seed", "batch_size"),
-    "calibrate": ("seed", "samples", "objective", "staleness"),
+    "calibrate": ("seed", "objective", "staleness"),
     "anneal": _CANDIDATES,
     "genetic": _CANDIDATES,
     "random_search": _CANDIDATES,
@@ -82,7 +82,7 @@ class ErrorsSettings:
 
     granularity: Granularity = "block"
     seed: int = 0
-    objective: Objective = "latent"
+    objective: Objective = "pixel"
     staleness: int = 4
 
     @classmethod

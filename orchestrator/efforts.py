@@ -117,8 +117,7 @@ class Efforts:
             macs = images * kept * calls
         elif planned.kind == "search":  # still to be proposed
             strategy = model.grid.expand()[0].strategy
-            by_tables = strategy in TABLE_STRATEGIES
-            macs = images * calls * (kept if by_tables else _WITH_BACKWARD)
+            macs = images * calls * (1 if strategy in TABLE_STRATEGIES else _WITH_BACKWARD)
             group = f"search, {strategy}"
         elif planned.kind == "latency":
             images = float(self._sweep.latency.batch_size[0])
@@ -185,9 +184,10 @@ def _macs(kind: TaskKind, inputs: Mapping[str, Any], images: float, costs: Model
 
 
 def _looked_at(search: Mapping[str, Any]) -> float:
-    """Return how many images a search looks at, those of every step or candidate counted."""
+    """Return how many images a search looks at, those of every step counted; of candidates, as
+    many as the dense model would make at their cost."""
     if search["strategy"] in TABLE_STRATEGIES:
-        return float(search["samples"] * search.get("evaluations", 1))
+        return float(search.get("effort", 1))
     steps = search.get("steps", 1) * search.get("accumulation", 1)
     return float(steps * search["batch_size"])
 
@@ -195,7 +195,7 @@ def _looked_at(search: Mapping[str, Any]) -> float:
 def _calls_an_image(inputs: Mapping[str, Any], calls: int) -> float:
     """Return the forwards for each image that a search looks at, a backward pass as two."""
     if "target" in inputs:
-        return calls * (1.0 - float(inputs["target"]))
+        return float(calls)
     if inputs["search"]["strategy"] == STEP_MASKS:
         return mask_forwards(calls)
     return calls * _WITH_BACKWARD

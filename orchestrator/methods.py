@@ -85,7 +85,7 @@ def _distance(search: SearchSettings) -> str:
     if "loss" in READS[search.strategy]:
         losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
         return f"{losses} alpha {search.loss.alpha:g} "
-    return f"{search.objective} " if search.objective != "latent" else ""
+    return f"{search.objective} " if search.objective != SearchSettings().objective else ""
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:

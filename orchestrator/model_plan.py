@@ -9,7 +9,7 @@ from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
-from orchestrator.explore import Explored, Growing, expected_steps, explored_points
+from orchestrator.explore import Explored, Growing, expected_images, explored_points
 from orchestrator.methods import CALIBRATED, PointSpec, searches, step_mask_search
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
@@ -242,7 +242,7 @@ class ModelPlan:
     def _foresee(self, found: Explored, awaits: tuple[str, ...]) -> None:
         """List the tasks that points to come will need."""
         model = self.maker.model
-        looked_at = round(expected_steps(model) * model.grid.expand()[0].batch_size)
+        looked_at = round(expected_images(model))
         for number in range(len(found.points) + 1, len(found.points) + found.to_come + 1):
             spec = PointSpec(method="search", sampler=model.sampler, variant=f"explored {number}")
             point = unresolved_point(self.maker, spec)

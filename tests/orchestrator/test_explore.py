@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dipgo_core.config import SearchSettings
-from orchestrator.explore import Trial, asked, expected_steps, has_stalled, settings_of
+from orchestrator.explore import Trial, asked, expected_images, has_stalled, settings_of
 from orchestrator.jobs import Jobs
 from orchestrator.plan import Planner, build_plan
 from orchestrator.planned import Plan, PlannedTask
@@ -266,7 +266,7 @@ def test_proposals_at_another_target_are_others() -> None:
 )
 def test_steps_of_searches_to_come_are_the_mean(varied: Dimension | None, steps: float) -> None:
     (model,) = exploring(over={"steps": varied} if varied else OVER).models
-    assert expected_steps(model) == pytest.approx(steps)
+    assert expected_images(model) == pytest.approx(steps)
 
 
 def test_searches_to_come_are_estimated_as_searches(tmp_path: Path) -> None:
