@@ -34,6 +34,10 @@ PARAMS = (
 #: Files of a sweep in the store: the folder of its report, and what that shows.
 REPORT = "report"
 STAMP = "report.sha256"
+#: What a search cost, and what it says of a SubNet of its own.
+SPENT = ("forwards", "sample_forwards", "seconds", "peak_memory_bytes", "all_or_nothing_share")
+#: Keys of the tasks that a search took what it began with from.
+FOUND_BEFORE = ("errors", "step_masks")
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
 
@@ -154,13 +158,19 @@ def run_state(result: RunResult) -> RunState:
 
 def search_entry(record: Record, label: str) -> Entry:
     """Return a search as the tracker shows it: its settings, its cost and its curves."""
-    curve = record.outputs["curve"]
-    spent = {name: float(record.outputs[name]) for name in ("forwards", "seconds")}
+    inputs, outputs = record.inputs, record.outputs
+    curve = outputs["curve"]
+    asked = {
+        name: inputs[name]
+        for name in ("search", "target", "macs_convention", *FOUND_BEFORE)
+        if name in inputs
+    }
+    spent = {name: float(outputs[name]) for name in SPENT if outputs.get(name) is not None}
     return Entry(
         key=record.key,
         kind="search",
         name=label,
-        params=_flat({"model": record.inputs["model"]["id"], "search": record.inputs["search"]}),
+        params=_flat({"model": inputs["model"]["id"], **asked}),
         metrics=spent,
         curves={
             name: list(zip(curve["search_step"], map(float, curve[name]), strict=True))

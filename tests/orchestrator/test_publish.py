@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.points import resolve_points
-from orchestrator.publish import Publisher, stored_report, task_hours
+from orchestrator.publish import Publisher, search_entry, stored_report, task_hours
 from orchestrator.report.sections import rested_on
 from orchestrator.store import open_store
 from orchestrator.sweep_tasks import RunResult
@@ -103,6 +103,18 @@ def test_publisher_logs_the_curve_of_a_search(finished: Finished, tracker: ListT
     curve = record.outputs["curve"]
     steps = list(zip(curve["search_step"], curve["loss"], strict=True))
     assert search.curves["loss"] == steps
+
+
+def test_search_at_a_target_is_logged_with_its_target_and_its_cost(tmp_path: Path) -> None:
+    sweep = tiny_sweep(targets=(0.3, 0.7), strategies=("auto",), metrics=("psnr",))
+    done = finish(sweep, open_store(tmp_path))
+    records = [r for r in done.store.records().values() if "target" in r.inputs]
+    entries = [search_entry(record, "auto") for record in records]
+    assert {entry.params["target"] for entry in entries} == {"0.3", "0.7"}
+    assert {entry.params["search.strategy"] for entry in entries} == {"auto"}
+    assert {entry.params["errors"] for entry in entries} <= set(done.store.records())
+    assert all(entry.metrics["sample_forwards"] == 400 for entry in entries)
+    assert "search.loss.alpha" not in entries[0].params
 
 
 def test_publisher_closes_with_report_and_hypervolume(
