@@ -126,9 +126,9 @@ class SearchSettings:
     """One search. Defaults are the paper's, except `steps`, which is the released scripts'.
 
     Of searches that run candidates: samples, calibration images a candidate is run on at first;
-    effort, what they may spend on a target, in dense runs of one image (a step of the paper's search
-    costs about five of them, so 500 steps 2,500); objective, where the distance to the dense run is
-    taken. staleness: longest age, in calls, at which the error of a reuse is measured.
+    effort, what they may spend on a target, in dense runs of one image (a step of the paper's
+    search costs about five of them, so 500 steps 2,500); objective, where the distance to the dense
+    run is taken. staleness: longest age, in calls, at which the error of a reuse is measured.
     """
 
     strategy: str = "dipgo"

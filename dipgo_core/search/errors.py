@@ -235,6 +235,7 @@ class _Probes:
         self._mixtures: dict[int, tuple[Tensors, Tensor]] = {}
         self._repeatable: list[Tensors] = []
         self._window: list[dict[int, Tensors]] = []  # what blocks of the last calls can give again
+        self._channels = 0
         self._weights: Tensor | None = None  # of the parts of a batch in the guided prediction
         self._probe: tuple[int, int] | None = None
         self._now: dict[int, Tensors] = {}
@@ -251,6 +252,7 @@ class _Probes:
         if self._weights is None:
             guided = args[0] if args else kwargs["model_output"]
             self._weights = _guidance(self.predictions[0][0], guided, self.size)
+            self._channels = guided.shape[1]  # what else is predicted (variances) goes nowhere
         return step(*args, **kwargs)
 
     def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
@@ -328,8 +330,9 @@ class _Probes:
 
     def _guided(self, change: Tensors) -> Tensor:
         assert self._weights is not None and change[0] is not None
-        parts = change[0].float().unflatten(0, (len(self._weights), -1))
-        return torch.einsum("p,pbn->bn", self._weights, parts.flatten(2))
+        parts = _parts(change[0], self.size)
+        channels = parts[:, :, : self._channels].flatten(2)
+        return torch.einsum("p,pbn->bn", self._weights, channels)
 
 
 class _Injection:
@@ -358,11 +361,17 @@ class _Injection:
 def _guidance(prediction: Tensor | None, guided: Tensor, size: int) -> Tensor:
     """Return the weights of a batch's parts in the guided prediction, by least squares.  # (P,)"""
     assert prediction is not None
-    parts = prediction.float().unflatten(0, (-1, size))
+    parts = _parts(prediction, size)
     channels = min(parts.shape[2], guided.shape[1])
     columns = parts[:, :, :channels].flatten(1).T  # (n, P)
     wanted = guided[:size, :channels].float().reshape(-1, 1)  # DiT's comes once a part
-    return torch.linalg.lstsq(columns.cpu(), wanted.cpu()).solution[:, 0].to(prediction.device)
+    weights: Tensor = torch.linalg.lstsq(columns.cpu(), wanted.cpu()).solution[:, 0]
+    return weights.to(prediction.device)
+
+
+def _parts(prediction: Tensor, size: int) -> Tensor:
+    """Return the parts of a batch that guidance puts together.  # (P * B, C, ...) -> (P, B, C, n)"""
+    return prediction.float().reshape(-1, size, prediction.shape[1], prediction[0, 0].numel())
 
 
 def _mixed(parts: list[Tensor | None], weights: list[float]) -> Tensor | None:

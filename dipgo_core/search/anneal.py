@@ -1,0 +1,43 @@
+"""Strategy `anneal`: simulated annealing over gate tables by what they really do.
+
+Source: Kirkpatrick, Gelatt and Vecchi, "Optimization by Simulated Annealing", Science 220 (1983).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from dipgo_core.search.moves import FIRST_TEMPERATURE, LAST_TEMPERATURE, changed
+from dipgo_core.search.progress import SearchProblem, SearchProgress
+from dipgo_core.search.tables import Hunt, Steps, search_tables
+
+#: A walk that finds no new table within the budget in so many moves has seen all around it.
+PATIENCE = 1_000
+
+
+def search_annealed(problem: SearchProblem) -> Iterator[SearchProgress]:
+    """Anneal from the better one of the seeds, for every target; see `search_tables`."""
+    yield from search_tables(problem, _steps)
+
+
+def _steps(hunt: Hunt) -> Steps:
+    for seed in dict.fromkeys(
+        [hunt.space.close(hunt.step_mask()), hunt.space.close(hunt.uniform())]
+    ):
+        hunt.run(seed)
+        yield
+    here = hunt.ranked()[0]
+    first, idle = hunt.left, 0
+    while hunt.left > hunt.cost(here) * len(hunt.screened) and idle < PATIENCE:
+        new = hunt.space.close(changed(here, hunt.space, hunt.rng))
+        if hunt.space.macs(new) > hunt.budget or not hunt.is_new(new):
+            idle += 1
+            continue
+        idle = 0
+        heat = FIRST_TEMPERATURE * (hunt.left / first) ** 2 + LAST_TEMPERATURE
+        worse = hunt.run(new).score - hunt.tried[here].score
+        if worse < 0 or hunt.rng.random() < math.exp(-worse / heat):
+            here = new
+        yield
+    return hunt.ranked()[0]
