@@ -370,7 +370,7 @@ def _guidance(prediction: Tensor | None, guided: Tensor, size: int) -> Tensor:
 
 
 def _parts(prediction: Tensor, size: int) -> Tensor:
-    """Return the parts of a batch that guidance puts together.  # (P * B, C, ...) -> (P, B, C, n)"""
+    """Return what guidance puts together, part by part.  # (P * B, C, ...) -> (P, B, C, n)"""
     return prediction.float().reshape(-1, size, prediction.shape[1], prediction[0, 0].numel())
 
 
