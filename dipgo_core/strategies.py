@@ -20,14 +20,14 @@ _GRADIENT: Final = (
     "learning_rate",
     "warmup_steps",
     "weight_decay",
-    "encoder",
-    "query_dim",
+    "start",
+    "sampling",
 )
 _CANDIDATES: Final = ("seed", "samples", "effort", "objective")
 
 #: The fields each strategy reads, besides `strategy` and `granularity`.
 READS: Final[dict[str, tuple[str, ...]]] = {
-    "dipgo": _GRADIENT,
+    "dipgo": (*_GRADIENT, "encoder", "query_dim"),
     "best_step_mask": ("seed", "batch_size"),
     "calibrate": ("seed", "objective", "staleness"),
     "anneal": _CANDIDATES,
@@ -102,13 +102,10 @@ class ErrorsSettings:
 def mask_forwards(num_calls: int) -> float:
     """Return about how many forwards a search for step masks takes for each of its images.
 
-    Of short runs all masks are tried, a forward each. Of longer ones a mask of k + 1 calls grows
-    out of one of k: about T - k tries, of k calls of which half are shared with another, and about
-    as many again for moves of its calls.
+    Of short runs all masks are tried, a forward each. Of longer ones masks grow call by call, and
+    prefixes are shared: on a tiny U-Net 346 of 14 calls, 770 of 20, about T to the power of 2.25.
     """
-    if num_calls <= EXHAUSTIVE_CALLS:
-        return 2.0 ** (num_calls - 1)
-    return float(sum((num_calls - k) * k for k in range(1, num_calls)))
+    return float(2 ** (num_calls - 1) if num_calls <= EXHAUSTIVE_CALLS else num_calls**2.25)
 
 
 def _read(settings: SearchSettings) -> frozenset[str]:
