@@ -18,6 +18,8 @@ Postprocess = Literal["budget", "paper", "released"]
 Encoder = Literal["attention", "linear", "none"]
 Granularity = Literal["block", "layer"]
 Objective = Literal["latent", "pixel"]
+Start = Literal["keep", "random", "uniform"]
+Sampling = Literal["none", "gumbel"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
@@ -129,6 +131,9 @@ class SearchSettings:
     effort, what they may spend on a target, in dense runs of one image (a step of the paper's
     search costs about five of them, so 500 steps 2,500); objective, where the distance to the dense
     run is taken. staleness: longest age, in calls, at which the error of a reuse is measured.
+
+    Of searches by gradient: start, the gates they begin with (all kept, each by a coin, or every
+    other call whole); sampling, whether gates are drawn from their probabilities in training.
     """
 
     strategy: str = "dipgo"
@@ -143,6 +148,8 @@ class SearchSettings:
     weight_decay: float = 1e-4
     encoder: Encoder = "attention"
     query_dim: int = 512
+    start: Start = "keep"
+    sampling: Sampling = "none"
     samples: int = 8
     effort: int = 250
     objective: Objective = "pixel"

@@ -17,7 +17,10 @@ from dipgo_core.pipelines import block_graph
 from dipgo_core.postprocess import select
 from dipgo_core.sampling import Batch, rollout
 from dipgo_core.search import STRATEGIES, SearchProblem, SearchProgress
-from dipgo_core.search.dipgo import final_scores, learning_rate, needed_gates, search_gates
+from dipgo_core.search.dipgo import search_gates
+from dipgo_core.search.scores import final_scores, needed_gates
+from dipgo_core.search.training import learning_rate
+from dipgo_core.strategies import READS
 
 SAMPLER = SamplerSettings(scheduler="ddim", steps=4, guidance_scale=3.0)
 ITEMS = (Item("a red cat", 1), Item("the blue moon", 2), Item("a dog", 3))
@@ -169,8 +172,8 @@ def test_needed_gates_are_those_whose_flip_matters():
     assert needed == ["down_blocks.0", "up_blocks.2", "up_blocks.3"]
 
 
-def test_registry_knows_both_strategies():
-    assert set(STRATEGIES) == {"dipgo", "best_step_mask"}
+def test_registry_knows_the_strategies_that_planning_knows():
+    assert set(STRATEGIES) == set(READS)
 
 
 def gradients(problem: SearchProblem) -> list[torch.Tensor]:
