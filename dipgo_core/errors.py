@@ -88,7 +88,7 @@ class SearchError(DipgoError):
 
 
 class SearchDivergedError(SearchError):
-    """A search leads nowhere; `outcome`: a SearchOutcome of its last good step, None if none was."""
+    """A search leads nowhere; `outcome`: SearchOutcome of its last good step, None if none was."""
 
     def __init__(self, message: str, outcome: Any = None) -> None:
         super().__init__(message)

@@ -28,6 +28,7 @@ _CANDIDATES: Final = ("seed", "samples", "effort", "objective")
 #: The fields each strategy reads, besides `strategy` and `granularity`.
 READS: Final[dict[str, tuple[str, ...]]] = {
     "dipgo": (*_GRADIENT, "encoder", "query_dim"),
+    "dipgo_stepwise": (*_GRADIENT, "objective", "staleness"),
     "best_step_mask": ("seed", "batch_size"),
     "calibrate": ("seed", "objective", "staleness"),
     "anneal": _CANDIDATES,

@@ -24,6 +24,7 @@ from dipgo_core.hooks import MethodHook, install
 from dipgo_core.repeat import Repeat, repeat_of
 from dipgo_core.sampling import Batch, noise_scheduler, rollout
 from dipgo_core.search.calibration import batch_of, check_problem, dense_latents, draw_items
+from dipgo_core.search.guidance import Guidance, learned_guidance
 from dipgo_core.search.objective import SMALLEST, Space
 from dipgo_core.search.progress import SearchProblem
 from dipgo_core.strategies import PROBED_ITEMS
@@ -235,8 +236,7 @@ class _Probes:
         self._mixtures: dict[int, tuple[Tensors, Tensor]] = {}
         self._repeatable: list[Tensors] = []
         self._window: list[dict[int, Tensors]] = []  # what blocks of the last calls can give again
-        self._channels = 0
-        self._weights: Tensor | None = None  # of the parts of a batch in the guided prediction
+        self._guidance: Guidance | None = None
         self._probe: tuple[int, int] | None = None
         self._now: dict[int, Tensors] = {}
         costs = self.graph.costs()
@@ -249,10 +249,10 @@ class _Probes:
 
     def _step(self, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Learn how the parts of a batch make up the guided prediction, which is linear in them."""
-        if self._weights is None:
+        first = self.predictions[0][0]
+        if self._guidance is None and first is not None:
             guided = args[0] if args else kwargs["model_output"]
-            self._weights = _guidance(self.predictions[0][0], guided, self.size)
-            self._channels = guided.shape[1]  # what else is predicted (variances) goes nowhere
+            self._guidance = learned_guidance(first, guided, self.size)
         return step(*args, **kwargs)
 
     def denoiser(self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors]) -> Tensors:
@@ -329,10 +329,8 @@ class _Probes:
         return change, guided.double().square().mean().item()
 
     def _guided(self, change: Tensors) -> Tensor:
-        assert self._weights is not None and change[0] is not None
-        parts = _parts(change[0], self.size)
-        channels = parts[:, :, : self._channels].flatten(2)
-        return torch.einsum("p,pbn->bn", self._weights, channels)
+        assert self._guidance is not None and change[0] is not None
+        return self._guidance.of(change[0])
 
 
 class _Injection:
@@ -356,22 +354,6 @@ class _Injection:
 
     def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         return compute()
-
-
-def _guidance(prediction: Tensor | None, guided: Tensor, size: int) -> Tensor:
-    """Return the weights of a batch's parts in the guided prediction, by least squares.  # (P,)"""
-    assert prediction is not None
-    parts = _parts(prediction, size)
-    channels = min(parts.shape[2], guided.shape[1])
-    columns = parts[:, :, :channels].flatten(1).T  # (n, P)
-    wanted = guided[:size, :channels].float().reshape(-1, 1)  # DiT's comes once a part
-    weights: Tensor = torch.linalg.lstsq(columns.cpu(), wanted.cpu()).solution[:, 0]
-    return weights.to(prediction.device)
-
-
-def _parts(prediction: Tensor, size: int) -> Tensor:
-    """Return what guidance puts together, part by part.  # (P * B, C, ...) -> (P, B, C, n)"""
-    return prediction.float().reshape(-1, size, prediction.shape[1], prediction[0, 0].numel())
 
 
 def _mixed(parts: list[Tensor | None], weights: list[float]) -> Tensor | None:
