@@ -69,5 +69,5 @@ class SearchOutcome:
             step_masks=None if masks is None else {int(k): tuple(v) for k, v in masks.items()},
             tables=None if tables is None else {float(t): tuple(r) for t, r in tables.items()},
             forwards=int(data["forwards"]),
-            sample_forwards=float(data.get("sample_forwards", 0.0)),  # once it was not counted
+            sample_forwards=float(data["sample_forwards"]),
         )

@@ -234,32 +234,34 @@ class ModelLoads:
         return self._row("search", settings, settings.batch_size, fit)
 
     def _candidates(self, settings: SearchSettings, tile: int | None) -> MemoryRow:
-        """A search that runs candidates makes their images, or latents alone."""
-        images = min(settings.samples, MOST_AT_ONCE)
+        """A search that runs candidates keeps what one call has given."""
+        return self._compared(settings, min(settings.samples, MOST_AT_ONCE), tile, caches=1)
+
+    def _errors(self, settings: ErrorsSettings, tile: int | None) -> MemoryRow:
+        """Measuring reuses keeps what blocks have given in the calls before, and in this one."""
+        return self._compared(settings, PROBED_ITEMS, tile, caches=settings.staleness + 2)
+
+    def _compared(
+        self,
+        settings: SearchSettings | ErrorsSettings,
+        images: int,
+        tile: int | None,
+        *,
+        caches: int,
+    ) -> MemoryRow:
+        """Runs without gradients, whose latents or pixels are compared with the dense run's."""
+        pixels = settings.objective == "pixel"  # decoded in float32 where the decoder asks for it
         fit = fit_generation(
-            self._load,
+            replace(self._load, pipeline_upcasts=pixels or self._load.pipeline_upcasts),
             images,
             self._limit("search"),
             gated=settings.granularity,
             fixed=True,
-            decodes=settings.objective == "pixel",
+            decodes=pixels,
+            caches=caches,
             tile=tile,
         )
         return self._row("search", settings, images, fit)
-
-    def _errors(self, settings: ErrorsSettings, tile: int | None) -> MemoryRow:
-        """Measuring reuses keeps what blocks have given in the calls before, and in this one."""
-        fit = fit_generation(
-            self._load,
-            PROBED_ITEMS,
-            self._limit("search"),
-            gated=settings.granularity,
-            fixed=True,
-            decodes=settings.objective == "pixel",
-            caches=settings.staleness + 2,
-            tile=tile,
-        )
-        return self._row("search", settings, PROBED_ITEMS, fit)
 
     def _row(self, kind: ResourceKind, what: What, asked: int, fit: Fit) -> MemoryRow:
         return MemoryRow(

@@ -153,7 +153,8 @@ def _search(inputs: Mapping[str, Any]) -> Made:
         "search_step": list(range(40)),
         "loss": [1.0 / (1 + step) + 0.2 for step in range(40)],
     }
-    outcome: dict[str, Any] = {"scores": None, "step_masks": None, "forwards": 400}
+    spent = {"forwards": 400, "sample_forwards": 400.0}
+    outcome: dict[str, Any] = {"scores": None, "step_masks": None, **spent}
     if search["strategy"] == "best_step_mask":
         masks = {str(k): [round(i * 9 / k) for i in range(k)] for k in range(1, 10)}
         outcome["step_masks"] = masks
@@ -166,8 +167,7 @@ def _search(inputs: Mapping[str, Any]) -> Made:
         scores = rng.random((10, len(NAMES))) + np.linspace(0.6, 0, len(NAMES))
         scores[0] = 1.6
         outcome["scores"] = (scores / 1.6).tolist()
-    spent = {"forwards": 400, "sample_forwards": 400.0, "seconds": 100.0}
-    return {"outcome": outcome, "curve": curve, **spent}, {}
+    return {"outcome": outcome, "curve": curve, **spent, "seconds": 100.0}, {}
 
 
 def _errors(inputs: Mapping[str, Any]) -> Made:
