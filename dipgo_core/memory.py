@@ -109,8 +109,9 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What of a search decides its memory. gates: searched ones of a call; query_dim: of the
-    pruner; checkpoints: whether it computes calls again if nobody decides."""
+    """What of a search decides its memory. calls: that gradients go through at once. gates: searched
+    ones of a call; query_dim: of the pruner; checkpoints: whether it computes calls again if nobody
+    decides; through_decoder: whether gradients go through decoding as well."""
 
     images: int
     calls: int
@@ -118,6 +119,7 @@ class Search:
     gates: int
     query_dim: int
     checkpoints: bool = True
+    through_decoder: bool = True
 
 
 # making images -----------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def checkpoints(call_macs: int, forwards: int) -> bool:
 
 
 def search_need(load: Load, search: Search, run: Run) -> Need:
-    """Return what a search takes that differentiates through all denoiser calls."""
+    """Return what a search takes that differentiates through denoiser calls."""
     item = _ITEM[load.dtype]
     copied = load.dtype == "float16" and _upcasts(load)  # the decoder is there in both precisions
     parts = _weights(load, decoder_item=item + 4 if copied else item)
@@ -206,7 +208,9 @@ def search_need(load: Load, search: Search, run: Run) -> Need:
     if call is None or decode is None:
         return _lacking(replace(load, scorers={}), parts)
     rows = run.images * load.rows * load.area * item / _CALLS
-    decoded = run.images * _decode_with_gradients(decode, run.decoding) * load.area
+    through = search.through_decoder
+    one = _decode_with_gradients(decode, run.decoding) if through else decode.forward
+    decoded = run.images * one * load.area
     decoded *= (4 if copied else item) / _DECODE
     again = search.checkpoints if run.checkpoint_calls is None else run.checkpoint_calls
     if again:

@@ -198,7 +198,8 @@ def _calls_an_image(inputs: Mapping[str, Any], calls: int) -> float:
         return float(calls)
     if inputs["search"]["strategy"] == STEP_MASKS:
         return mask_forwards(calls)
-    return calls * _WITH_BACKWARD
+    dense = inputs["search"]["strategy"] == "dipgo_stepwise"  # beside the gated calls
+    return float(calls * (_WITH_BACKWARD + dense))
 
 
 def _probes(errors: Mapping[str, Any], calls: int, costs: ModelCosts) -> float:

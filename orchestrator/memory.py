@@ -221,7 +221,9 @@ class ModelLoads:
             return self._row("search", settings, images, fit)
         if settings.strategy in TABLE_STRATEGIES:
             return self._candidates(settings, tile)
-        calls = calls_of(self.model.sampler)
+        calls, stepwise = calls_of(self.model.sampler), settings.strategy == "dipgo_stepwise"
+        if stepwise:  # a call is differentiated alone, beside what the ones before have given
+            calls = min(calls, settings.staleness + 1)
         search = Search(
             images=settings.batch_size,
             calls=calls,
@@ -229,6 +231,7 @@ class ModelLoads:
             gates=self._gates(settings.granularity),
             query_dim=settings.query_dim,
             checkpoints=self._checkpoints(calls * settings.batch_size),
+            through_decoder=not stepwise,
         )
         fit = fit_search(self._load, search, self._limit("search"), tile)
         return self._row("search", settings, settings.batch_size, fit)

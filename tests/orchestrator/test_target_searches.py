@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from dipgo_core.strategies import ErrorsSettings
+from dipgo_core.families.sizes import known_sizes
+from dipgo_core.strategies import ErrorsSettings, effective
 from orchestrator.efforts import Efforts
+from orchestrator.memory import ModelLoads
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.planned import Plan
 from orchestrator.records import Task
@@ -18,6 +20,7 @@ from orchestrator.sweep_settings import Baseline, SearchGrid, SweepFile
 from tests.orchestrator.test_plan import plan_of, run_all
 from tests.orchestrator.tiny_sweep import GRAPH, tiny_facts, tiny_sweep
 
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 MASKS = Baseline(name="best_step_mask")
 
 
@@ -175,6 +178,21 @@ def test_measuring_errors_is_sized_by_its_forwards() -> None:
     assert GRAPH.call_macs() == 100
     assert size.images == 2
     assert size.tmacs * 1e12 == pytest.approx(2 * 100 * 10 * (1 + 4 * 3 / 2 + 10 / 2))
+
+
+@pytest.mark.parametrize(("strategy", "grows"), [("dipgo", True), ("dipgo_stepwise", False)])
+def test_memory_of_a_stepwise_search_does_not_grow_with_the_calls(
+    strategy: str, grows: bool
+) -> None:
+    """Oracle: the same model with more calls; sizes are those of a model that is known."""
+    (model,) = sweep_of(strategy).models
+    facts = replace(tiny_facts(sweep_of(strategy))["tiny"], sizes=known_sizes()[SDXL])
+    needs = []
+    for steps in (10, 50):
+        longer = replace(model, sampler=replace(model.sampler, steps=steps))
+        loads = ModelLoads(sweep_of(strategy), longer, facts)
+        needs.append(loads.memory.fit("search", effective(model.searches()[0])).need.total)
+    assert (needs[1] > needs[0]) == grows
 
 
 def test_memory_is_planned_for_searches_and_errors() -> None:
