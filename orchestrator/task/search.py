@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from dipgo_core.config import LossSettings, SearchSettings
-from dipgo_core.errors import TaskError
+from dipgo_core.errors import SearchDivergedError, TaskError
 from dipgo_core.gates import GateTable
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.search import STRATEGIES, SearchProblem, SearchProgress
@@ -18,6 +18,9 @@ from orchestrator.task.dense import LATENTS_FILE
 from orchestrator.task.errors import ERRORS_FILE
 from orchestrator.task.steps import CURVE, State, run_steps
 from orchestrator.task.work import Outcome, Work, items_and_seeds
+
+#: The outcome of the last good step of a search that was stopped.
+LAST_GOOD = "last_good.json"
 
 
 def run_search(work: Work) -> Outcome:
@@ -27,7 +30,12 @@ def run_search(work: Work) -> Outcome:
     def begin(resume: State | None) -> Iterator[SearchProgress]:
         return STRATEGIES[settings.strategy](_problem(work, settings, resume))
 
-    done = run_steps(work, begin)
+    try:
+        done = run_steps(work, begin)
+    except SearchDivergedError as error:
+        if error.outcome is None:
+            raise
+        raise _with_last_good(work, error) from error
     last = done.last
     if last is None or last.outcome is None:
         raise TaskError(f"the search {work.task.label} ended without an outcome")
@@ -42,6 +50,14 @@ def run_search(work: Work) -> Outcome:
         **_share(last.outcome),
     }
     return Outcome(outputs, work.put(CURVE, json.dumps(columns).encode()))
+
+
+def _with_last_good(work: Work, error: SearchDivergedError) -> SearchDivergedError:
+    """Keep what a search that leads nowhere had found before, and say where."""
+    data = json.dumps(error.outcome.to_json()).encode()
+    work.store.put_progress(work.task.key, LAST_GOOD, data)
+    where = f"kept as progress/{work.task.key}/{LAST_GOOD} in {work.store.url}"
+    return SearchDivergedError(f"{error}, {where}", error.outcome)
 
 
 def search_settings(fields: Mapping[str, Any]) -> SearchSettings:

@@ -5,6 +5,7 @@ Oracles: what the strategy was given and gave, an uninterrupted measurement.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 from dipgo_core.config import ModelSettings, SamplerSettings
+from dipgo_core.errors import SearchDivergedError
 from dipgo_core.families import Scorers
 from dipgo_core.gates import GateTable
 from dipgo_core.outcome import SearchOutcome
@@ -228,6 +230,25 @@ def test_interrupted_search_at_a_target_goes_on_from_its_state(
     assert resumed is not None and int(resumed["search_step"]) == 2
     assert record.outputs["outcome"] == records[task.key].outputs["outcome"]
     assert record.outputs["curve"]["search_step"] == [1, 2, 3]
+
+
+def test_search_that_leads_nowhere_keeps_what_was_good(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan, _ = finished
+    task = tasks_of(plan, "search", "auto")[0]
+    copy = copied(store, tmp_path / "copy", task.key)
+
+    def diverging(problem: SearchProblem) -> Iterator[SearchProgress]:
+        yield FakeStrategy().progress(problem, 1)
+        raise SearchDivergedError("the loss is not finite", outcome_of(problem))
+
+    monkeypatch.setitem(STRATEGIES, "auto", diverging)
+    with pytest.raises(SearchDivergedError, match=f"not finite, kept as progress/{task.key}"):
+        run_task(task, copy)
+    kept = copy.get_progress(task.key, "last_good.json")
+    assert kept is not None
+    assert SearchOutcome.from_json(json.loads(kept)).tables is not None
 
 
 def test_search_whose_errors_are_gone_says_so(finished: Any, tmp_path: Path) -> None:
