@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Final, Literal
 
 from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_calls
 from dipgo_core.config import (
@@ -20,7 +20,7 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import PAPER_TOLERANCE, select
-from dipgo_core.strategies import NEEDS, READS, effective
+from dipgo_core.strategies import NEEDS, decisive, effective
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import Baseline, SweepModel
 
@@ -33,6 +33,12 @@ TRIVIAL: tuple[Method, ...] = ("few_steps", "uniform", "best_step_mask")
 CALIBRATED: tuple[Method, ...] = (*TRIVIAL, "search")
 
 STEP_MASKS = "best_step_mask"
+
+#: Settings of a search that its name tells where they are not the default.
+_COMPARED: Final = (
+    *("objective", "effort", "samples", "staleness"),
+    *("encoder", "start", "sampling"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +82,26 @@ def search_label(search: SearchSettings) -> str:
     """Return what tells a search apart from others of its sweep."""
     if search.strategy == STEP_MASKS:
         return search.strategy
-    layers = " layers" if search.granularity == "layer" else ""
-    return f"{search.strategy}{layers} {_distance(search)}seed {search.seed}"
+    told = decisive(search)
+    parts = [search.strategy, "layers" if search.granularity == "layer" else ""]
+    if "loss" in told:
+        parts += [losses_of(told), f"alpha {search.loss.alpha:g}"]
+    return " ".join(filter(None, [*parts, *unusual(told), f"seed {search.seed}"]))
 
 
-def _distance(search: SearchSettings) -> str:
-    """Return what a search goes by, where there is a choice."""
-    if "loss" in READS[search.strategy]:
-        losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
-        return f"{losses} alpha {search.loss.alpha:g} "
-    return f"{search.objective} " if search.objective != SearchSettings().objective else ""
+def losses_of(search: Mapping[str, Any]) -> str:
+    """Return the consistency losses of a search's settings as JSON, joined by plus signs."""
+    return "+".join(name for name, weight in search["loss"]["consistency"].items() if weight)
+
+
+def unusual(search: Mapping[str, Any]) -> list[str]:
+    """Return those of a search's settings in words that are not the default, of some that are
+    compared: ablations and budgets."""
+    plain = SearchSettings().to_json()
+    known = [name for name in _COMPARED if name in search]
+    words = [f"{name} {search[name]}" for name in known if search[name] != plain[name]]
+    weighted = search.get("loss", {}).get("gamma", True)
+    return words if weighted else [*words, "without gamma"]
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:

@@ -11,7 +11,7 @@ from dipgo_core.evaluation.intervals import Figure
 from dipgo_core.gates import GateTable
 from orchestrator.bars import CALIBRATION_METRICS, best_of, calibration_figures, score_for
 from orchestrator.gains import Comparisons, Gain, Verdict
-from orchestrator.methods import TRIVIAL, Method
+from orchestrator.methods import TRIVIAL, Method, losses_of, unusual
 from orchestrator.metrics import IMAGE_FIGURES, QUALITIES, figure_text
 from orchestrator.planned import Dropped, Point
 from orchestrator.records import Record
@@ -381,10 +381,19 @@ def point_name(point: Point) -> str:
     if point.method == "random":
         return " ".join(filter(None, ("random", layers, variant)))
     if point.method == "search":
-        alpha = (point.loss or {}).get("alpha")
-        parts = [str(point.strategy), layers, "" if alpha is None else f"α={alpha:g}"]
-        return " ".join([*filter(None, parts), f"seed {point.seed}", *filter(None, [variant])])
+        parts = [str(point.strategy), layers, *_settings(point), f"seed {point.seed}", variant]
+        return " ".join(filter(None, parts))
     return point.method.replace("_", " ")
+
+
+def _settings(point: Point) -> list[str]:
+    """Return the settings of a search that its name tells."""
+    search = point.search or {}
+    if "loss" not in search:
+        return unusual(search)
+    losses = losses_of(search)
+    weight = f"α={search['loss']['alpha']:g}"
+    return ["" if losses == "ssim" else losses, weight, *unusual(search)]
 
 
 def _record(records: Records, key: str | None) -> Record | None:
