@@ -164,8 +164,8 @@ class GatedBeside:
         self, sample: Tensor, timestep: Any, compute: Callable[[], Tensors], dense: Tensors
     ) -> None:
         row = self._gates[self._call].clone().requires_grad_()
-        self._gated.start(row[None], self._repeat, self._stale())
         with torch.enable_grad():
+            self._gated.start(row[None], self._repeat, self._stale())
             gated = self._gated.denoiser(sample, timestep, compute)
             assert gated[0] is not None and dense[0] is not None
             change = self._propagation.guidance.of(gated[0].float() - dense[0].float())
