@@ -130,7 +130,8 @@ class SearchSettings:
     Of searches that run candidates: samples, calibration images a candidate is run on at first;
     effort, what they may spend on a target, in dense runs of one image (a step of the paper's
     search costs about five of them, so 500 steps 2,500); objective, where the distance to the dense
-    run is taken. staleness: longest age, in calls, at which the error of a reuse is measured.
+    run is taken; extrapolate, whether skipped calls may extrapolate (`GateTable`). staleness:
+    longest age, in calls, at which the error of a reuse is measured.
 
     Of searches by gradient: start, the gates they begin with (all kept, each by a coin, or every
     other call whole); sampling, whether gates are drawn from their probabilities in training.
@@ -154,6 +155,7 @@ class SearchSettings:
     effort: int = 250
     objective: Objective = "pixel"
     staleness: int = 4
+    extrapolate: bool = True
 
     def __post_init__(self) -> None:
         whole = ("steps", "batch_size", "accumulation", "query_dim")

@@ -26,8 +26,8 @@ Signature = tuple[Any, ...]
 class GatePlan:
     """A gate table made ready to run: its rows by liveness, and what each block's reuse means.
 
-    extrapolation: see `GateTable`. has_dead: some call has blocks that only look as if they had run. seldom_mixed: in most calls
-    that are not skipped, no block has anything to do but run.
+    has_dead: some call has blocks that only look as if they had run. seldom_mixed: in most calls
+    that are not skipped, no block has anything to do but run. extrapolation: see `GateTable`.
     """
 
     names: tuple[str, ...]

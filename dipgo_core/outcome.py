@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class SearchOutcome:
     step_masks: number of computed calls -> which calls are computed, for strategies that skip
         whole calls.
     tables: target -> rows as of ``GateTable.to_strings``, for strategies that search at a budget.
+    extrapolations: target -> extrapolation of its table, where there is one (``GateTable``).
     forwards: denoiser forwards spent, a batch counted as one.
     sample_forwards: what they cost in dense forwards of one image: a forward of a batch counts its
         images, one that leaves blocks out its share of the MACs, a backward pass twice.
@@ -33,6 +34,7 @@ class SearchOutcome:
     scores: npt.NDArray[np.float64] | None = None
     step_masks: Mapping[int, tuple[int, ...]] | None = None
     tables: Mapping[float, tuple[str, ...]] | None = None
+    extrapolations: Mapping[float, float] = field(default_factory=dict)
     forwards: int = 0
     sample_forwards: float = 0.0
 
@@ -57,6 +59,7 @@ class SearchOutcome:
             "scores": None if self.scores is None else self.scores.tolist(),
             "step_masks": None if masks is None else {str(k): list(v) for k, v in masks.items()},
             "tables": None if tables is None else {str(t): list(r) for t, r in tables.items()},
+            "extrapolations": {str(t): share for t, share in self.extrapolations.items()},
             "forwards": self.forwards,
             "sample_forwards": self.sample_forwards,
         }
@@ -68,6 +71,7 @@ class SearchOutcome:
             scores=None if scores is None else np.array(scores, dtype=np.float64),
             step_masks=None if masks is None else {int(k): tuple(v) for k, v in masks.items()},
             tables=None if tables is None else {float(t): tuple(r) for t, r in tables.items()},
+            extrapolations={float(t): s for t, s in data.get("extrapolations", {}).items()},
             forwards=int(data["forwards"]),
             sample_forwards=float(data["sample_forwards"]),
         )

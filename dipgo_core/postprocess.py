@@ -75,7 +75,7 @@ def select(
         ConfigError: unknown method, or an outcome made for another number of calls or blocks.
     """
     if outcome.tables is not None:
-        return _table(outcome.tables, target)
+        return _table(outcome.tables, outcome.extrapolations, target)
     if outcome.step_masks is not None:
         mask = outcome.step_masks.get(affordable_calls(target, num_calls))
         if mask is None:
@@ -93,13 +93,15 @@ def select(
     return select_subnet(outcome.scores, graph, target, method=method, convention=convention)
 
 
-def _table(tables: Mapping[float, tuple[str, ...]], target: float) -> GateTable:
+def _table(
+    tables: Mapping[float, tuple[str, ...]], extrapolations: Mapping[float, float], target: float
+) -> GateTable:
     if target not in tables:
         raise ConfigError(
             f"the search holds SubNets of the targets {', '.join(map(str, tables))}, none of "
             f"{target}: search again with this target"
         )
-    return GateTable.from_strings(tables[target])
+    return GateTable.from_strings(tables[target], extrapolations.get(target, 0.0))
 
 
 def select_subnet(

@@ -34,7 +34,7 @@ READS: Final[dict[str, tuple[str, ...]]] = {
     "anneal": _CANDIDATES,
     "genetic": _CANDIDATES,
     "random_search": _CANDIDATES,
-    "auto": (*_CANDIDATES, "staleness"),
+    "auto": (*_CANDIDATES, "staleness", "extrapolate"),
 }
 
 #: Strategies that search at a budget, so that a target is a search of its own.

@@ -29,9 +29,9 @@ def _steps(hunt: Hunt) -> Steps:
         yield
     here = hunt.ranked()[0]
     first, idle = hunt.left, 0
-    while hunt.left > hunt.cost(here) * len(hunt.screened) and idle < PATIENCE:
-        new = hunt.space.close(changed(here, hunt.space, hunt.rng))
-        if hunt.space.macs(new) > hunt.budget or not hunt.is_new(new):
+    while hunt.affords(here) and idle < PATIENCE:
+        new = hunt.candidate(changed(here.rows, hunt.space, hunt.rng))
+        if hunt.space.macs(new.rows) > hunt.budget or new in hunt.tried:
             idle += 1
             continue
         idle = 0

@@ -1,7 +1,8 @@
 """Strategy `auto`: candidates from several sources, refined and chosen by what they really do.
 
-Seeds: the best step mask, evenly spread calls, the least summed error (`calibrate`). Then, run by
-run, the table of which a surrogate expects most (`search.surrogate`), which learns from every run.
+Seeds: the best step mask and evenly spread calls, with skipped calls that repeat or extrapolate;
+what does best decides how calls are skipped. Then the least summed errors (`calibrate`), and, run
+by run, the table of which a surrogate expects most, which learns from every run.
 Last, the best few race on more and more calibration items, the step mask always among them: it is
 given up only for a table that is better by more than the noise of the choice. So the result is
 never worse than the best step mask, but by selection noise.
@@ -10,7 +11,7 @@ never worse than the best step mask, but by selection noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,13 @@ from dipgo_core.search.calibrate import calibrated
 from dipgo_core.search.moves import anneal
 from dipgo_core.search.objective import SMALLEST
 from dipgo_core.search.progress import SearchProblem, SearchProgress
-from dipgo_core.search.reads import Rows
 from dipgo_core.search.surrogate import Surrogate
-from dipgo_core.search.tables import Hunt, Steps, search_tables
+from dipgo_core.search.tables import Candidate, Hunt, Steps, search_tables
 
 #: Moves of the annealing that proposes one candidate.
 MOVES = 1_500
+#: How skipped calls may predict: repeat, half the way along a straight line, all the way.
+EXTRAPOLATIONS = (0.0, 0.5, 1.0)
 #: Proposals take turns in how much what is unknown counts against a table.
 DOUBTS = (1.0, 0.25)
 #: Tables whose errors differ by less than this share are one candidate.
@@ -43,50 +45,77 @@ def search_auto(problem: SearchProblem) -> Iterator[SearchProgress]:
 
 
 def _steps(hunt: Hunt) -> Steps:
-    surrogate = Surrogate(hunt.errors.covariances) if hunt.errors is not None else None
-    for rows in _first(hunt):
-        _run(hunt, rows, surrogate)
+    for seed in _seeds(hunt):
+        hunt.run(seed)
         yield
-    reserved = min(_race_cost(hunt), hunt.left / 2)
-    while surrogate is not None and hunt.left > reserved:
-        proposal = _proposal(hunt, surrogate)
-        if proposal is None:
-            break
-        _run(hunt, proposal, surrogate)
-        yield
+    straight = hunt.ranked()[0].extrapolation  # how skips predict from now on
+    surrogate = _surrogate(hunt, straight)
+    if surrogate is not None:
+        yield from _refine(hunt, surrogate, straight)
     return (yield from _race(hunt))
 
 
-def _first(hunt: Hunt) -> list[Rows]:
-    """Return the seeds, each once."""
-    sources = [hunt.step_mask(), hunt.uniform()]
-    sources += calibrated(hunt)[:2] if hunt.errors is not None else []
-    return list(dict.fromkeys(hunt.space.close(rows) for rows in sources))
+def _seeds(hunt: Hunt) -> list[Candidate]:
+    """Return the best and the even step mask, with skips that repeat and that extrapolate."""
+    wanted = EXTRAPOLATIONS if hunt.problem.settings.extrapolate else (0.0,)
+    pairs = ((hunt.step_mask(share), hunt.uniform(share)) for share in wanted)
+    return list(dict.fromkeys(seed for pair in pairs for seed in pair))
 
 
-def _run(hunt: Hunt, rows: Rows, surrogate: Surrogate | None) -> None:
-    found = hunt.run(rows)
-    if surrogate is not None:
-        surrogate.learn(hunt.space.reuses(hunt.space.close(rows)), found.vectors)
+def _surrogate(hunt: Hunt, straight: float) -> Surrogate | None:
+    """Return what is expected of tables whose skips extrapolate so, from measured errors and runs.
+
+    Errors of skips were measured where they repeat; they count by as much less as the runs say.
+    """
+    if hunt.errors is None:
+        return None
+    plain, bent = (hunt.tried[hunt.step_mask(share)].score for share in (0.0, straight))
+    covariances = hunt.errors.covariances.copy()
+    ages = covariances.shape[1] // hunt.space.graph.num_blocks
+    for block in {0, hunt.space.graph.skip_gate}:
+        own = slice(block * ages, (block + 1) * ages)
+        covariances[:, own] *= math.exp((bent - plain) / 2)
+        covariances[:, :, own] *= math.exp((bent - plain) / 2)
+    surrogate = Surrogate(covariances)
+    for candidate, found in hunt.tried.items():
+        if candidate.extrapolation == straight:
+            surrogate.learn(hunt.space.reuses(candidate.rows), found.vectors)
+    return surrogate
 
 
-def _proposal(hunt: Hunt, surrogate: Surrogate) -> Rows | None:
-    """Return the table of which most is to be expected, of those that are not all but known."""
+def _refine(hunt: Hunt, surrogate: Surrogate, straight: float) -> Generator[None]:
+    """Run the tables of which most is expected, until what the race needs is left."""
+    reserved = min(_race_cost(hunt), hunt.left / 2)
+    proposals = [hunt.candidate(rows, straight) for rows in calibrated(hunt)[:2]]
+    while hunt.left > reserved:
+        candidate = proposals.pop() if proposals else _proposal(hunt, surrogate, straight)
+        if candidate is None:
+            return
+        if candidate in hunt.tried:
+            continue
+        found = hunt.run(candidate)
+        surrogate.learn(hunt.space.reuses(candidate.rows), found.vectors)
+        yield
+
+
+def _proposal(hunt: Hunt, surrogate: Surrogate, straight: float) -> Candidate | None:
+    """Return the table of which most is expected, of those that are not all but known."""
     doubt = DOUBTS[len(hunt.tried) % len(DOUBTS)]
+    start = next(one for one in hunt.ranked() if one.extrapolation == straight)
     ranked = anneal(
         lambda rows: surrogate.score(hunt.space.reuses(rows), doubt),
         hunt.space,
         hunt.budget,
-        hunt.ranked()[0],
+        start.rows,
         MOVES,
         hunt.rng,
     )
-    novel = (
-        rows
-        for _, rows in ranked
-        if hunt.is_new(rows) and surrogate.novelty(hunt.space.reuses(rows)) > SAME
-    )
-    return next(novel, None)
+    for _, rows in ranked:
+        candidate = hunt.candidate(rows, straight)
+        new = candidate not in hunt.tried
+        if new and surrogate.novelty(hunt.space.reuses(rows)) > SAME:
+            return candidate
+    return None
 
 
 def _race_cost(hunt: Hunt) -> float:
@@ -101,7 +130,7 @@ def _race(hunt: Hunt) -> Steps:
 
     Tables that surely are not the best are dropped.
     """
-    mask = hunt.space.close(hunt.step_mask())
+    mask = hunt.step_mask()
     racing = _distinct(hunt, mask)
     images = len(hunt.screened)
     most = min(len(hunt.items), GROWTH * images)
@@ -121,9 +150,9 @@ def _race(hunt: Hunt) -> Steps:
     return winners[0] if winners else mask
 
 
-def _distinct(hunt: Hunt, mask: Rows) -> list[Rows]:
+def _distinct(hunt: Hunt, mask: Candidate) -> list[Candidate]:
     """Return the best tables but the mask, leaving out those that end like a better one."""
-    found: list[Rows] = []
+    found: list[Candidate] = []
     for rows in hunt.ranked():
         vectors = hunt.tried[rows].vectors
         others = (hunt.tried[other].vectors for other in [mask, *found])

@@ -34,12 +34,12 @@ def calibrated(hunt: Hunt) -> list[Rows]:
         )
     surrogate = Surrogate(hunt.errors.covariances)
     found: dict[Rows, float] = {}
-    for start in [hunt.step_mask(), hunt.uniform(), hunt.uniform()][:STARTS]:
+    for start in (hunt.step_mask(), *[hunt.uniform()] * (STARTS - 1)):
         for score, rows in anneal(
             lambda rows: surrogate.score(hunt.space.reuses(rows)),
             hunt.space,
             hunt.budget,
-            start,
+            start.rows,
             MOVES,
             hunt.rng,
         )[:20]:
@@ -49,4 +49,4 @@ def calibrated(hunt: Hunt) -> list[Rows]:
 
 def _steps(hunt: Hunt) -> Steps:
     yield
-    return calibrated(hunt)[0]
+    return hunt.candidate(calibrated(hunt)[0])

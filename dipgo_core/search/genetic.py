@@ -15,7 +15,7 @@ import optuna
 from dipgo_core.postprocess import select_subnet
 from dipgo_core.search.progress import SearchProblem, SearchProgress
 from dipgo_core.search.reads import Rows
-from dipgo_core.search.tables import Hunt, Steps, search_tables
+from dipgo_core.search.tables import Candidate, Hunt, Steps, search_tables
 
 #: Tables of a generation: a search can afford a few dozen runs.
 POPULATION = 10
@@ -35,15 +35,15 @@ def _steps(hunt: Hunt) -> Steps:
     )
     study = optuna.create_study(sampler=sampler)
     for seed in (hunt.step_mask(), hunt.uniform()):
-        study.enqueue_trial(_genes_of(hunt, seed), skip_if_exists=True)
+        study.enqueue_trial(_genes_of(hunt, seed.rows), skip_if_exists=True)
     idle = 0
     while idle < PATIENCE:
         trial = study.ask()
-        rows = _table(hunt, trial)
-        new = hunt.is_new(rows)
-        if new and hunt.tried and hunt.left < hunt.cost(rows) * len(hunt.screened):
+        child = _table(hunt, trial)
+        new = child not in hunt.tried
+        if new and hunt.tried and not hunt.affords(child):
             break
-        score = hunt.run(rows).score
+        score = hunt.run(child).score
         study.tell(trial, score)
         idle = 0 if new else idle + 1
         if new:
@@ -63,11 +63,11 @@ def _genes_of(hunt: Hunt, rows: Rows) -> dict[str, float]:
     return {name: 0.9 if keep[call, n] else 0.1 for call, n, name in _names(hunt)}
 
 
-def _table(hunt: Hunt, trial: optuna.Trial) -> Rows:
+def _table(hunt: Hunt, trial: optuna.Trial) -> Candidate:
     space = hunt.space
     scores = np.ones((space.num_calls, space.graph.num_blocks))
     for call, n, name in _names(hunt):
         scores[call, n] = trial.suggest_float(name, 0.0, 1.0)
     convention = hunt.problem.convention
     gates = select_subnet(scores, space.graph, hunt.target, convention=convention)
-    return space.close(space.rows_of(gates))
+    return hunt.candidate(space.rows_of(gates))

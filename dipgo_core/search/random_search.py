@@ -25,15 +25,15 @@ def _steps(hunt: Hunt) -> Steps:
     space, problem = hunt.space, hunt.problem
     idle = 0
     while idle < PATIENCE:
-        drawn = int(hunt.rng.integers(2**31))
-        gates = random_gates(space.graph, hunt.target, space.num_calls, drawn, problem.convention)
-        rows = space.close(space.rows_of(gates))
-        if not hunt.is_new(rows):
+        seed = int(hunt.rng.integers(2**31))
+        gates = random_gates(space.graph, hunt.target, space.num_calls, seed, problem.convention)
+        drawn = hunt.candidate(space.rows_of(gates))
+        if drawn in hunt.tried:
             idle += 1
             continue
-        if hunt.tried and hunt.left < hunt.cost(rows) * len(hunt.screened):
+        if hunt.tried and not hunt.affords(drawn):
             break
         idle = 0
-        hunt.run(rows)
+        hunt.run(drawn)
         yield
     return hunt.ranked()[0]

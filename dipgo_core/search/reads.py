@@ -45,9 +45,9 @@ class TableSpace:
     def rows_of(self, gates: GateTable) -> Rows:
         return tuple(bits_of(gates.keep))
 
-    def table_of(self, rows: Rows) -> GateTable:
+    def table_of(self, rows: Rows, extrapolation: float = 0.0) -> GateTable:
         width = self.graph.num_blocks
-        return GateTable(np.stack([row_of(row, width) for row in rows]))
+        return GateTable(np.stack([row_of(row, width) for row in rows]), extrapolation)
 
     def close(self, rows: Rows) -> Rows:
         """Return the canonical rows: dead blocks reuse, calls that compute nothing skip."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ from dipgo_core.search.objective import Measured, TrueObjective
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
 from dipgo_core.search.reads import Rows, TableSpace
 from dipgo_core.strategies import NEEDS
+
+
+class Candidate(NamedTuple):
+    """A table in canonical form, and how its skipped calls predict (``GateTable``)."""
+
+    rows: Rows
+    extrapolation: float = 0.0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -43,8 +51,8 @@ class Hunt:
     rng: np.random.Generator
     items: tuple[int, ...]
     errors: ReuseErrors | None
-    tried: dict[Rows, Measured] = field(default_factory=dict)
-    measured: dict[Rows, int] = field(default_factory=dict)
+    tried: dict[Candidate, Measured] = field(default_factory=dict)
+    measured: dict[Candidate, int] = field(default_factory=dict)
     spent: float = 0.0
 
     @property
@@ -52,60 +60,68 @@ class Hunt:
         """What may still be spent on this target, in dense runs of one image."""
         return self.problem.settings.effort - self.spent
 
-    def cost(self, rows: Rows) -> float:
+    def candidate(self, rows: Rows, extrapolation: float = 0.0) -> Candidate:
+        """Return a table in canonical form; where no call is skipped, nothing is extrapolated."""
+        closed = self.space.close(rows)
+        return Candidate(closed, extrapolation if 0 in closed else 0.0)
+
+    def cost(self, candidate: Candidate) -> float:
         """Return what one image of a table costs, in dense runs of one image."""
-        graph = self.space.graph
-        return graph.macs(self.space.table_of(rows)) / graph.call_macs() / self.space.num_calls
+        graph, calls = self.space.graph, self.space.num_calls
+        return graph.macs(self.space.table_of(candidate.rows)) / graph.call_macs() / calls
+
+    def affords(self, candidate: Candidate) -> bool:
+        """Return whether a candidate may still be run on the screened items."""
+        return self.cost(candidate) * len(self.screened) <= self.left
 
     @property
     def screened(self) -> tuple[int, ...]:
         """The items that candidates are run on."""
         return self.items[: self.problem.settings.samples]
 
-    def run(self, rows: Rows) -> Measured:
+    def run(self, candidate: Candidate) -> Measured:
         """Run a candidate on the screened items.
 
         Raises:
             SearchError: it spends more than the budget.
         """
-        rows = self.space.close(rows)
-        if self.space.macs(rows) > self.budget:
+        if self.space.macs(candidate.rows) > self.budget:
             raise SearchError(f"a candidate for target {self.target} is above its budget")
-        self.tried[rows] = self.measure(rows, len(self.screened))
-        return self.tried[rows]
+        self.tried[candidate] = self.measure(candidate, len(self.screened))
+        return self.tried[candidate]
 
-    def measure(self, rows: Rows, images: int) -> Measured:
+    def measure(self, candidate: Candidate, images: int) -> Measured:
         """Return the errors of a table on the first so many items; none is run twice."""
-        known = self.measured.get(rows, 0)
-        self.spent += max(0, images - known) * self.cost(rows)
-        self.measured[rows] = max(images, known)
-        return self.objective.measure(self.space.table_of(rows), self.items[:images])
+        known = self.measured.get(candidate, 0)
+        self.spent += max(0, images - known) * self.cost(candidate)
+        self.measured[candidate] = max(images, known)
+        return self.objective.measure(self.space.table_of(*candidate), self.items[:images])
 
-    def is_new(self, rows: Rows) -> bool:
-        return self.space.close(rows) not in self.tried
-
-    def ranked(self) -> list[Rows]:
+    def ranked(self) -> list[Candidate]:
         """Return what was run, nearest to the dense run first; of equals the earlier one."""
-        return sorted(self.tried, key=lambda rows: self.tried[rows].score)
+        return sorted(self.tried, key=lambda candidate: self.tried[candidate].score)
 
-    def step_mask(self) -> Rows:
+    def step_mask(self, extrapolation: float = 0.0) -> Candidate:
         """Return the best step mask of as many calls as the budget holds, evenly spread if none."""
         calls = affordable_calls(self.target, self.space.num_calls)
-        return self._mask((self.problem.step_masks or {}).get(calls) or self._uniform(calls))
+        found = (self.problem.step_masks or {}).get(calls) or self._uniform(calls)
+        return self._mask(found, extrapolation)
 
-    def uniform(self) -> Rows:
+    def uniform(self, extrapolation: float = 0.0) -> Candidate:
         """Return evenly spread calls, as many as the budget holds."""
-        return self._mask(self._uniform(affordable_calls(self.target, self.space.num_calls)))
+        calls = affordable_calls(self.target, self.space.num_calls)
+        return self._mask(self._uniform(calls), extrapolation)
 
     def _uniform(self, calls: int) -> tuple[int, ...]:
         return uniform_calls(calls, self.space.num_calls)
 
-    def _mask(self, calls: tuple[int, ...]) -> Rows:
+    def _mask(self, calls: tuple[int, ...], extrapolation: float) -> Candidate:
         space = self.space
-        return space.rows_of(GateTable.from_calls(calls, space.num_calls, space.graph.num_blocks))
+        gates = GateTable.from_calls(calls, space.num_calls, space.graph.num_blocks)
+        return self.candidate(space.rows_of(gates), extrapolation)
 
 
-Steps = Generator[None, None, Rows]
+Steps = Generator[None, None, Candidate]
 """The search of one target: yields after every run, returns the table that it chose."""
 
 
@@ -142,7 +158,7 @@ class _Search:
             self.objective.forwards = forwards
             self.objective.sample_forwards = float(self.num_calls * len(problem.items))
         self.seconds, self.done, self.figures = 0.0, 0, NOTHING_YET
-        self.tables: dict[float, Rows] = {}
+        self.tables: dict[float, Candidate] = {}
         if problem.resume is not None:
             self.seconds = self.objective.load(problem.resume)
 
@@ -193,8 +209,8 @@ class _Search:
             return
         best, last = hunt.ranked()[0], next(reversed(hunt.tried))
         score = hunt.tried[best].score
-        ratio = hunt.space.macs(last) / (hunt.budget / (1 - hunt.target))
-        kept = sum(row.bit_count() for row in last)
+        ratio = hunt.space.macs(last.rows) / (hunt.budget / (1 - hunt.target))
+        kept = sum(row.bit_count() for row in last.rows)
         self.figures = Figures(score, score, 0.0, ratio, 0.0, kept, int(best == last))
 
     def _progress(self, last: bool = False) -> SearchProgress:
@@ -211,9 +227,10 @@ class _Search:
 
     def _outcome(self) -> SearchOutcome:
         space = TableSpace(self.problem.graph, self.num_calls, 1, self.problem.convention)
-        rows = {target: space.close(found) for target, found in self.tables.items()}
+        found = self.tables.items()
         return SearchOutcome(
-            tables={target: tuple(space.table_of(r).to_strings()) for target, r in rows.items()},
+            tables={t: tuple(space.table_of(one.rows).to_strings()) for t, one in found},
+            extrapolations={t: one.extrapolation for t, one in found if one.extrapolation},
             forwards=self.objective.forwards,
             sample_forwards=self.objective.sample_forwards,
         )
