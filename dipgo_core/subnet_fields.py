@@ -107,6 +107,7 @@ _OPTIONAL: Final[dict[str, Rule]] = {
     "model.latent_side": _STEPS,
     "model.tokens": _COUNT,
     "sampler.custom": (_is_custom, 'an object with a list of numbers "timesteps" or "sigmas"'),
+    "sampler.guidance_calls": _COUNT,
     "keep_sha256": _TEXT,
     "macs.paper": _OBJECT,
     "provenance": _OBJECT,
