@@ -53,7 +53,8 @@ class SamplerSettings:
     """Noise scheduler, number of steps and guidance of one sampling run.
 
     `spacing` None keeps the model's own timestep spacing. timesteps, sigmas: a schedule of one's
-    own, one entry a step, falling; at most one of the two, and without `spacing`.
+    own, one entry a step, falling; at most one of the two, and without `spacing`. guidance_calls:
+    how many calls have guidance, the first ones; None: all of them.
     """
 
     scheduler: str
@@ -62,10 +63,16 @@ class SamplerSettings:
     spacing: Spacing | None = None
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    guidance_calls: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps must be at least 1, got {self.steps}")
+        if self.guidance_calls is not None and (self.guidance_calls < 0 or not self.guided):
+            raise ConfigError(
+                "sampler.guidance_calls counts calls from 0 on, of a sampler whose guidance_scale "
+                f"is above 1, got {self.guidance_calls} at {self.guidance_scale:g}"
+            )
         given = [name for name in ("spacing", "timesteps", "sigmas") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"sampler.{given[0]} and sampler.{given[1]} exclude each other")
@@ -81,15 +88,22 @@ class SamplerSettings:
                 )
 
     @property
+    def guided(self) -> bool:
+        """Whether the scale asks for guidance at all: stock calls have it above 1."""
+        return self.guidance_scale > 1
+
+    @property
     def custom(self) -> dict[str, list[float]]:
         """The schedule of one's own, as the argument of a stock call; empty without one."""
         given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
         return {name: list(values) for name, values in given.items() if values is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields; a list only where one is given, as protocols had it before lists."""
+        """Return the fields; later ones only where given, so that keys stay as they were."""
+        later = {} if self.guidance_calls is None else {"guidance_calls": self.guidance_calls}
         fields = asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("timesteps", "sigmas")} | self.custom
+        first = ("scheduler", "steps", "guidance_scale", "spacing")
+        return {name: fields[name] for name in first} | self.custom | later
 
 
 @dataclass(frozen=True, kw_only=True)

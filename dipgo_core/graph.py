@@ -276,10 +276,17 @@ class BlockGraph:
         """MACs of one dense call, batch 1."""
         return sum(block.cost(convention) for block in self.blocks)
 
-    def macs(self, gates: GateTable, convention: Convention = "all") -> int:
-        """MACs of all calls, batch 1, closure included."""
+    def macs(
+        self, gates: GateTable, convention: Convention = "all", guided: int | None = None
+    ) -> int:
+        """MACs of all calls, batch 1, closure included.
+
+        guided: how many calls have guidance, the first ones (None: all); the others run half of the
+        batch, and count half.
+        """
         self.check(gates)
-        return sum(self.priced(kept, convention)[1] for kept in bits_of(gates.keep))
+        calls = [self.priced(kept, convention)[1] for kept in bits_of(gates.keep)]
+        return (sum(calls) + sum(calls[:guided])) // 2
 
     def pruned_ratio(self, gates: GateTable, convention: Convention = "all") -> float:
         return 1 - self.macs(gates, convention) / (gates.num_calls * self.call_macs(convention))

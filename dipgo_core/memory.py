@@ -109,9 +109,12 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What of a search decides its memory. calls: that gradients go through at once. gates: searched
-    ones of a call; query_dim: of the pruner; checkpoints: whether it computes calls again if nobody
-    decides; through_decoder: whether gradients go through decoding as well."""
+    """What of a search decides its memory.
+
+    calls: that gradients go through at once. gates: searched ones of a call; query_dim: of the
+    pruner; checkpoints: whether it computes calls again if nobody decides; through_decoder: whether
+    gradients go through decoding as well.
+    """
 
     images: int
     calls: int

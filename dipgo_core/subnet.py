@@ -116,9 +116,10 @@ class SubNet:
                 f"{source} is not a SubNet file (kind must be {KIND!r}); `dipgo-sweep export` "
                 "writes one"
             )
-        if data.get("schema_version") != SCHEMA_VERSION:
+        version = data.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:  # True and 1.0 equal 1
             raise SubNetError(
-                f"{source} has schema_version {data.get('schema_version')!r}, this dipgo-sweep "
+                f"{source} has schema_version {version!r}, this dipgo-sweep "
                 f"reads {SCHEMA_VERSION}: export it again, or install the matching version"
             )
         check_fields(data, source)

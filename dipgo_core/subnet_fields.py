@@ -107,6 +107,7 @@ _OPTIONAL: Final[dict[str, Rule]] = {
     "model.latent_side": _STEPS,
     "model.tokens": _COUNT,
     "sampler.custom": (_is_custom, 'an object with a list of numbers "timesteps" or "sigmas"'),
+    "sampler.guidance_calls": _COUNT,
     "keep_sha256": _TEXT,
     "extrapolation": (lambda value: _is_number(value) and 0 < value <= 2, "above 0, at most 2"),
     "macs.paper": _OBJECT,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.families import find_known
-from dipgo_core.families.schedulers import calls_of
+from dipgo_core.families.schedulers import calls_of, guided_share
 from dipgo_core.graph import BlockGraph
 from dipgo_core.strategies import PROBED_ITEMS, TABLE_STRATEGIES, mask_forwards
 from orchestrator.facts import ModelFacts
@@ -169,7 +169,8 @@ def _images(kind: TaskKind, inputs: Mapping[str, Any]) -> float:
 def _macs(kind: TaskKind, inputs: Mapping[str, Any], images: float, costs: ModelCosts) -> float:
     if kind not in ("images", "errors", "search", "latency"):
         return 0.0
-    calls = calls_of(SamplerSettings(**inputs["sampler"]))
+    sampler = SamplerSettings(**inputs["sampler"])
+    calls = calls_of(sampler)
     dense = calls * costs.call_macs
     if kind == "errors":
         return images * costs.call_macs * _probes(inputs["errors"], calls, costs)
@@ -177,7 +178,7 @@ def _macs(kind: TaskKind, inputs: Mapping[str, Any], images: float, costs: Model
         return images * costs.call_macs * _calls_an_image(inputs, calls)
     if "keep" not in inputs:
         return images * dense
-    kept = costs.kept(inputs["keep"], inputs["granularity"])
+    kept = guided_share(sampler) * costs.kept(inputs["keep"], inputs["granularity"])
     if kind == "images" and _is_dense(inputs):
         return 0.0  # the dense run has made them
     return images * kept if kind == "images" else _runs(inputs["min_runs"], images) * (kept + dense)

@@ -17,6 +17,7 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from orchestrator.methods import TRIVIAL
 from orchestrator.metrics import FIGURES, label_of, wants_log
 from orchestrator.pareto import Front
 from orchestrator.points import ResolvedPoint
@@ -70,13 +71,16 @@ def mark_of(point: ResolvedPoint, strategies: Sequence[str]) -> Mark:
         strategy = str(point.strategy)
         shape = _SEARCH_MARKERS[strategies.index(strategy) % len(_SEARCH_MARKERS)]
         return Mark(f"searched: {strategy}", BLUE, shape, 7.5)
-    leading = point.variant == "leading"
+    leading = (point.variant or "").endswith("leading")
     marks = {
         "dense": Mark("dense", BLACK, "*", 11),
         "few_steps": Mark(
             f"few steps, {point.variant or ''}".rstrip(", "), ORANGE, "<>"[not leading]
         ),
+        "ays": Mark("Align Your Steps", ORANGE, "d", 6),
         "uniform": Mark("uniform skips", SKY, "s", 6),
+        "deepcache": Mark("DeepCache", GREEN, "^", 6),
+        "guidance_off": Mark("guidance off at the end", PURPLE, "H", 6),
         "best_step_mask": Mark("best step mask", VERMILION, "D", 6),
         "random": Mark("random gates", GREY, "v", 5.5),
     }
@@ -186,7 +190,7 @@ def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
     """Return one handle for each kind of point, and for the signs explained nowhere else."""
     listed = list(points)
     strategies = _strategies(listed)
-    order = ("dense", "search", "few_steps", "uniform", "best_step_mask", "random")
+    order = ("dense", "search", *TRIVIAL, "random")
     marks = {
         mark_of(point, strategies): None
         for point in sorted(listed, key=lambda p: order.index(p.method))

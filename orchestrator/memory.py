@@ -28,7 +28,7 @@ from dipgo_core.strategies import (
 from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
     STEP_MASKS,
-    granularities,
+    gated_layers,
     kinds_of_search,
     search_label,
     step_mask_search,
@@ -302,7 +302,7 @@ class ModelLoads:
     @property
     def _granularity(self) -> Granularity:
         """The finer one of those that are searched: it keeps more caches."""
-        return "layer" if "layer" in granularities(self.model) else "block"
+        return "layer" if gated_layers(self.model) else "block"
 
     def _batch(self, split: Split) -> int:
         source = self.model.evaluate if split == "test" else self.model.calibration

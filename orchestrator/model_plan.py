@@ -10,7 +10,7 @@ from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.explore import Explored, Growing, expected_images, explored_points
-from orchestrator.methods import CALIBRATED, PointSpec, searches, step_mask_search
+from orchestrator.methods import CALIBRATED, PointSpec, left_out, searches, step_mask_search
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.point_gates import Memo, Resolution, resolve_gates, unresolved_point
@@ -69,6 +69,7 @@ class ModelPlan:
             searches=found,
             memory=maker.memory.rows,
             resources=resource_rows(maker.sweep, maker.model.name, _KINDS, maker.facts),
+            left_out=tuple(left_out(maker.model)),
         )
 
     def _specs(self) -> Sequence[PointSpec]:

@@ -31,7 +31,7 @@ class Point:
 
     sampler: of the point itself (`few_steps` takes fewer steps than `sampler_dense`).
     strategy, loss, search: of the search it came from. search: all settings of that search.
-    variant: timestep spacing of `few_steps`, number of a random draw.
+    variant: what tells points of a baseline apart, as `PointSpec` has it.
     keep: rows of the gate table, None until the records it follows from are there.
     error: why there is no such point (an unreachable target).
     evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
@@ -123,6 +123,7 @@ class Plan:
     searches: tuple[str, ...] = ()  # keys of the grid's searches, not of best_step_mask
     memory: tuple[MemoryRow, ...] = ()
     resources: tuple[ResourceRow, ...] = ()
+    left_out: tuple[str, ...] = ()  # a line for each baseline that a model lacks, and why
 
     @property
     def ready(self) -> tuple[Task, ...]:
@@ -147,6 +148,7 @@ class Plan:
             "tasks": [planned.to_json() for planned in self.tasks],
             "memory": [row.to_json() for row in self.memory],
             "resources": [row.to_json() for row in self.resources],
+            "left_out": list(self.left_out),
         }
 
     @property

@@ -376,8 +376,8 @@ def point_name(point: Point) -> str:
     """Name a point for people, without its model and target."""
     variant = "" if point.variant is None else str(point.variant)
     layers = "layers" if point.granularity == "layer" else ""
-    if point.method == "few_steps":
-        return f"few steps, {variant}" if variant else "few steps"
+    if point.method in ("few_steps", "ays", "deepcache"):
+        return ", ".join(filter(None, (point.method.replace("_", " "), variant)))
     if point.method == "random":
         return " ".join(filter(None, ("random", layers, variant)))
     if point.method == "search":

@@ -32,6 +32,7 @@ PromptKind = Literal["bundled", "file", "hub", "labels"]
 ResourceKind = Literal["reference", "search", "evaluate", "latency", "score"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
+Solver = Literal["own", "dpm++2m"]
 ExploreSampler = Literal["tpe", "nsga2", "random"]
 DimensionKind = Literal["uniform", "loguniform", "int", "logint", "choice"]
 Axes = Mapping[str, tuple[Any, ...]]
@@ -114,12 +115,15 @@ class Baseline:
     """One trivial way to spend the compute of a target.
 
     draws: independent random gate tables a target (`random` only, else 0).
-    spacing: timestep spacings tried (`few_steps` only, else empty).
+    spacing: timestep spacings tried (`few_steps` only, else empty). solver: noise schedulers tried
+    (`few_steps`, `ays`). schedules: how many a target (`deepcache` only, else none).
     """
 
     name: str
     draws: int = 0
     spacing: tuple[Spacing, ...] = ()
+    solver: tuple[Solver, ...] = ("own",)
+    schedules: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str = "", *, stderr: bool = False) -> None:
-    """Print one line, as it is but for secrets, in one write: threads that log cut no line in two."""
+    """Print a line, as it is but for secrets, in one write: no thread that logs cuts it in two."""
     stream = sys.stderr if stderr else sys.stdout
     stream.write(f"{redact(text)}\n")
     if stderr:

@@ -25,8 +25,20 @@ SHAPES: Mapping[str, str] = {
     "square": "M-4.2 -4.2h8.4v8.4h-8.4z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
     "down": "M0 5.5L-5 -4H5z",
+    "up": "M0 -5.5L-5 4H5z",
+    "pentagon": "M0 -5.5L5.2 -1.7L3.2 4.4H-3.2L-5.2 -1.7z",
+    "cross": "M-5 -2.5L-2.5 -5L0 -2.5L2.5 -5L5 -2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0z",
 }
 _SEARCHED = ("circle", "plus", "hexagon")
+_SHAPED: Mapping[str, str] = {
+    "dense": "star",
+    "ays": "cross",
+    "uniform": "square",
+    "best_step_mask": "diamond",
+    "deepcache": "up",
+    "guidance_off": "pentagon",
+    "random": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,8 @@ def shape_of(point: ResolvedPoint, strategies: Sequence[str]) -> str:
     if point.is_searched:
         return _SEARCHED[strategies.index(str(point.strategy)) % len(_SEARCHED)]
     if point.method == "few_steps":
-        return "left" if point.variant == "leading" else "right"
-    shapes = {"dense": "star", "uniform": "square", "best_step_mask": "diamond", "random": "down"}
-    return shapes[point.method]
+        return "left" if (point.variant or "").endswith("leading") else "right"
+    return _SHAPED[point.method]
 
 
 def strategies_of(points: Iterable[ResolvedPoint]) -> list[str]:

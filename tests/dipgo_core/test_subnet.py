@@ -74,6 +74,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     [
         (lambda d: d.update(kind="x"), "is not a SubNet file"),
         (lambda d: d.update(schema_version=2), "schema_version 2, this dipgo-sweep reads 1"),
+        (lambda d: d.update(schema_version=True), "schema_version True, this dipgo-sweep reads 1"),
         (lambda d: d.pop("keep"), "keep must be a list of strings .* got nothing: it is missing"),
         (lambda d: d.update(keep=["11"]), "1 entries"),
         (lambda d: d.update(keep=["11", "1"]), "all of one length"),
