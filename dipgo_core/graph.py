@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -184,8 +184,12 @@ class BlockGraph:
             later = np.array([bool(calls) for calls in readers])
             stores, joins = live & later, self._joins(readers)
             past = pasts[call]
-            rows.append(_row(live, stores, reads, reads & ~later, joins & _paired(stores), past))
-            whole.append(_row(everything, later, nothing, nothing, joins & _paired(later), past))
+            rows.append(
+                _row(live, stores, reads, reads & ~later, joins & _paired(stores), past=past)
+            )
+            whole.append(
+                _row(everything, later, nothing, nothing, joins & _paired(later), past=past)
+            )
             readers = [
                 (call, *calls) if reads[n] else () if live[n] else calls
                 for n, calls in enumerate(readers)
@@ -357,5 +361,6 @@ def _paired(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.logical_and(flags, before)
 
 
-def _row(*parts: npt.NDArray[np.bool_] | int) -> Row:
-    return Row(*(part if isinstance(part, int) else tuple(part.tolist()) for part in parts))
+def _row(*columns: npt.NDArray[np.bool_], past: int) -> Row:
+    row = Row(*(tuple(column.tolist()) for column in columns))
+    return replace(row, past=past)

@@ -49,7 +49,7 @@ STEP_MASKS = "best_step_mask"
 
 #: Settings of a search that its name tells where they are not the default.
 _COMPARED: Final = (
-    *("objective", "effort", "samples", "staleness"),
+    *("objective", "effort", "samples", "staleness", "extrapolate"),
     *("encoder", "start", "sampling"),
 )
 

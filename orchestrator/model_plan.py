@@ -143,7 +143,9 @@ class ModelPlan:
         point = self.maker.once(("point", repr(spec)), lambda: unresolved_point(self.maker, spec))
         if all(need in self.records for need in point.needs):
             found = self._resolve(spec, point)
-            point = replace(point, keep=found.keep, error=found.error)
+            point = replace(
+                point, keep=found.keep, extrapolation=found.extrapolation, error=found.error
+            )
         if point.keep is not None:
             return self._add_measurements(spec, point, self._way(point))
         if point.error is None:
@@ -202,7 +204,7 @@ class ModelPlan:
         sampler: SamplerSettings = self.maker.once(
             ("sampler of", point.key), lambda: SamplerSettings(**point.sampler)
         )
-        return Way(sampler, point.granularity, point.keep)
+        return Way(sampler, point.granularity, point.keep, point.extrapolation)
 
     # explorations --------------------------------------------------------------------------------
 

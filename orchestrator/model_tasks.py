@@ -70,6 +70,7 @@ class Way:
     sampler: SamplerSettings
     granularity: str
     keep: tuple[str, ...]
+    extrapolation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class ModelTasks:
             way.sampler,
             {
                 **self._range(split, images),
-                "keep": self._rows(way),
+                **self._gates(way),
                 "granularity": way.granularity,
                 "metrics": metrics,
                 "scorers": scorers,
@@ -265,7 +266,7 @@ class ModelTasks:
             "evaluate",
             way.sampler,
             {
-                "keep": self._rows(way),
+                **self._gates(way),
                 "protocol": protocol,
                 "granularity": way.granularity,
                 "macs_convention": self.sweep.macs_convention,
@@ -402,7 +403,7 @@ class ModelTasks:
             "latency",
             way.sampler,
             {
-                "keep": self._rows(way),
+                **self._gates(way),
                 "dense_sampler": self._sampler(self.model.sampler),
                 "device": self.device,
                 "threads": max(1, round(cpus)),
@@ -464,6 +465,11 @@ class ModelTasks:
     def _sampler(self, sampler: SamplerSettings) -> dict[str, Any]:
         known: dict[str, Any] = self.once(("sampler", sampler), sampler.to_json)
         return known
+
+    def _gates(self, way: Way) -> dict[str, Any]:
+        """Return a gate table as inputs have it; most tables extrapolate nothing."""
+        bent = {"extrapolation": way.extrapolation} if way.extrapolation else {}
+        return {"keep": self._rows(way), **bent}
 
     def _rows(self, way: Way) -> list[str]:
         rows: list[str] = self.once(("rows", way.keep), lambda: list(way.keep))

@@ -32,7 +32,8 @@ class Point:
     sampler: of the point itself (`few_steps` takes fewer steps than `sampler_dense`).
     strategy, loss, search: of the search it came from. search: all settings of that search.
     variant: what tells points of a baseline apart, as `PointSpec` has it.
-    keep: rows of the gate table, None until the records it follows from are there.
+    keep, extrapolation: the gate table (`GateTable`), `keep` None until the records it follows from
+    are there.
     error: why there is no such point (an unreachable target).
     evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
         calibration_key for searched points and trivial baselines; latency_key where measured,
@@ -59,6 +60,7 @@ class Point:
     reference_key: str
     statistics_keys: tuple[str, ...] = ()
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     error: str | None = None
     search_key: str | None = None
     evaluate_key: str | None = None

@@ -21,6 +21,7 @@ class Resolution:
     """The gates of a point, or why it has none."""
 
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     error: str | None = None
 
 
@@ -79,4 +80,4 @@ def resolve_gates(
         gates = gates_of(spec, maker.model, graph, outcome, maker.sweep.macs_convention)
     except TargetError as error:
         return Resolution(error=str(error))
-    return Resolution(keep=tuple(gates.to_strings()))
+    return Resolution(keep=tuple(gates.to_strings()), extrapolation=gates.extrapolation)

@@ -33,7 +33,7 @@ class ResolvedPoint:
     the 95 % interval. dense_latency_ms: of the dense runs in between. throughput: images per second
     by batch size. peak_memory_mb, energy_j (an image): of the pruned run. latency_usable: False if
     the measurement was disturbed; then there is no speed, and latency_note says what disturbed it.
-    subnet: digest of `keep`.
+    subnet: digest of `keep` and `extrapolation`.
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
     chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
     of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
@@ -85,6 +85,7 @@ class ResolvedPoint:
     all_or_nothing_share: float | None = None
     subnet: str | None = None
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     calibration_psnr: float | None = None
     calibration_ssim: float | None = None
     calibration_clip: float | None = None
@@ -244,7 +245,10 @@ def _measured(
         state=_state(point, complete, error),
         error=None if complete else error,
         keep=point.keep,
-        subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
+        extrapolation=point.extrapolation,
+        subnet=None
+        if point.keep is None
+        else GateTable.from_strings(point.keep, point.extrapolation).digest,
         **_calibration(_record(records, point.calibration_key)),
         dropped=lost,
         evaluate_key=evaluate_key,

@@ -22,9 +22,7 @@ def search_annealed(problem: SearchProblem) -> Iterator[SearchProgress]:
 
 
 def _steps(hunt: Hunt) -> Steps:
-    for seed in dict.fromkeys(
-        [hunt.space.close(hunt.step_mask()), hunt.space.close(hunt.uniform())]
-    ):
+    for seed in dict.fromkeys((hunt.step_mask(), hunt.uniform())):
         hunt.run(seed)
         yield
     here = hunt.ranked()[0]

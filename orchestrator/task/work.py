@@ -149,7 +149,8 @@ class Work:
 
     @cached_property
     def gates(self) -> GateTable:
-        return GateTable.from_strings(self.task.inputs["keep"])
+        inputs = self.task.inputs
+        return GateTable.from_strings(inputs["keep"], inputs.get("extrapolation", 0.0))
 
     @property
     def batch_size(self) -> int:
