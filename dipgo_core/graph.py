@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -362,5 +362,5 @@ def _paired(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _row(*columns: npt.NDArray[np.bool_], past: int) -> Row:
-    row = Row(*(tuple(column.tolist()) for column in columns))
-    return replace(row, past=past)
+    computes, stores, reads, frees, joins = (tuple(column.tolist()) for column in columns)
+    return Row(computes, stores, reads, frees, joins, past)
