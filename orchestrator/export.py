@@ -27,7 +27,7 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
             f"({point.error or point.state}): run the sweep, then export again"
         )
     document = dict(record.outputs["subnet"])
-    if "guidance_calls" in document["sampler"]:
+    if not is_subnet(record):
         raise StoreError(
             f"point {point.key[:12]} ({point.name}) leaves guidance out at its last calls, which "
             "no SubNet file can ask a pipeline for: export another point"
@@ -51,6 +51,11 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
     }
     document["metrics"] = _metrics(point)
     return SubNet.from_json(document, source=f"record {record.key[:12]}")
+
+
+def is_subnet(record: Record) -> bool:
+    """Return whether gates alone make what was evaluated, of the model's own pipeline call."""
+    return "guidance_calls" not in record.outputs["subnet"]["sampler"]
 
 
 def _search_settings(point: ResolvedPoint, records: Mapping[str, Record]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
-from orchestrator.export import export_subnet
+from orchestrator.export import export_subnet, is_subnet
 from orchestrator.gains import Comparisons
 from orchestrator.metrics import IMAGE_FIGURES, label_of, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
@@ -237,18 +237,21 @@ def figures_note(point: ResolvedPoint) -> str:
 def point_files(
     point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
 ) -> dict[str, bytes]:
-    """Return the files of an evaluated point: the SubNet, its gate heatmap, its first images."""
+    """Return the files of an evaluated point: the SubNet, if it is one, its gate heatmap, its first
+    images."""
     record = records.get(point.evaluate_key or "")
     if record is None:
         return {}
     from orchestrator.figures import gates_figure, image_grid, to_png
     from orchestrator.report.sections import samples
 
-    subnet = export_subnet(point, records, sweep).to_json()
-    files = {
-        "subnet.json": json.dumps(subnet, indent=1).encode(),
-        "gates.png": to_png(gates_figure(subnet), dpi=100),
-    }
+    files: dict[str, bytes] = {}
+    if is_subnet(record):
+        subnet = export_subnet(point, records, sweep).to_json()
+        files = {
+            "subnet.json": json.dumps(subnet, indent=1).encode(),
+            "gates.png": to_png(gates_figure(subnet), dpi=100),
+        }
     images = samples(point, records, store)
     return files if images is None else {**files, "samples.png": image_grid([images])}
 

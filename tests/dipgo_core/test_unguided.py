@@ -9,13 +9,16 @@ import pytest
 import torch
 from tiny import DDIM, tiny_dit, tiny_model, tiny_sd
 
+from dipgo_core.binding import subnet_of
 from dipgo_core.config import SamplerSettings
 from dipgo_core.errors import ConfigError, SamplingError
 from dipgo_core.evaluation.generate import generate
 from dipgo_core.families import guided_share
+from dipgo_core.gates import GateTable
 from dipgo_core.items import Item
-from dipgo_core.pipelines import LoadedModel
+from dipgo_core.pipelines import LoadedModel, block_graph
 from dipgo_core.sampling import Batch, call_arguments, rollout, set_sampler
+from dipgo_core.subnet import SubNet
 
 ITEMS = (Item("a red cat", 3), Item("the moon", 5))
 SEEDS = (11, 12)
@@ -93,3 +96,15 @@ def test_settings_refuse_calls_of_no_guidance_and_keep_their_old_form() -> None:
         replace(PLAIN, guidance_scale=1.0, guidance_calls=2)
     assert set(PLAIN.to_json()) == {"scheduler", "steps", "guidance_scale", "spacing"}
     assert SamplerSettings(**off_after(2).to_json()) == off_after(2)
+
+
+def test_what_was_evaluated_tells_its_guided_calls_and_their_compute() -> None:
+    """Oracle: by hand, 2 of 5 calls whole and 3 halved are 70 % of a dense run."""
+    model = tiny_model(tiny_sd())
+    graph = block_graph(model)
+    whole = GateTable.all_keep(5, graph.num_blocks)
+    told = subnet_of(model, graph, off_after(2), whole)
+    assert told.sampler["guidance_calls"] == 2
+    assert told.macs["pruned_ratio"] == pytest.approx(0.3)
+    assert SubNet.from_json(told.to_json()).macs == told.macs
+    assert "guidance_calls" not in subnet_of(model, graph, PLAIN, whole).sampler

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +18,12 @@ from dipgo_core.evaluation.intervals import difference_of, interval_of
 from dipgo_core.evaluation.mmd_intervals import kid_replicates
 from dipgo_core.evaluation.protocol import Protocol
 from orchestrator.export import export_subnet
+from orchestrator.figures import mark_of
 from orchestrator.gains import DISTRIBUTIONS, Comparisons, Gain
 from orchestrator.headlines import headlines
+from orchestrator.methods import Method
 from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.report.front_svg import SHAPES, shape_of
 from orchestrator.store import open_store
 from orchestrator.sweep_settings import SweepFile
 from tests.orchestrator.finished_sweep import Finished, finish, sweep_facts
@@ -323,3 +328,28 @@ def test_store_that_can_only_be_read_is_read(
     monkeypatch.setattr(finished.store, "get_derived", lambda *_: None)
     monkeypatch.setattr(finished.store.backend, "put", refused)
     assert Comparisons(finished.store, records).replicates("kid", key) is not None
+
+
+def test_export_refuses_what_gates_alone_do_not_make(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    """A point without guidance at its last calls, of which a SubNet file says nothing."""
+    point = pick(points, "search", 0.5)[0]
+    records = dict(finished.store.records())
+    record = records[str(point.evaluate_key)]
+    subnet = record.outputs["subnet"]
+    halved = {**subnet, "sampler": {**subnet["sampler"], "guidance_calls": 2}}
+    records[record.key] = replace(record, outputs={**record.outputs, "subnet": halved})
+    with pytest.raises(StoreError, match="leaves guidance out at its last calls"):
+        export_subnet(point, records, finished.sweep)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_a_mark_a_shape_and_a_colour(
+    points: tuple[ResolvedPoint, ...], method: Method
+) -> None:
+    point = replace(points[0], method=method, strategy="dipgo")
+    assert shape_of(point, ["dipgo"]) in SHAPES
+    assert mark_of(point, ["dipgo"]).label
+    css = files("orchestrator").joinpath("templates/report.css").read_text("utf-8")
+    assert f".{method} {{ --kind" in css or f".{method}, " in css
