@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from orchestrator.methods import TRIVIAL
 from orchestrator.metrics import FIGURES, label_of, wants_log
-from orchestrator.pareto import Front
+from orchestrator.pareto import CROSSED, Front, is_crossed
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.standing import Dominance
@@ -32,6 +32,7 @@ INK = "#3b4048"
 #: How much is seen of points that are surely not on a front.
 NOT_ON_FRONT = 0.35
 FAINT = "#c9ced6"
+_CROSS: Any = {"marker": "x", "markersize": 10, "markeredgewidth": 1.2, "color": INK}
 
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -128,6 +129,7 @@ def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> Non
         groups.setdefault((mark_of(point, strategies), standing), []).append(point)
     for (mark, standing), group in groups.items():
         _draw_group(axes, group, front, mark, standing)
+    _cross_out(axes, [p for p in compared if is_crossed(p, quality)], front)
     if front.knee is not None:
         knee = by_key[front.knee]
         axes.plot(
@@ -155,6 +157,17 @@ def _draw_group(
         markeredgewidth=1.3, elinewidth=0.8,
         alpha=NOT_ON_FRONT if standing == "no" else 1.0, zorder=order,
     )  # fmt: skip
+
+
+def _cross_out(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> None:
+    """Draw a cross over each point; over those not on the front as faint as they are."""
+    for faint in (False, True):
+        group = [p for p in points if (front.standing[p.key] == "no") is faint]
+        if group:
+            axes.plot(
+                *(_values(group, name) for name in front.objectives), linestyle="none",
+                alpha=NOT_ON_FRONT if faint else 1.0, zorder=6, **_CROSS,
+            )  # fmt: skip
 
 
 def _values(points: Sequence[ResolvedPoint], figure: str) -> npt.NDArray[np.float64]:
@@ -201,6 +214,7 @@ def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
         for m in marks
     ]  # fmt: skip
     handles += _standing_handles()
+    handles.append(Line2D([], [], linestyle="none", label=CROSSED, **_CROSS))
     handles.append(
         Line2D([], [], linestyle="none", marker="o", markersize=12, color=PURPLE,
                markerfacecolor="none", label="knee")

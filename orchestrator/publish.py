@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,8 @@ from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fron
 from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task, content_key
+from orchestrator.search_cost import BEGUN_WITH
+from orchestrator.search_cost import SPENT as SEARCH_SPENT
 from orchestrator.speeds import TIMES
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
@@ -34,10 +36,10 @@ PARAMS = (
 #: Files of a sweep in the store: the folder of its report, and what that shows.
 REPORT = "report"
 STAMP = "report.sha256"
+#: What the tags of a point say, so that runs are found by `tags.knee = 'true'` and the like.
+_TRUTH = {True: "true", False: "false"}
 #: What a search cost, and what it says of a SubNet of its own.
 SPENT = ("forwards", "sample_forwards", "seconds", "peak_memory_bytes", "all_or_nothing_share")
-#: Keys of the tasks that a search took what it began with from.
-FOUND_BEFORE = ("errors", "step_masks")
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
 
@@ -78,7 +80,10 @@ class Publisher:
             comparisons=comparisons,
         )
         fronts = pareto_fronts(
-            points, speed=SPEED_OF[objective.speed], differences=comparisons.difference
+            points,
+            speed=SPEED_OF[objective.speed],
+            differences=comparisons.difference,
+            knee=objective.knee,
         )
         self.points, self.fronts = points, fronts
         with TemporaryDirectory(prefix="dipgo-report-") as folder:
@@ -133,7 +138,8 @@ class Publisher:
                 yield search_entry(records[planned.key], planned.label)
         for point in points:
             if point.state != "pending":
-                yield point_entry(point, records, self.store, self.sweep)
+                front = headline_front(point, self.fronts, self.sweep.objective.quality)
+                yield point_entry(point, records, self.store, self.sweep, front)
 
 
 def put_report(store: Store, sweep: str, folder: Path) -> None:
@@ -162,7 +168,7 @@ def search_entry(record: Record, label: str) -> Entry:
     curve = outputs["curve"]
     asked = {
         name: inputs[name]
-        for name in ("search", "target", "macs_convention", *FOUND_BEFORE)
+        for name in ("search", "target", "macs_convention", *BEGUN_WITH)
         if name in inputs
     }
     spent = {name: float(outputs[name]) for name in SPENT if outputs.get(name) is not None}
@@ -181,9 +187,16 @@ def search_entry(record: Record, label: str) -> Entry:
 
 
 def point_entry(
-    point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
+    point: ResolvedPoint,
+    records: Mapping[str, Record],
+    store: Store,
+    sweep: SweepFile,
+    front: Front | None,
 ) -> Entry:
-    """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
+    """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples.
+
+    front: where it is compared with others in the sweep's own quality metric.
+    """
     settings = {name: getattr(point, name) for name in PARAMS}
     where = f" at {point.target:g}" if point.target is not None else ""
     tags = {
@@ -200,9 +213,30 @@ def point_entry(
         state="failed" if point.state == "failed" else "done",
         params=_flat({**settings, "loss": point.loss or {}, "sampler": point.sampler}),
         metrics=tracked_figures(point),
-        tags={name: value for name, value in tags.items() if value},
+        tags={name: value for name, value in tags.items() if value} | verdict_tags(point, front),
         files=partial(point_files, point, records, store, sweep),
     )
+
+
+def headline_front(point: ResolvedPoint, fronts: Iterable[Front], quality: str) -> Front | None:
+    """Return the front in the sweep's own quality metric on which a point is compared."""
+    own = (front for front in fronts if front.objectives[1] == quality)
+    return next((front for front in own if point.key in front.standing), None)
+
+
+def verdict_tags(point: ResolvedPoint, front: Front | None) -> dict[str, str]:
+    """Return what filters go by; all of them for every point, so that none outlives a change.
+
+    beats_trivial: unknown where there is no verdict (yet), and false of the baselines themselves.
+    on_front: surely, possibly, no.
+    """
+    unknown = point.is_contender and point.verdict in (None, "unknown")
+    beats = _TRUTH[point.is_contender and point.verdict == "beats"]
+    return {
+        "beats_trivial": "unknown" if unknown else beats,
+        "knee": _TRUTH[front is not None and front.knee == point.key],
+        "on_front": "no" if front is None else front.standing[point.key],
+    }
 
 
 def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
@@ -216,7 +250,13 @@ def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
     for size, rate in point.throughput.items():
         found[f"images_per_second/batch-{size}"] = rate["value"]
     for name, gain in point.gain.items():
-        found[tracking_name(name, point.scorer(name), prefix="gain_")] = gain.value
+        ends = {"": gain.value, "_low": gain.low, "_high": gain.high}
+        found |= {
+            tracking_name(name, point.scorer(name), prefix="gain_", end=end): value
+            for end, value in ends.items()
+        }
+    for name in SEARCH_SPENT:
+        found[f"search_{name}"] = getattr(point.search_cost, name, None)
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

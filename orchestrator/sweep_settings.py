@@ -33,6 +33,7 @@ ResourceKind = Literal["reference", "search", "evaluate", "latency", "score"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
 Solver = Literal["own", "dpm++2m"]
+KneeRule = Literal["beats_trivial", "any"]
 ExploreSampler = Literal["tpe", "nsga2", "random"]
 DimensionKind = Literal["uniform", "loguniform", "int", "logint", "choice"]
 Axes = Mapping[str, tuple[Any, ...]]
@@ -276,10 +277,15 @@ class LatencySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The headline pair; fronts are drawn for every quality metric anyway."""
+    """The headline pair; fronts are drawn for every quality metric anyway.
+
+    knee: which points of a front may be its knee: those that surely beat the best trivial baseline
+    at the same compute, or any.
+    """
 
     speed: Literal["latency", "macs"] = "latency"
     quality: Metric = "clip"
+    knee: KneeRule = "beats_trivial"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -625,6 +625,13 @@ def test_hub_model_without_prompts_says_what_to_give(load: Load) -> None:
     assert "evaluate.prompts: is missing; x needs a file, {hub: owner/name}" in "\n".join(issues)
 
 
+def test_knee_beats_the_trivial_baseline_unless_asked_otherwise(load: Load) -> None:
+    assert load(SMALL).objective.knee == "beats_trivial"
+    assert load(SMALL + "objective: {knee: any}\n").objective.knee == "any"
+    (issue,) = issues_of(load, SMALL + "objective: {knee: best}\n")
+    assert "objective.knee: must be one of beats_trivial, any, got" in issue
+
+
 def test_unmeasured_objective_is_refused(load: Load) -> None:
     text = "evaluate: {metrics: [fid]}\nobjective: {quality: clip}\n"
     (issue,) = issues_of(load, SMALL + text)
