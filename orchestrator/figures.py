@@ -32,7 +32,7 @@ INK = "#3b4048"
 #: How much is seen of points that are surely not on a front.
 NOT_ON_FRONT = 0.35
 FAINT = "#c9ced6"
-_CROSS: Any = {"marker": "x", "markersize": 10, "markeredgewidth": 1.2, "color": INK}
+_CROSS: Any = {"marker": "x", "markersize": 9, "markeredgewidth": 0.9, "color": INK}
 
 _STYLE: Any = {
     "font.family": "sans-serif",

@@ -115,7 +115,7 @@ def _gained(
 ) -> str:
     baseline = by_key[gain.baseline_key].name
     label = label_of(metric, point.scorer(metric))
-    return f"{label} {gain.text(metric)}, {gain.verdict} {baseline}"
+    return f"{label} {gain.text(metric)} ({gain.verdict} {baseline})"
 
 
 def _headline(

@@ -26,7 +26,7 @@ SPEED_OF: Mapping[str, Speed] = {"latency": "speedup", "macs": "macs_speedup"}
 
 
 #: What a cross over a point means, wherever fronts are drawn.
-CROSSED = "crossed: not shown to beat the best trivial baseline"
+CROSSED = "crossed: searched, not shown to beat the best trivial baseline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def knee_point(
 ) -> ResolvedPoint | None:
     """Return the point of `front` farthest above the chord between its ends, None if none may be.
 
-    rule: `beats_trivial` admits only points that surely beat the best trivial baseline in
+    rule: `beats_trivial` admits only searched points that surely beat the best trivial baseline in
     `quality`, `any` all of them.
     """
     admitted = [rule == "any" or p.beats_trivial(quality) for p in front]
@@ -158,7 +158,7 @@ def knee_note(points: Iterable[ResolvedPoint], front: Front) -> str:
     why = f"no knee: no point on this front is shown to beat the best trivial baseline in {label}"
     names = (name_at_target(point) for point in points if point.key == front.instead)
     instead = next((f"take the baseline {name}" for name in names), "no baseline is on it either")
-    return f"{why}; {instead} (`objective.knee: any` takes a point all the same)"
+    return f"{why}; {instead} (objective.knee: any takes a point all the same)"
 
 
 def hypervolume(
@@ -260,8 +260,8 @@ def _front_row(group: Sequence[ResolvedPoint], front: Front) -> FrontRow:
 
 
 def is_crossed(point: ResolvedPoint, quality: str) -> bool:
-    """Whether a drawing crosses a point out: it has not been shown to beat its baselines."""
-    return point.is_contender and not point.beats_trivial(quality)
+    """Whether a drawing crosses a searched point out: it is not shown to beat its baseline."""
+    return point.is_searched and not point.beats_trivial(quality)
 
 
 def share_text(point: ResolvedPoint) -> str:

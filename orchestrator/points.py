@@ -111,14 +111,9 @@ class ResolvedPoint:
     def is_searched(self) -> bool:
         return self.method == "search"
 
-    @property
-    def is_contender(self) -> bool:
-        """Whether trivial baselines are what it has to beat."""
-        return self.method not in (*TRIVIAL, "dense")
-
     def beats_trivial(self, metric: str) -> bool:
-        """Whether it surely beats the best trivial baseline in a metric, being none itself."""
-        return self.is_contender and self.verdicts.get(metric) == "beats"
+        """Whether it was searched and surely beats the best trivial baseline in a metric."""
+        return self.is_searched and self.verdicts.get(metric) == "beats"
 
     @property
     def is_explored(self) -> bool:

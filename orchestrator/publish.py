@@ -227,11 +227,11 @@ def headline_front(point: ResolvedPoint, fronts: Iterable[Front], quality: str) 
 def verdict_tags(point: ResolvedPoint, front: Front | None) -> dict[str, str]:
     """Return what filters go by; all of them for every point, so that none outlives a change.
 
-    beats_trivial: unknown where there is no verdict (yet), and false of the baselines themselves.
+    beats_trivial: of a searched point unknown where there is no verdict (yet); false of all others.
     on_front: surely, possibly, no.
     """
-    unknown = point.is_contender and point.verdict in (None, "unknown")
-    beats = _TRUTH[point.is_contender and point.verdict == "beats"]
+    unknown = point.is_searched and point.verdict in (None, "unknown")
+    beats = _TRUTH[point.is_searched and point.verdict == "beats"]
     return {
         "beats_trivial": "unknown" if unknown else beats,
         "knee": _TRUTH[front is not None and front.knee == point.key],

@@ -279,8 +279,8 @@ class LatencySettings:
 class Objective:
     """The headline pair; fronts are drawn for every quality metric anyway.
 
-    knee: which points of a front may be its knee: those that surely beat the best trivial baseline
-    at the same compute, or any.
+    knee: which points of a front may be its knee: searched ones that surely beat the best trivial
+    baseline at the same compute, or any.
     """
 
     speed: Literal["latency", "macs"] = "latency"

@@ -30,7 +30,7 @@ SHAPES: Mapping[str, str] = {
     "cross": "M-5 -2.5L-2.5 -5L0 -2.5L2.5 -5L5 -2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0z",
 }
 #: Drawn over points that are not shown to beat the best trivial baseline.
-CROSS = "M-7 -7L7 7M-7 7L7 -7"
+CROSS = "M-6.5 -6.5L6.5 6.5M-6.5 6.5L6.5 -6.5"
 _SEARCHED = ("circle", "plus", "hexagon")
 _SHAPED: Mapping[str, str] = {
     "dense": "star",

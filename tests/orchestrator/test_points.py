@@ -271,7 +271,7 @@ def test_statements_count_verdicts_and_name_the_largest_gain(
     assert best.gain is not None and best.gains["psnr"] == best.gain
     assert f"at target {best.target:g}, the largest gain of 2 targets" in most
     for metric, gain in best.gains.items():
-        assert f"{gain.text(metric)}, {gain.verdict} " in most
+        assert f"{gain.text(metric)} ({gain.verdict} " in most
 
 
 def test_statement_without_a_bar_says_that_it_is_not_known() -> None:

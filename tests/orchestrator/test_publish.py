@@ -101,7 +101,7 @@ def test_publisher_tags_every_point_for_filters(finished: Finished, tracker: Lis
     points = resolve_points(finished.plan.points, finished.store.records(), finished.store)
     for point in points:
         tags = tracker.entries[point.key].tags
-        expected = point.method in ("search", "random") and point.verdict == "beats"
+        expected = point.method == "search" and point.verdict == "beats"
         assert tags["beats_trivial"] == str(expected).lower()
         assert tags["on_front"] in ("surely", "possibly", "no")
     knees = [e.key for e in tracker.entries.values() if e.tags.get("knee") == "true"]
