@@ -11,7 +11,7 @@ from typing import Any, cast
 import diffusers
 from torch import nn
 
-from dipgo_core.config import SamplerSettings
+from dipgo_core.config import Convention, SamplerSettings
 from dipgo_core.errors import SubNetError, SubNetMismatchError
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
@@ -63,14 +63,8 @@ def subnet_from(
     model, sampler: as `model_facts` and `sampler_facts` tell them.
     """
     closed = graph.close(gates)
-    macs = {
-        convention: {
-            "dense": graph.call_macs(convention) * closed.num_calls,
-            "kept": graph.macs(closed, convention),
-            "pruned_ratio": graph.pruned_ratio(closed, convention),
-        }
-        for convention in ("all", "paper")
-    }
+    conventions: tuple[Convention, ...] = ("all", "paper")
+    macs = {name: _macs(graph, closed, name, sampler.get("guidance_calls")) for name in conventions}
     return SubNet(
         gates=closed,
         block_names=graph.names,
@@ -81,6 +75,14 @@ def subnet_from(
         macs={**macs["all"], "convention": "all", "paper": macs["paper"]},
         provenance=provenance,
     )
+
+
+def _macs(
+    graph: BlockGraph, closed: GateTable, convention: Convention, guided: int | None
+) -> dict[str, Any]:
+    dense = graph.call_macs(convention) * closed.num_calls
+    kept = graph.macs(closed, convention, guided)
+    return {"dense": dense, "kept": kept, "pruned_ratio": 1 - kept / dense}
 
 
 def model_facts(model: LoadedModel) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def sampler_facts(model: LoadedModel, sampler: SamplerSettings) -> dict[str, Any
     """Return what a SubNet says of its sampler: the noise scheduler's config and timesteps."""
     scheduler = noise_scheduler(model, sampler)
     config = deciding_config(scheduler)
+    calls = sampler.guidance_calls
     return {
         "scheduler": type(scheduler).__name__,
         "config": config,
@@ -112,6 +115,7 @@ def sampler_facts(model: LoadedModel, sampler: SamplerSettings) -> dict[str, Any
         "custom": sampler.custom,
         "timesteps": timesteps_of(scheduler),
         "guidance_scale": sampler.guidance_scale,
+        **({} if calls is None else {"guidance_calls": calls}),
     }
 
 

@@ -17,6 +17,9 @@ Convention = Literal["all", "paper"]
 Postprocess = Literal["budget", "paper", "released"]
 Encoder = Literal["attention", "linear", "none"]
 Granularity = Literal["block", "layer"]
+Objective = Literal["latent", "pixel"]
+Start = Literal["keep", "random", "uniform"]
+Sampling = Literal["none", "gumbel"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 CONSISTENCY_LOSSES = ("ssim", "l1", "l2")
@@ -50,7 +53,8 @@ class SamplerSettings:
     """Noise scheduler, number of steps and guidance of one sampling run.
 
     `spacing` None keeps the model's own timestep spacing. timesteps, sigmas: a schedule of one's
-    own, one entry a step, falling; at most one of the two, and without `spacing`.
+    own, one entry a step, falling; at most one of the two, and without `spacing`. guidance_calls:
+    how many calls have guidance, the first ones; None: all of them.
     """
 
     scheduler: str
@@ -59,10 +63,16 @@ class SamplerSettings:
     spacing: Spacing | None = None
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    guidance_calls: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"sampler.steps must be at least 1, got {self.steps}")
+        if self.guidance_calls is not None and (self.guidance_calls < 0 or not self.guided):
+            raise ConfigError(
+                "sampler.guidance_calls counts calls from 0 on, of a sampler whose guidance_scale "
+                f"is above 1, got {self.guidance_calls} at {self.guidance_scale:g}"
+            )
         given = [name for name in ("spacing", "timesteps", "sigmas") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"sampler.{given[0]} and sampler.{given[1]} exclude each other")
@@ -78,15 +88,22 @@ class SamplerSettings:
                 )
 
     @property
+    def guided(self) -> bool:
+        """Whether the scale asks for guidance at all: stock calls have it above 1."""
+        return self.guidance_scale > 1
+
+    @property
     def custom(self) -> dict[str, list[float]]:
         """The schedule of one's own, as the argument of a stock call; empty without one."""
         given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
         return {name: list(values) for name, values in given.items() if values is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields; a list only where one is given, as protocols had it before lists."""
+        """Return the fields; later ones only where given, so that keys stay as they were."""
+        later = {} if self.guidance_calls is None else {"guidance_calls": self.guidance_calls}
         fields = asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("timesteps", "sigmas")} | self.custom
+        first = ("scheduler", "steps", "guidance_scale", "spacing")
+        return {name: fields[name] for name in first} | self.custom | later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +139,17 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """One search. Defaults are the paper's, except `steps`, which is the released scripts'."""
+    """One search. Defaults are the paper's, except `steps`, which is the released scripts'.
+
+    Of searches that run candidates: samples, calibration images a candidate is run on at first;
+    effort, what they may spend on a target, in dense runs of one image (a step of the paper's
+    search costs about five of them, so 500 steps 2,500); objective, where the distance to the dense
+    run is taken; extrapolate, whether skipped calls may extrapolate (`GateTable`). staleness:
+    longest age, in calls, at which the error of a reuse is measured.
+
+    Of searches by gradient: start, the gates they begin with (all kept, each by a coin, or every
+    other call whole); sampling, whether gates are drawn from their probabilities in training.
+    """
 
     strategy: str = "dipgo"
     loss: LossSettings = field(default_factory=LossSettings)
@@ -136,9 +163,17 @@ class SearchSettings:
     weight_decay: float = 1e-4
     encoder: Encoder = "attention"
     query_dim: int = 512
+    start: Start = "keep"
+    sampling: Sampling = "none"
+    samples: int = 8
+    effort: int = 250
+    objective: Objective = "pixel"
+    staleness: int = 4
+    extrapolate: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "query_dim"):
+        whole = ("steps", "batch_size", "accumulation", "query_dim")
+        for name in (*whole, "samples", "effort", "staleness"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
 

@@ -87,6 +87,14 @@ class SearchError(DipgoError):
     """A search cannot go on."""
 
 
+class SearchDivergedError(SearchError):
+    """A search leads nowhere; `outcome`: SearchOutcome of its last good step, None if none was."""
+
+    def __init__(self, message: str, outcome: Any = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
 class EvaluationError(DipgoError):
     """Images, scorers or statistics cannot be used."""
 

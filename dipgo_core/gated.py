@@ -27,7 +27,7 @@ class GatePlan:
     """A gate table made ready to run: its rows by liveness, and what each block's reuse means.
 
     has_dead: some call has blocks that only look as if they had run. seldom_mixed: in most calls
-    that are not skipped, no block has anything to do but run.
+    that are not skipped, no block has anything to do but run. extrapolation: see `GateTable`.
     """
 
     names: tuple[str, ...]
@@ -36,6 +36,7 @@ class GatePlan:
     whole: tuple[Row, ...]
     has_dead: bool
     seldom_mixed: bool
+    extrapolation: float
 
     @classmethod
     def of(cls, graph: BlockGraph, gates: GateTable) -> GatePlan:
@@ -50,7 +51,15 @@ class GatePlan:
         computed = [row for row in schedule.rows if row.computes[0]]
         plain = sum(map(_is_plain, computed))
         whole = 2 * plain > len(computed)
-        return cls(graph.names, residual, schedule.rows, schedule.whole, any(dead), whole)
+        return cls(
+            graph.names,
+            residual,
+            schedule.rows,
+            schedule.whole,
+            any(dead),
+            whole,
+            gates.extrapolation,
+        )
 
 
 @dataclass
@@ -63,6 +72,7 @@ class _Place:
     outlines: dict[int, Tensors] = field(default_factory=dict)  # of outputs nobody will look at
     made: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # weak references to outputs
     containers: dict[str, tuple[Tensors, Structure]] = field(default_factory=dict)
+    past: list[tuple[int, Tensors]] = field(default_factory=list)  # call, what can be repeated
 
 
 @dataclass
@@ -154,15 +164,55 @@ class GatedCalls:
         row = self._enter(self._call, sample)
         if not row.computes[0]:
             again = self._repeat().at(sample, timestep)
+            if self._plan.extrapolation:
+                return again.predictions(self._extrapolated())
             cached = self._take(0)
             repeated = again.predictions(cached)
             return repeated if repeated is not cached or row.frees[0] else _cloned(repeated)
         prediction = compute()
         self._end_chain()  # where the pipeline left out its last blocks
-        if row.stores[0]:
+        if self._plan.extrapolation:
+            self._remember(self._repeat().at(sample, timestep).repeatable(prediction), prediction)
+        elif row.stores[0]:
             repeatable = self._repeat().at(sample, timestep).repeatable(prediction)
             self._put(0, _cloned(repeatable) if repeatable is prediction else repeatable)
         return prediction
+
+    def _remember(self, repeatable: Tensors, prediction: Tensors) -> None:
+        """Hold a prediction for calls that extrapolate, as long as any will."""
+        place, row = self._place, self._row
+        assert self._call is not None
+        if row.past:
+            kept = _cloned(repeatable) if repeatable is prediction else repeatable
+            place.past.append((self._call, kept))
+            self._held += _bytes(kept)
+        self._forget()
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self._held)
+
+    def _extrapolated(self) -> Tensors:
+        """Return what a skipped call predicts from the last two predictions that were computed.
+
+        Where there is only one, or it has another shape, that one is repeated.
+        """
+        past, share = self._place.past, self._plan.extrapolation
+        assert self._call is not None and past
+        last, now = past[-1]
+        made = _cloned(now)
+        if len(past) > 1:
+            before, old = past[-2]
+            carried = share * (self._call - last) / (last - before)
+            made = tuple(
+                None if a is None or b is None else a + carried * (a - b)
+                for a, b in zip(now, old, strict=True)
+            )
+        self._forget()
+        return made
+
+    def _forget(self) -> None:
+        """Let go of predictions that no later call will extrapolate."""
+        past, wanted = self._place.past, self._row.past
+        while len(past) > wanted:
+            self._held -= _bytes(past.pop(0)[1])
 
     def block(self, index: int, streams: Tensors, compute: Callable[[], Tensors]) -> Tensors:
         row, residual = self._row, self._plan.residual[index]
@@ -273,7 +323,9 @@ class GatedCalls:
     def _drop(self, place: _Place) -> None:
         """Let go of what a place has cached; its next forward will be whole."""
         self._held -= sum(map(_bytes, place.cached.values()))
+        self._held -= sum(_bytes(tensors) for _, tensors in place.past)
         place.cached.clear()
+        place.past.clear()
         place.call = -1
 
     def _dead(self, index: int) -> Tensors:

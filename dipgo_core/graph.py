@@ -53,7 +53,8 @@ class Row:
     computes: run now. stores: run now, and a later call reads the output. reads: not run, the
     cached output is taken. frees: taken for the last time. A block that neither computes nor reads
     is dead: nobody looks at its output. joins: stored as one change with the block before it, since
-    all later calls that reuse the one reuse the other.
+    all later calls that reuse the one reuse the other. past: how many of the last predictions are
+    held after the call for skipped calls that extrapolate.
     """
 
     computes: tuple[bool, ...]
@@ -61,6 +62,7 @@ class Row:
     reads: tuple[bool, ...]
     frees: tuple[bool, ...]
     joins: tuple[bool, ...]
+    past: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,17 +178,37 @@ class BlockGraph:
         # for each output, the calls that read it before it is computed again
         readers: list[tuple[int, ...]] = [()] * self.num_blocks
         rows, whole = list[Row](), list[Row]()
+        pasts = self._pasts(gates)
         for call, keep in reversed(list(enumerate(gates.keep))):
             live, reads = self.live(keep), self.reads(keep)
             later = np.array([bool(calls) for calls in readers])
             stores, joins = live & later, self._joins(readers)
-            rows.append(_row(live, stores, reads, reads & ~later, joins & _paired(stores)))
-            whole.append(_row(everything, later, nothing, nothing, joins & _paired(later)))
+            past = pasts[call]
+            rows.append(
+                _row(live, stores, reads, reads & ~later, joins & _paired(stores), past=past)
+            )
+            whole.append(
+                _row(everything, later, nothing, nothing, joins & _paired(later), past=past)
+            )
             readers = [
                 (call, *calls) if reads[n] else () if live[n] else calls
                 for n, calls in enumerate(readers)
             ]
         return Schedule(tuple(rows[::-1]), tuple(whole[::-1]))
+
+    def _pasts(self, gates: GateTable) -> list[int]:
+        """Return how many predictions each call leaves behind for skipped calls to extrapolate.
+
+        A skipped call reads the last two that were computed before it.
+        """
+        if not gates.extrapolation:
+            return [0] * gates.num_calls
+        skipped = [not self.live(row)[0] for row in gates.keep]
+        pasts, wanted = list[int](), 0
+        for call in reversed(range(gates.num_calls)):
+            pasts.append(wanted)
+            wanted = 2 if skipped[call] else max(0, wanted - 1)
+        return pasts[::-1]
 
     def _joins(self, readers: Sequence[tuple[int, ...]]) -> npt.NDArray[np.bool_]:
         """Return which blocks go on a residual stream together with the block before them."""
@@ -213,9 +235,11 @@ class BlockGraph:
         """
         held, peak, cached = 0, 0, dict[int, int]()
         schedule = self.schedule(gates)
+        predictions = 0  # of those that skipped calls extrapolate
+        last = () if gates.extrapolation else (0,)
         for row in (schedule.whole[0], *schedule.rows[1:]):
             first = 0
-            for n in (*range(1, self.num_blocks), 0):  # the prediction comes last
+            for n in (*range(1, self.num_blocks), *last):  # the prediction comes last
                 first = first if row.joins[n] else n
                 if row.stores[n] and not (*row.joins, False)[n + 1]:
                     cached[first] = sizes[n]
@@ -223,13 +247,17 @@ class BlockGraph:
                 if row.frees[n]:
                     held -= cached.pop(n, 0)
                 peak = max(peak, held)
+            before, predictions = predictions, min(predictions + row.computes[0], row.past)
+            held += sizes[0] * (predictions - before)
+            peak = max(peak, held)
         return peak
 
     def close(self, gates: GateTable) -> GateTable:
         """Return the canonical table: dead blocks reuse, calls that compute nothing skip."""
         self.check(gates)
         rows = (self.priced(kept)[0] for kept in bits_of(gates.keep))
-        return GateTable(np.stack([row_of(live, self.num_blocks) for live in rows]))
+        keep = np.stack([row_of(live, self.num_blocks) for live in rows])
+        return GateTable(keep, gates.extrapolation)
 
     def check(self, gates: GateTable) -> None:
         """Raise SubNetError unless the table has one column a block."""
@@ -252,10 +280,17 @@ class BlockGraph:
         """MACs of one dense call, batch 1."""
         return sum(block.cost(convention) for block in self.blocks)
 
-    def macs(self, gates: GateTable, convention: Convention = "all") -> int:
-        """MACs of all calls, batch 1, closure included."""
+    def macs(
+        self, gates: GateTable, convention: Convention = "all", guided: int | None = None
+    ) -> int:
+        """MACs of all calls, batch 1, closure included.
+
+        guided: how many calls have guidance, the first ones (None: all); the others run half of the
+        batch, and count half.
+        """
         self.check(gates)
-        return sum(self.priced(kept, convention)[1] for kept in bits_of(gates.keep))
+        calls = [self.priced(kept, convention)[1] for kept in bits_of(gates.keep)]
+        return (sum(calls) + sum(calls[:guided])) // 2
 
     def pruned_ratio(self, gates: GateTable, convention: Convention = "all") -> float:
         return 1 - self.macs(gates, convention) / (gates.num_calls * self.call_macs(convention))
@@ -326,5 +361,6 @@ def _paired(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.logical_and(flags, before)
 
 
-def _row(*columns: npt.NDArray[np.bool_]) -> Row:
-    return Row(*(tuple(column.tolist()) for column in columns))
+def _row(*columns: npt.NDArray[np.bool_], past: int) -> Row:
+    computes, stores, reads, frees, joins = (tuple(column.tolist()) for column in columns)
+    return Row(computes, stores, reads, frees, joins, past)

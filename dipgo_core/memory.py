@@ -109,8 +109,12 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What of a search decides its memory. gates: searched ones of a call; query_dim: of the
-    pruner; checkpoints: whether it computes calls again if nobody decides."""
+    """What of a search decides its memory.
+
+    calls: that gradients go through at once. gates: searched ones of a call; query_dim: of the
+    pruner; checkpoints: whether it computes calls again if nobody decides; through_decoder: whether
+    gradients go through decoding as well.
+    """
 
     images: int
     calls: int
@@ -118,17 +122,23 @@ class Search:
     gates: int
     query_dim: int
     checkpoints: bool = True
+    through_decoder: bool = True
 
 
 # making images -----------------------------------------------------------------------------------
 
 
 def generation_need(
-    load: Load, run: Run, gated: Granularity | None = None, *, decodes: bool = True
+    load: Load,
+    run: Run,
+    gated: Granularity | None = None,
+    *,
+    decodes: bool = True,
+    caches: int = 1,
 ) -> Need:
     """Return what it takes to make images, or latents alone where nothing is decoded.
 
-    gated: at which granularity a SubNet keeps caches.
+    gated: at which granularity a SubNet keeps caches. caches: of how many calls.
     """
     item = _ITEM[load.dtype]
     upcast = load.pipeline_upcasts and _upcasts(load)
@@ -144,7 +154,7 @@ def generation_need(
     if decodes:
         parts["images"] = 2 * 4 * 3 * load.side**2 * run.images  # in floating point, and rounded
     if gated:
-        parts["caches"] = round(rows * call.cache)
+        parts["caches"] = round(caches * rows * call.cache)
     return _with_scorers(load, parts)
 
 
@@ -156,16 +166,20 @@ def fit_generation(
     gated: Granularity | None = None,
     fixed: bool = False,
     decodes: bool = True,
+    caches: int = 1,
     tile: int | None = None,
 ) -> Fit:
     """Return the fastest way to make images that fits, at most so many at a time.
 
     fixed: neither their number nor how they are decoded may change (they decide the result).
-    decodes: False for latents alone. tile: as in `Decoding`, where images are decoded in tiles.
+    decodes: False for latents alone. caches: as of `generation_need`. tile: as in `Decoding`, where
+    images are decoded in tiles.
     """
     asked = Run(images=images, decoding=Decoding(tile=tile))
     ways = [asked] if fixed else [asked, *_smaller(asked)]
-    needs = ((way, generation_need(load, way, gated, decodes=decodes)) for way in ways)
+    needs = (
+        (way, generation_need(load, way, gated, decodes=decodes, caches=caches)) for way in ways
+    )
     return _first_that_fits(needs, limit)
 
 
@@ -188,7 +202,7 @@ def checkpoints(call_macs: int, forwards: int) -> bool:
 
 
 def search_need(load: Load, search: Search, run: Run) -> Need:
-    """Return what a search takes that differentiates through all denoiser calls."""
+    """Return what a search takes that differentiates through denoiser calls."""
     item = _ITEM[load.dtype]
     copied = load.dtype == "float16" and _upcasts(load)  # the decoder is there in both precisions
     parts = _weights(load, decoder_item=item + 4 if copied else item)
@@ -197,7 +211,9 @@ def search_need(load: Load, search: Search, run: Run) -> Need:
     if call is None or decode is None:
         return _lacking(replace(load, scorers={}), parts)
     rows = run.images * load.rows * load.area * item / _CALLS
-    decoded = run.images * _decode_with_gradients(decode, run.decoding) * load.area
+    through = search.through_decoder
+    one = _decode_with_gradients(decode, run.decoding) if through else decode.forward
+    decoded = run.images * one * load.area
     decoded *= (4 if copied else item) / _DECODE
     again = search.checkpoints if run.checkpoint_calls is None else run.checkpoint_calls
     if again:

@@ -7,7 +7,7 @@ first call is computed whole and the result is canonical (``BlockGraph.close``).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -67,13 +67,15 @@ def select(
 ) -> GateTable:
     """Return the gate table of one target from what a search found.
 
-    Step masks serve a target with as many whole calls as its budget holds; `method` only matters
-    for scores.
+    Step masks serve a target with as many whole calls as its budget holds, tables those that were
+    searched for; `method` only matters for scores.
 
     Raises:
         TargetError: no SubNet reaches the target.
         ConfigError: unknown method, or an outcome made for another number of calls or blocks.
     """
+    if outcome.tables is not None:
+        return _table(outcome.tables, outcome.extrapolations, target)
     if outcome.step_masks is not None:
         mask = outcome.step_masks.get(affordable_calls(target, num_calls))
         if mask is None:
@@ -89,6 +91,17 @@ def select(
             "search again with this sampler"
         )
     return select_subnet(outcome.scores, graph, target, method=method, convention=convention)
+
+
+def _table(
+    tables: Mapping[float, tuple[str, ...]], extrapolations: Mapping[float, float], target: float
+) -> GateTable:
+    if target not in tables:
+        raise ConfigError(
+            f"the search holds SubNets of the targets {', '.join(map(str, tables))}, none of "
+            f"{target}: search again with this target"
+        )
+    return GateTable.from_strings(tables[target], extrapolations.get(target, 0.0))
 
 
 def select_subnet(

@@ -126,7 +126,8 @@ def _resampled_gates(graph: BlockGraph, gates: GateTable, num_calls: int) -> Gat
         chosen.append(row)
         spent += float(costs[row])
     keep = gates.keep[chosen]
-    return graph.close(GateTable(_given_back(keep, costs[chosen], float(costs.mean()))))
+    given = _given_back(keep, costs[chosen], float(costs.mean()))
+    return graph.close(GateTable(given, gates.extrapolation))
 
 
 def _overlapping(call: int, num_calls: int, old: int) -> Sequence[int]:

@@ -181,7 +181,8 @@ class SubNetHandle:
         table = self._graph.close(self._subnet.gates)
         computed = table.keep[:, 0].nonzero()[0].tolist()
         stock = self._class.__name__ in family.pipelines[: family.searchable]
-        if stock and len(computed) < table.num_calls:
+        straight = not table.extrapolation  # else a skipped call has a direction of its own
+        if stock and straight and len(computed) < table.num_calls:
             self._computed = computed
             self._computed_plan = GatePlan.of(self._graph, GateTable(table.keep[computed]))
         return self

@@ -23,6 +23,7 @@ from dipgo_core.families import call_options, calls_of, find_noise_scheduler
 from dipgo_core.hooks import Forward, MethodHook
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel
+from dipgo_core.unguided import guidance_followed
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +171,11 @@ def rollout(
 
     on_call(0)
     encoded = batch._encoded.setdefault(sampler.guidance_scale, [])
-    with _hooked(model.pipe.scheduler, "step", stepped), _encoded_once(model.pipe, encoded):
+    with (
+        _hooked(model.pipe.scheduler, "step", stepped),
+        _encoded_once(model.pipe, encoded),
+        guidance_followed(model, sampler, len(batch)),
+    ):
         return _undecoded(model.pipe, arguments)
 
 

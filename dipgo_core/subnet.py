@@ -96,6 +96,7 @@ class SubNet:
                 for name, reuse in zip(self.block_names, self.reuse, strict=True)
             ],
             "keep": self.gates.to_strings(),
+            **_extrapolation(self.gates),
             "keep_sha256": self.gates.digest,
             "macs": dict(self.macs),
             "provenance": dict(self.provenance),
@@ -126,7 +127,7 @@ class SubNet:
         check_macs(data, source)
         try:
             subnet = cls(
-                gates=GateTable.from_strings(data["keep"]),
+                gates=GateTable.from_strings(data["keep"], data.get("extrapolation", 0.0)),
                 block_names=tuple(block["name"] for block in data["blocks"]),
                 reuse=tuple(Reuse(block["reuse"]) for block in data["blocks"]),
                 granularity=data["granularity"],
@@ -230,6 +231,11 @@ def _check_hashes(data: Mapping[str, Any], source: str) -> None:
                 f"{source}: {part}.config does not match {part}.config_sha256; the file was "
                 "edited or truncated: export the SubNet again"
             )
+
+
+def _extrapolation(gates: GateTable) -> dict[str, float]:
+    """Return the field of a SubNet whose skipped calls do not just repeat."""
+    return {"extrapolation": gates.extrapolation} if gates.extrapolation else {}
 
 
 def _check_keep(gates: GateTable, noted: str | None) -> None:

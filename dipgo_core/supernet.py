@@ -10,7 +10,7 @@ that is deployed. So a dead block costs nothing, and its gate gets no consistenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -78,12 +78,17 @@ class SoftGates:
         self._skip_gate = graph.skip_gate
         self._checkpointing = checkpointing
 
-    def start(self, gates: Tensor, repeat: Repeat) -> None:
-        """Begin a run. gates: (T, N); repeat: what a skipped call gives again."""
+    def start(
+        self, gates: Tensor, repeat: Repeat, cache: Mapping[int, Tensors] | None = None
+    ) -> None:
+        """Begin a run. gates: (T, N); repeat: what a skipped call gives again.
+
+        cache: what a run that begins in the middle finds, by block; 0 is what a skip repeats.
+        """
         self._gates, self._repeat = gates, repeat
         self._keeps = (gates.detach() >= 0.5).cpu().numpy()
-        self._flat: list[Any] = []  # the cache between calls, and how it is built
-        self._spec = pytree.tree_flatten({})[1]
+        # the cache between calls, and how it is built
+        self._flat, self._spec = pytree.tree_flatten(dict(cache or {}))
         self.start_call(0)
 
     def start_call(self, call: int) -> None:

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from dipgo_core.config import SamplerSettings
 from dipgo_core.families import find_known
-from dipgo_core.families.schedulers import calls_of
+from dipgo_core.families.schedulers import calls_of, guided_share
 from dipgo_core.graph import BlockGraph
+from dipgo_core.strategies import PROBED_ITEMS, TABLE_STRATEGIES, mask_forwards
 from orchestrator.facts import ModelFacts
+from orchestrator.methods import STEP_MASKS
 from orchestrator.planned import PlannedTask
 from orchestrator.records import Record, TaskKind
 from orchestrator.sweep_settings import SweepFile, SweepModel
@@ -22,6 +24,8 @@ from orchestrator.sweep_settings import SweepFile, SweepModel
 _WITH_BACKWARD = 3
 #: MACs a call for each parameter of a model that nobody knows: about the tokens of its latents.
 _UNKNOWN_TOKENS = 1024
+#: Blocks of a model whose graph is not known yet.
+_BLOCKS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,9 @@ class Efforts:
         if planned.kind == "images":
             macs = images * kept * calls
         elif planned.kind == "search":  # still to be proposed
-            macs = images * calls * _WITH_BACKWARD
-            group = f"search, {model.grid.expand()[0].strategy}"
+            strategy = model.grid.expand()[0].strategy
+            macs = images * calls * (1 if strategy in TABLE_STRATEGIES else _WITH_BACKWARD)
+            group = f"search, {strategy}"
         elif planned.kind == "latency":
             images = float(self._sweep.latency.batch_size[0])
             macs = _runs(self._sweep.latency.min_runs, images) * (1 + kept) * calls
@@ -152,26 +157,59 @@ def _group(kind: TaskKind, inputs: Mapping[str, Any]) -> str:
 def _images(kind: TaskKind, inputs: Mapping[str, Any]) -> float:
     if "stop" in inputs:
         return float(inputs["stop"] - inputs["start"])
+    if kind == "errors":
+        return float(PROBED_ITEMS)
     if kind == "search":
-        settings = inputs["search"]
-        return float(settings["steps"] * settings["batch_size"])
+        return _looked_at(inputs["search"])
     if kind == "latency":
         return float(inputs["batch_size"])
     return float(inputs.get("protocol", {}).get("images", 0))
 
 
 def _macs(kind: TaskKind, inputs: Mapping[str, Any], images: float, costs: ModelCosts) -> float:
-    if kind not in ("images", "search", "latency"):
+    if kind not in ("images", "errors", "search", "latency"):
         return 0.0
-    dense = calls_of(SamplerSettings(**inputs["sampler"])) * costs.call_macs
+    sampler = SamplerSettings(**inputs["sampler"])
+    calls = calls_of(sampler)
+    dense = calls * costs.call_macs
+    if kind == "errors":
+        return images * costs.call_macs * _probes(inputs["errors"], calls, costs)
     if kind == "search":
-        return images * dense * _WITH_BACKWARD
+        return images * costs.call_macs * _calls_an_image(inputs, calls)
     if "keep" not in inputs:
         return images * dense
-    kept = costs.kept(inputs["keep"], inputs["granularity"])
+    kept = guided_share(sampler) * costs.kept(inputs["keep"], inputs["granularity"])
     if kind == "images" and _is_dense(inputs):
         return 0.0  # the dense run has made them
     return images * kept if kind == "images" else _runs(inputs["min_runs"], images) * (kept + dense)
+
+
+def _looked_at(search: Mapping[str, Any]) -> float:
+    """Return how many images a search looks at, those of every step counted; of candidates, as
+    many as the dense model would make at their cost."""
+    if search["strategy"] in TABLE_STRATEGIES:
+        return float(search.get("effort", 1))
+    steps = search.get("steps", 1) * search.get("accumulation", 1)
+    return float(steps * search["batch_size"])
+
+
+def _calls_an_image(inputs: Mapping[str, Any], calls: int) -> float:
+    """Return the forwards for each image that a search looks at, a backward pass as two."""
+    if "target" in inputs:
+        return float(calls)
+    if inputs["search"]["strategy"] == STEP_MASKS:
+        return mask_forwards(calls)
+    dense = inputs["search"]["strategy"] == "dipgo_stepwise"  # beside the gated calls
+    return float(calls * (_WITH_BACKWARD + dense))
+
+
+def _probes(errors: Mapping[str, Any], calls: int, costs: ModelCosts) -> float:
+    """Return the forwards for each image that reuses are measured on: a dense run, every block
+    reused at every age, which computes half of the others, and one run from each call on."""
+    known = costs.blocks.get(errors["granularity"])
+    others = (_BLOCKS if known is None else len(known)) - 1
+    ages = min(errors["staleness"], calls - 1)
+    return float(calls * (1 + ages * others / 2 + calls / 2))
 
 
 def _is_dense(inputs: Mapping[str, Any]) -> bool:

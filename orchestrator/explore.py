@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dipgo_core.config import SearchSettings
+from dipgo_core.strategies import TABLE_STRATEGIES, effective
 from orchestrator.bars import calibration_figures, score_for
 from orchestrator.hypervolume import area_above
 from orchestrator.methods import STEP_MASKS, PointSpec
@@ -180,11 +181,19 @@ def asked(model: SweepModel) -> dict[str, Any]:
     }
 
 
-def expected_steps(model: SweepModel) -> float:
-    """Return the steps of a search to come: the mean, where they are varied."""
-    known = dimensions(model).get("steps")
+def expected_images(model: SweepModel) -> float:
+    """Return how many images a search to come looks at (`Effort`)."""
+    base = model.grid.expand()[0]
+    if base.strategy in TABLE_STRATEGIES:
+        return _expected(model, "effort", base.effort)
+    return _expected(model, "steps", base.steps) * base.batch_size
+
+
+def _expected(model: SweepModel, name: str, default: float) -> float:
+    """Return the value of a setting of a search to come: the mean, where it is varied."""
+    known = dimensions(model).get(name)
     if known is None:
-        return float(model.grid.expand()[0].steps)
+        return float(default)
     if known.kind == "choice":
         return float(sum(known.choices) / len(known.choices))
     if known.kind == "logint" and known.high > known.low:
@@ -249,8 +258,8 @@ def _gpu_hours(search: Record) -> float:
 def stand_in(model: SweepModel, settings: SearchSettings) -> SearchSettings:
     """Return the search whose memory was planned for in place of an explored one.
 
-    They differ in nothing that decides it: `batch_size` and `query_dim` cannot be explored.
+    They differ in nothing that decides it, for that cannot be explored (`sweep_file.explore`).
     """
     if model.explore is None or settings.strategy == STEP_MASKS:
         return settings
-    return replace(model.grid.expand()[0], granularity=settings.granularity)
+    return effective(replace(model.grid.expand()[0], granularity=settings.granularity))

@@ -18,7 +18,7 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
     """Return the SubNet that was evaluated, with where it comes from and what was measured.
 
     Raises:
-        StoreError: the point is not evaluated yet.
+        StoreError: the point is not evaluated yet, or not by gates alone.
     """
     record = records.get(point.evaluate_key or "")
     if record is None:
@@ -27,6 +27,11 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
             f"({point.error or point.state}): run the sweep, then export again"
         )
     document = dict(record.outputs["subnet"])
+    if not is_subnet(record):
+        raise StoreError(
+            f"point {point.key[:12]} ({point.name}) leaves guidance out at its last calls, which "
+            "no SubNet file can ask a pipeline for: export another point"
+        )
     document["provenance"] = {
         **document.get("provenance", {}),
         "sweep": sweep.name,
@@ -46,6 +51,11 @@ def export_subnet(point: ResolvedPoint, records: Mapping[str, Record], sweep: Sw
     }
     document["metrics"] = _metrics(point)
     return SubNet.from_json(document, source=f"record {record.key[:12]}")
+
+
+def is_subnet(record: Record) -> bool:
+    """Return whether gates alone make what was evaluated, of the model's own pipeline call."""
+    return "guidance_calls" not in record.outputs["subnet"]["sampler"]
 
 
 def _search_settings(point: ResolvedPoint, records: Mapping[str, Record]) -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from orchestrator.methods import TRIVIAL
 from orchestrator.metrics import FIGURES, label_of, wants_log
-from orchestrator.pareto import Front
+from orchestrator.pareto import CROSSED, Front, is_crossed
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.standing import Dominance
@@ -31,6 +32,7 @@ INK = "#3b4048"
 #: How much is seen of points that are surely not on a front.
 NOT_ON_FRONT = 0.35
 FAINT = "#c9ced6"
+_CROSS: Any = {"marker": "x", "markersize": 9, "markeredgewidth": 0.9, "color": INK}
 
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -70,13 +72,16 @@ def mark_of(point: ResolvedPoint, strategies: Sequence[str]) -> Mark:
         strategy = str(point.strategy)
         shape = _SEARCH_MARKERS[strategies.index(strategy) % len(_SEARCH_MARKERS)]
         return Mark(f"searched: {strategy}", BLUE, shape, 7.5)
-    leading = point.variant == "leading"
+    leading = (point.variant or "").endswith("leading")
     marks = {
         "dense": Mark("dense", BLACK, "*", 11),
         "few_steps": Mark(
             f"few steps, {point.variant or ''}".rstrip(", "), ORANGE, "<>"[not leading]
         ),
+        "ays": Mark("Align Your Steps", ORANGE, "d", 6),
         "uniform": Mark("uniform skips", SKY, "s", 6),
+        "deepcache": Mark("DeepCache", GREEN, "^", 6),
+        "guidance_off": Mark("guidance off at the end", PURPLE, "H", 6),
         "best_step_mask": Mark("best step mask", VERMILION, "D", 6),
         "random": Mark("random gates", GREY, "v", 5.5),
     }
@@ -124,6 +129,7 @@ def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> Non
         groups.setdefault((mark_of(point, strategies), standing), []).append(point)
     for (mark, standing), group in groups.items():
         _draw_group(axes, group, front, mark, standing)
+    _cross_out(axes, [p for p in compared if is_crossed(p, quality)], front)
     if front.knee is not None:
         knee = by_key[front.knee]
         axes.plot(
@@ -151,6 +157,17 @@ def _draw_group(
         markeredgewidth=1.3, elinewidth=0.8,
         alpha=NOT_ON_FRONT if standing == "no" else 1.0, zorder=order,
     )  # fmt: skip
+
+
+def _cross_out(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> None:
+    """Draw a cross over each point; over those not on the front as faint as they are."""
+    for faint in (False, True):
+        group = [p for p in points if (front.standing[p.key] == "no") is faint]
+        if group:
+            axes.plot(
+                *(_values(group, name) for name in front.objectives), linestyle="none",
+                alpha=NOT_ON_FRONT if faint else 1.0, zorder=6, **_CROSS,
+            )  # fmt: skip
 
 
 def _values(points: Sequence[ResolvedPoint], figure: str) -> npt.NDArray[np.float64]:
@@ -186,7 +203,7 @@ def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
     """Return one handle for each kind of point, and for the signs explained nowhere else."""
     listed = list(points)
     strategies = _strategies(listed)
-    order = ("dense", "search", "few_steps", "uniform", "best_step_mask", "random")
+    order = ("dense", "search", *TRIVIAL, "random")
     marks = {
         mark_of(point, strategies): None
         for point in sorted(listed, key=lambda p: order.index(p.method))
@@ -197,6 +214,7 @@ def legend_handles(points: Iterable[ResolvedPoint]) -> list[Line2D]:
         for m in marks
     ]  # fmt: skip
     handles += _standing_handles()
+    handles.append(Line2D([], [], linestyle="none", label=CROSSED, **_CROSS))
     handles.append(
         Line2D([], [], linestyle="none", marker="o", markersize=12, color=PURPLE,
                markerfacecolor="none", label="knee")

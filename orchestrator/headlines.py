@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.gains import Gain, Verdict
+from orchestrator.metrics import QUALITIES, label_of
 from orchestrator.points import ResolvedPoint, calibration_score
 
 Choice = Literal["only", "calibration"]
@@ -20,8 +22,9 @@ class Headline:
     chosen_by: only = there was one; calibration = best on calibration prompts
     (`points.calibration_score`), never by a figure of the test set.
     gain, verdict: over the best trivial baseline. gain_random, verdict_random: over the mean of
-    the random draws. None where there is nothing to compare with. scorer: id of the network behind
-    the quality metric.
+    the random draws. None where there is nothing to compare with. gains, verdicts: over the best
+    trivial baseline in every measured metric, each with the baseline that is best in it.
+    scorer: id of the network behind the quality metric.
     """
 
     model: str
@@ -37,6 +40,8 @@ class Headline:
     verdict: Verdict | None
     gain_random: Gain | None
     verdict_random: Verdict | None
+    gains: Mapping[str, Gain]
+    verdicts: Mapping[str, Verdict]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +68,56 @@ def headlines(points: Iterable[ResolvedPoint], quality: str) -> tuple[Headline, 
     )
 
 
+def statements(lines: Iterable[Headline], points: Iterable[ResolvedPoint]) -> tuple[str, ...]:
+    """Return the answer in sentences, of each metric: how often searched SubNets beat the best
+    trivial baseline at the same compute, and of each model where they gain most."""
+    by_key = {point.key: point for point in points}
+    groups: dict[str, list[Headline]] = {}
+    for line in lines:
+        groups.setdefault(label_of(line.quality, line.scorer), []).append(line)
+    told: list[str] = []
+    for label, group in groups.items():
+        told.append(_count(label, group))
+        models: dict[tuple[str, str], list[Headline]] = {}
+        for line in group:
+            models.setdefault((line.model, line.protocol), []).append(line)
+        told += [text for each in models.values() if (text := _most(each, by_key))]
+    return tuple(told)
+
+
+def _count(label: str, lines: Sequence[Headline]) -> str:
+    found = Counter[str](line.verdict or "unknown" for line in lines)
+    rest = {"ties with it": "ties", "loses to it": "loses", "not known": "unknown"}
+    others = ", ".join(f"{words} at {found[v]}" for words, v in rest.items() if found[v])
+    many = "model and target" if len(lines) == 1 else "models and targets"
+    said = (
+        f"In {label}, the searched SubNet beats the best trivial baseline at the same compute at "
+        f"{found['beats']} of {len(lines)} {many}"
+    )
+    return f"{said}; {others}." if others else f"{said}."
+
+
+def _most(lines: Sequence[Headline], by_key: Mapping[str, ResolvedPoint]) -> str:
+    """Say of one model where the gain is largest, and what is gained there in every metric."""
+    known = [line for line in lines if line.gain is not None]
+    if not known:
+        return ""
+    best = max(known, key=lambda line: line.gain.value if line.gain else -math.inf)
+    point = by_key[best.searched]
+    which = f", the largest gain of {len(known)} targets" if len(known) > 1 else ""
+    order = sorted(best.gains, key=lambda m: (m != best.quality, QUALITIES.index(m)))
+    gains = "; ".join(_gained(m, best.gains[m], point, by_key) for m in order)
+    return f"{best.model} at target {best.target:g}{which}: {point.name}: {gains}."
+
+
+def _gained(
+    metric: str, gain: Gain, point: ResolvedPoint, by_key: Mapping[str, ResolvedPoint]
+) -> str:
+    baseline = by_key[gain.baseline_key].name
+    label = label_of(metric, point.scorer(metric))
+    return f"{label} {gain.text(metric)} ({gain.verdict} {baseline})"
+
+
 def _headline(
     model: str, protocol: str, target: float, searched: Sequence[ResolvedPoint], quality: str
 ) -> Headline:
@@ -82,6 +137,8 @@ def _headline(
         verdict=gain.verdict if gain else None,
         gain_random=gain_random,
         verdict_random=gain_random.verdict if gain_random else None,
+        gains=best.gain,
+        verdicts=best.verdicts,
     )
 
 

@@ -27,12 +27,14 @@ OTHERS: Final = 100
 
 #: Whose resources a task takes that is not known yet.
 _PLACEHOLDERS: Final[Mapping[TaskKind, ResourceKind]] = {
-    "reference": "score", "images": "evaluate", "statistics": "evaluate", "search": "search",
-    "evaluate": "score", "latency": "latency", "race": "score",
+    "reference": "score", "images": "evaluate", "statistics": "evaluate", "errors": "search",
+    "search": "search", "evaluate": "score", "latency": "latency", "race": "score",
 }  # fmt: skip
 
 #: Kinds whose worker holds a model's pipeline; that of latencies in a process of its own.
-_LOADING: Final[frozenset[TaskKind]] = frozenset({"reference", "images", "search", "latency"})
+_LOADING: Final[frozenset[TaskKind]] = frozenset(
+    {"reference", "images", "errors", "search", "latency"}
+)
 
 
 class Jobs:

@@ -18,10 +18,17 @@ from dipgo_core.evaluation.device import gpu_memory_bytes
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.families import calls_of, find_known
 from dipgo_core.memory import Fit, Load, Search, checkpoints, fit_generation, fit_search
+from dipgo_core.strategies import (
+    MOST_AT_ONCE,
+    NEEDS,
+    PROBED_ITEMS,
+    TABLE_STRATEGIES,
+    ErrorsSettings,
+)
 from orchestrator.facts import ModelFacts
 from orchestrator.methods import (
     STEP_MASKS,
-    granularities,
+    gated_layers,
     kinds_of_search,
     search_label,
     step_mask_search,
@@ -31,6 +38,8 @@ from orchestrator.sweep_settings import AskedResources, ResourceKind, SweepFile,
 
 GB: Final = 10**9
 _SPLITS: Final[tuple[Split, ...]] = ("test", "calibration")
+#: What tells tasks of a kind apart: the split of their images, their number, what is searched.
+What = Split | int | SearchSettings | ErrorsSettings
 #: Sides of tiles are whole latents: 8 pixels in all known autoencoders.
 _LATENT: Final = 8
 #: What may take a GPU.
@@ -48,13 +57,13 @@ def gigabytes(size: int) -> str:
 class MemoryRow:
     """One kind of work of a model: how it is run, and what it is estimated to need then.
 
-    what: the split of its images, their number (latencies), or the search. asked: images at a time
-    as the sweep has it.
+    what: the split of its images, their number (latencies), the search, or the measurement of
+    errors (whatever its seed). asked: images at a time as the sweep has it.
     """
 
     model: str
     kind: ResourceKind
-    what: Split | int | SearchSettings
+    what: What
     label: str
     asked: int
     fit: Fit
@@ -124,8 +133,10 @@ class ModelMemory:
     rows: tuple[MemoryRow, ...]
     tile: int | None
 
-    def fit(self, kind: ResourceKind, what: Split | int | SearchSettings) -> Fit:
+    def fit(self, kind: ResourceKind, what: What) -> Fit:
         """Return how a task is run."""
+        if isinstance(what, ErrorsSettings):
+            what = replace(what, seed=0)
         return self._fits[kind, repr(what)]
 
     @cached_property
@@ -180,6 +191,8 @@ class ModelLoads:
             )
         for settings in self._searches:
             yield self._search(settings, tile)
+        for measured in self._measured:
+            yield self._errors(measured, tile)
         if "latency" in self.model.evaluate.metrics:
             for size in self.sweep.latency.batch_size:
                 yield self._generation(
@@ -189,7 +202,7 @@ class ModelLoads:
     def _generation(
         self,
         kind: ResourceKind,
-        what: Split | int | SearchSettings,
+        what: What,
         images: int,
         *,
         tile: int | None,
@@ -206,7 +219,11 @@ class ModelLoads:
             images, limit = settings.batch_size, self._limit("search")
             fit = fit_generation(self._load, images, limit, fixed=True, decodes=False)
             return self._row("search", settings, images, fit)
-        calls = calls_of(self.model.sampler)
+        if settings.strategy in TABLE_STRATEGIES:
+            return self._candidates(settings, tile)
+        calls, stepwise = calls_of(self.model.sampler), settings.strategy == "dipgo_stepwise"
+        if stepwise:  # a call is differentiated alone, beside what the ones before have given
+            calls = min(calls, settings.staleness + 1)
         search = Search(
             images=settings.batch_size,
             calls=calls,
@@ -214,19 +231,47 @@ class ModelLoads:
             gates=self._gates(settings.granularity),
             query_dim=settings.query_dim,
             checkpoints=self._checkpoints(calls * settings.batch_size),
+            through_decoder=not stepwise,
         )
         fit = fit_search(self._load, search, self._limit("search"), tile)
         return self._row("search", settings, settings.batch_size, fit)
 
-    def _row(
-        self, kind: ResourceKind, what: Split | int | SearchSettings, asked: int, fit: Fit
+    def _candidates(self, settings: SearchSettings, tile: int | None) -> MemoryRow:
+        """A search that runs candidates keeps what one call has given."""
+        return self._compared(settings, min(settings.samples, MOST_AT_ONCE), tile, caches=1)
+
+    def _errors(self, settings: ErrorsSettings, tile: int | None) -> MemoryRow:
+        """Measuring reuses keeps what blocks have given in the calls before, and in this one."""
+        return self._compared(settings, PROBED_ITEMS, tile, caches=settings.staleness + 2)
+
+    def _compared(
+        self,
+        settings: SearchSettings | ErrorsSettings,
+        images: int,
+        tile: int | None,
+        *,
+        caches: int,
     ) -> MemoryRow:
-        label = search_label(what) if isinstance(what, SearchSettings) else f"{what}"
+        """Runs without gradients, whose latents or pixels are compared with the dense run's."""
+        pixels = settings.objective == "pixel"  # decoded in float32 where the decoder asks for it
+        fit = fit_generation(
+            replace(self._load, pipeline_upcasts=pixels or self._load.pipeline_upcasts),
+            images,
+            self._limit("search"),
+            gated=settings.granularity,
+            fixed=True,
+            decodes=pixels,
+            caches=caches,
+            tile=tile,
+        )
+        return self._row("search", settings, images, fit)
+
+    def _row(self, kind: ResourceKind, what: What, asked: int, fit: Fit) -> MemoryRow:
         return MemoryRow(
             model=self.model.name,
             kind=kind,
             what=what,
-            label=f"batch of {label}" if isinstance(what, int) else label,
+            label=_label(what),
             asked=asked,
             fit=fit,
             basis=self._basis,
@@ -248,10 +293,16 @@ class ModelLoads:
         masks = step_mask_search(self.model)
         return (*kinds_of_search(self.model), *([] if masks is None else [masks]))
 
+    @cached_property
+    def _measured(self) -> tuple[ErrorsSettings, ...]:
+        """Return what measurements of errors differ in, but for their seeds."""
+        found = [one for one in self._searches if "errors" in NEEDS.get(one.strategy, ())]
+        return tuple(dict.fromkeys(replace(ErrorsSettings.of(one), seed=0) for one in found))
+
     @property
     def _granularity(self) -> Granularity:
         """The finer one of those that are searched: it keeps more caches."""
-        return "layer" if "layer" in granularities(self.model) else "block"
+        return "layer" if gated_layers(self.model) else "block"
 
     def _batch(self, split: Split) -> int:
         source = self.model.evaluate if split == "test" else self.model.calibration
@@ -289,11 +340,19 @@ class ModelLoads:
         return f"traced without weights{scaled}"
 
 
+def _label(what: What) -> str:
+    if isinstance(what, SearchSettings):
+        return search_label(what)
+    if isinstance(what, ErrorsSettings):
+        return "errors of reuses" + (" of layers" if what.granularity == "layer" else "")
+    return f"batch of {what}" if isinstance(what, int) else what
+
+
 _SMALLER: Final = "Give it a larger GPU, or the model a dtype of 16 bits or a smaller resolution"
 _NEXT: Final[Mapping[ResourceKind, str]] = {
     "reference": f"{_SMALLER}.",
     "evaluate": f"{_SMALLER}, or leave out metrics of large scorers.",
-    "search": f"{_SMALLER}; fewer sampler.steps keep fewer caches, and best_step_mask takes "
-    "search.calibration.batch_size images at a time.",
+    "search": f"{_SMALLER}; fewer sampler.steps keep fewer caches, best_step_mask takes "
+    "search.calibration.batch_size images at a time, and candidates search.samples.",
     "latency": f"{_SMALLER}, or lower latency.batch_size.",
 }

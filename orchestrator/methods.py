@@ -4,44 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Final, Literal
 
-from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_calls
-from dipgo_core.config import (
-    Convention,
-    Granularity,
-    LossSettings,
-    SamplerSettings,
-    SearchSettings,
-    Spacing,
+from dipgo_core.baselines import (
+    deepcache_schedules,
+    equal_compute_calls,
+    random_gates,
+    uniform_calls,
 )
+from dipgo_core.config import Convention, Granularity, SamplerSettings, SearchSettings
 from dipgo_core.errors import TargetError
-from dipgo_core.families import NOISE_SCHEDULERS, calls_of, num_calls, steps_rule
+from dipgo_core.families import calls_of
 from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import PAPER_TOLERANCE, select
+from dipgo_core.strategies import NEEDS, decisive, effective
+from orchestrator.baseline_samplers import absence, aligned_steps, fewer_steps, unguided_steps
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import Baseline, SweepModel
 
-Method = Literal["dense", "few_steps", "uniform", "best_step_mask", "random", "search"]
+Method = Literal[
+    "dense",
+    "few_steps",
+    "ays",
+    "uniform",
+    "best_step_mask",
+    "deepcache",
+    "guidance_off",
+    "random",
+    "search",
+]
 
 #: Baselines of which the best one, chosen on calibration prompts, is what a search has to beat.
-TRIVIAL: tuple[Method, ...] = ("few_steps", "uniform", "best_step_mask")
+TRIVIAL: tuple[Method, ...] = (
+    *("few_steps", "ays", "uniform", "best_step_mask"),
+    *("deepcache", "guidance_off"),
+)
 
 #: Points that are also measured on calibration prompts, so that nothing is chosen on the test set.
 CALIBRATED: tuple[Method, ...] = (*TRIVIAL, "search")
 
 STEP_MASKS = "best_step_mask"
 
+#: Settings of a search that its name tells where they are not the default.
+_COMPARED: Final = (
+    *("objective", "effort", "samples", "staleness", "extrapolate"),
+    *("encoder", "start", "sampling"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PointSpec:
     """One point before anything is known of its gates.
 
-    search: settings of the search it takes its gates from. variant: timestep spacing of
-    `few_steps` (or `subset`, of a schedule of one's own), number of a random draw. granularity:
-    what its gates switch.
+    search: settings of the search it takes its gates from. variant: solver (if not the model's own)
+    and timestep spacing of `few_steps` (or `subset`, of a schedule of one's own), solver of `ays`,
+    number of a random draw or of a DeepCache schedule. granularity: what its gates switch.
     """
 
     method: Method
@@ -76,9 +95,26 @@ def search_label(search: SearchSettings) -> str:
     """Return what tells a search apart from others of its sweep."""
     if search.strategy == STEP_MASKS:
         return search.strategy
-    losses = "+".join(name for name, weight in search.loss.consistency.items() if weight)
-    layers = " layers" if search.granularity == "layer" else ""
-    return f"{search.strategy}{layers} {losses} alpha {search.loss.alpha:g} seed {search.seed}"
+    told = decisive(search)
+    parts = [search.strategy, "layers" if search.granularity == "layer" else ""]
+    if "loss" in told:
+        parts += [losses_of(told), f"alpha {search.loss.alpha:g}"]
+    return " ".join(filter(None, [*parts, *unusual(told), f"seed {search.seed}"]))
+
+
+def losses_of(search: Mapping[str, Any]) -> str:
+    """Return the consistency losses of a search's settings as JSON, joined by plus signs."""
+    return "+".join(name for name, weight in search["loss"]["consistency"].items() if weight)
+
+
+def unusual(search: Mapping[str, Any]) -> list[str]:
+    """Return those of a search's settings in words that are not the default, of some that are
+    compared: ablations and budgets."""
+    plain = SearchSettings().to_json()
+    known = [name for name in _COMPARED if name in search]
+    words = [f"{name} {search[name]}" for name in known if search[name] != plain[name]]
+    weighted = search.get("loss", {}).get("gamma", True)
+    return words if weighted else [*words, "without gamma"]
 
 
 def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
@@ -89,10 +125,10 @@ def searches(model: SweepModel) -> tuple[SearchSettings, ...]:
 def kinds_of_search(model: SweepModel) -> tuple[SearchSettings, ...]:
     """Return the searches of the grid, or what those of an exploration have in common.
 
-    Step masks look at no loss weights.
+    What a strategy does not read tells no two of its searches apart.
     """
-    effective = (_effective(settings) for settings in model.searches())
-    return tuple({content_key(settings.to_json()): settings for settings in effective}.values())
+    found = map(effective, model.searches())
+    return tuple({content_key(settings.to_json()): settings for settings in found}.values())
 
 
 def granularities(model: SweepModel) -> tuple[Granularity, ...]:
@@ -102,17 +138,16 @@ def granularities(model: SweepModel) -> tuple[Granularity, ...]:
 
 
 def step_mask_search(model: SweepModel) -> SearchSettings | None:
-    """Return the search that the `best_step_mask` baseline takes its masks from, if wanted."""
-    if all(baseline.name != STEP_MASKS for baseline in model.baselines):
-        return None
+    """Return the search for step masks, if the baseline or another search takes masks from it."""
+    wanted = any(baseline.name == STEP_MASKS for baseline in model.baselines)
+    begin = any("step_masks" in NEEDS.get(one.strategy, ()) for one in kinds_of_search(model))
+    return step_mask_settings(model) if wanted or begin else None
+
+
+def step_mask_settings(model: SweepModel) -> SearchSettings:
+    """Return the search for step masks: all there is to say of it is how many images it runs."""
     images = min(model.calibration.images, model.calibration.batch_size)
     return SearchSettings(strategy=STEP_MASKS, batch_size=images)
-
-
-def _effective(settings: SearchSettings) -> SearchSettings:
-    if settings.strategy != STEP_MASKS:
-        return settings
-    return replace(settings, loss=LossSettings())
 
 
 def point_specs(model: SweepModel) -> Iterator[PointSpec]:
@@ -121,7 +156,8 @@ def point_specs(model: SweepModel) -> Iterator[PointSpec]:
     yield PointSpec(method="dense", sampler=model.sampler, granularity=first)
     for baseline in model.baselines:
         for target in model.targets:
-            yield from BASELINES[baseline.name](model, baseline, target)
+            if absence(model, baseline, bar_target(model, target)) is None:
+                yield from BASELINES[baseline.name](model, baseline, target)
     for settings in searches(model):
         for target in model.targets:
             yield PointSpec(
@@ -131,6 +167,26 @@ def point_specs(model: SweepModel) -> Iterator[PointSpec]:
                 target=target,
                 search=settings,
             )
+
+
+def left_out(model: SweepModel) -> Iterator[str]:
+    """Yield a line for each baseline that the model lacks, and why; targets alike in one line."""
+    for baseline in model.baselines:
+        found: dict[str, list[str]] = {}
+        for target in model.targets:
+            why = absence(model, baseline, bar_target(model, target))
+            if why is not None:
+                found.setdefault(why, []).append(f"{target:g}")
+        for why, targets in found.items():
+            yield f"{model.name}: no {baseline.name} at {', '.join(targets)}: {why}"
+
+
+def gated_layers(model: SweepModel) -> bool:
+    """Return whether points of the model have gates of single layers."""
+    named = any(baseline.name == "deepcache" for baseline in model.baselines)
+    return "layer" in granularities(model) or (
+        named and any(spec.granularity == "layer" for spec in point_specs(model))
+    )
 
 
 def gates_of(
@@ -146,8 +202,11 @@ def gates_of(
         TargetError: no such point exists.
     """
     calls = calls_of(spec.sampler)
-    if spec.target is None or spec.method == "few_steps":
+    if spec.target is None or spec.method in ("few_steps", "ays", "guidance_off"):
         return GateTable.all_keep(calls, graph.num_blocks)
+    if spec.method == "deepcache":
+        found = deepcache_schedules(graph, calls, bar_target(model, spec.target), convention)
+        return found[min(int(spec.variant or 1), len(found)) - 1]
     if spec.method == "random":
         assert spec.seed is not None
         return random_gates(graph, spec.target, calls, spec.seed, convention)
@@ -188,40 +247,28 @@ def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) ->
 
 
 def _few_steps(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    """Fewer steps of the same solver: as few as still make the calls of equal compute."""
-    wanted = equal_compute_calls(bar_target(model, target), calls_of(model.sampler))
     whole = point_of(model, "few_steps", target)
-    if model.sampler.custom:
-        yield replace(whole, sampler=_subset(model.sampler, wanted), variant="subset")
-    followed = NOISE_SCHEDULERS[model.sampler.scheduler].spacings
-    for spacing in (s for s in baseline.spacing if s in followed):
-        sampler = _with_steps(model.sampler, wanted, spacing)
-        yield replace(whole, sampler=sampler, variant=spacing)
-    if not followed and not model.sampler.custom:
-        yield replace(whole, sampler=_with_steps(model.sampler, wanted, None))
+    for variant, sampler in fewer_steps(model, baseline, bar_target(model, target)):
+        yield replace(whole, sampler=sampler, variant=variant)
 
 
-def _with_steps(sampler: SamplerSettings, calls: int, spacing: Spacing | None) -> SamplerSettings:
-    """Return the same solver with as few steps as make so many calls, or more.
-
-    These may be more than the sampler's own, where trailing spacing cannot make those; the most
-    that a noise scheduler takes, it can.
-    """
-    name = sampler.scheduler
-    steps = next(
-        steps
-        for steps in range(1, NOISE_SCHEDULERS[name].max_steps + 1)
-        if num_calls(name, steps) >= calls and steps_rule(name, steps, spacing) is None
-    )
-    return replace(sampler, steps=steps, spacing=spacing, timesteps=None, sigmas=None)
+def _ays(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    whole = point_of(model, "ays", target)
+    for variant, sampler in aligned_steps(model, baseline, bar_target(model, target)):
+        yield replace(whole, sampler=sampler, variant=variant)
 
 
-def _subset(sampler: SamplerSettings, calls: int) -> SamplerSettings:
-    """Return evenly spread entries of a schedule of one's own, the first among them."""
-    steps = next(s for s in range(1, sampler.steps + 1) if num_calls(sampler.scheduler, s) >= calls)
-    kept = uniform_calls(steps, sampler.steps)
-    lists = {name: [values[i] for i in kept] for name, values in sampler.custom.items()}
-    return SamplerSettings(**{**sampler.to_json(), "steps": steps, **lists})
+def _guidance_off(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    sampler = unguided_steps(model, bar_target(model, target))
+    if sampler is not None:
+        yield replace(point_of(model, "guidance_off", target), sampler=sampler)
+
+
+def _deepcache(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
+    """Schedules at the compute of a SubNet of the target, whose gates are those of layers."""
+    whole = replace(point_of(model, "deepcache", target), granularity="layer")
+    for number in range(1, baseline.schedules + 1):
+        yield replace(whole, variant=str(number))
 
 
 def point_of(model: SweepModel, method: Method, target: float) -> PointSpec:
@@ -235,7 +282,7 @@ def _uniform(model: SweepModel, baseline: Baseline, target: float) -> Iterator[P
 
 
 def _best_step_mask(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
-    yield replace(point_of(model, "best_step_mask", target), search=step_mask_search(model))
+    yield replace(point_of(model, "best_step_mask", target), search=step_mask_settings(model))
 
 
 def _random(model: SweepModel, baseline: Baseline, target: float) -> Iterator[PointSpec]:
@@ -248,7 +295,10 @@ def _random(model: SweepModel, baseline: Baseline, target: float) -> Iterator[Po
 
 BASELINES: dict[str, Callable[[SweepModel, Baseline, float], Iterator[PointSpec]]] = {
     "few_steps": _few_steps,
+    "ays": _ays,
     "uniform": _uniform,
     "best_step_mask": _best_step_mask,
+    "deepcache": _deepcache,
+    "guidance_off": _guidance_off,
     "random": _random,
 }

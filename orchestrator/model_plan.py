@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dipgo_core.config import SamplerSettings
+from dipgo_core.config import SamplerSettings, SearchSettings
 from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
-from orchestrator.explore import Explored, Growing, expected_steps, explored_points
-from orchestrator.methods import CALIBRATED, PointSpec, searches, step_mask_search
+from orchestrator.explore import Explored, Growing, expected_images, explored_points
+from orchestrator.methods import CALIBRATED, PointSpec, left_out, searches, step_mask_search
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.point_gates import Memo, Resolution, resolve_gates, unresolved_point
@@ -51,10 +51,10 @@ class ModelPlan:
             self._add_reference("calibration")
         for task in maker.statistics.values():
             self._add(task)
-        found = tuple(self._add(maker.search(one)) for one in searches(maker.model))
+        found = tuple(self._add_searches())
         step_masks = step_mask_search(maker.model)
         if step_masks is not None:
-            self._add(maker.search(step_masks))
+            self._add_search(step_masks, None)
         points = [self._add_point(spec) for spec in specs]
         explored = self._explore()
         points += explored
@@ -69,11 +69,26 @@ class ModelPlan:
             searches=found,
             memory=maker.memory.rows,
             resources=resource_rows(maker.sweep, maker.model.name, _KINDS, maker.facts),
+            left_out=tuple(left_out(maker.model)),
         )
 
     def _specs(self) -> Sequence[PointSpec]:
         """Return the points that are wanted."""
         return self.maker.specs
+
+    # searches -----------------------------------------------------------------------------------
+
+    def _add_searches(self) -> Iterator[str]:
+        """Add the searches of the grid, each once for every target that it does not serve alone."""
+        model = self.maker.model
+        for settings in searches(model):
+            yield from dict.fromkeys(self._add_search(settings, t) for t in model.targets)
+
+    def _add_search(self, settings: SearchSettings, target: float | None) -> str:
+        """Add a search, and what it begins with."""
+        for before in self.maker.found_before(settings).values():
+            self._add(before)
+        return self._add(self.maker.search(settings, target))
 
     # images and their figures --------------------------------------------------------------------
 
@@ -128,7 +143,9 @@ class ModelPlan:
         point = self.maker.once(("point", repr(spec)), lambda: unresolved_point(self.maker, spec))
         if all(need in self.records for need in point.needs):
             found = self._resolve(spec, point)
-            point = replace(point, keep=found.keep, error=found.error)
+            point = replace(
+                point, keep=found.keep, extrapolation=found.extrapolation, error=found.error
+            )
         if point.keep is not None:
             return self._add_measurements(spec, point, self._way(point))
         if point.error is None:
@@ -187,7 +204,7 @@ class ModelPlan:
         sampler: SamplerSettings = self.maker.once(
             ("sampler of", point.key), lambda: SamplerSettings(**point.sampler)
         )
-        return Way(sampler, point.granularity, point.keep)
+        return Way(sampler, point.granularity, point.keep, point.extrapolation)
 
     # explorations --------------------------------------------------------------------------------
 
@@ -212,7 +229,7 @@ class ModelPlan:
 
     def _add_explored(self, spec: PointSpec) -> Point:
         assert spec.search is not None
-        self._add(self.maker.search(spec.search))
+        self._add_search(spec.search, spec.target)
         return self._add_point(spec)
 
     def _next_proposal(self, found: Explored) -> tuple[str, ...]:
@@ -228,7 +245,7 @@ class ModelPlan:
     def _foresee(self, found: Explored, awaits: tuple[str, ...]) -> None:
         """List the tasks that points to come will need."""
         model = self.maker.model
-        looked_at = round(expected_steps(model) * model.grid.expand()[0].batch_size)
+        looked_at = round(expected_images(model))
         for number in range(len(found.points) + 1, len(found.points) + found.to_come + 1):
             spec = PointSpec(method="search", sampler=model.sampler, variant=f"explored {number}")
             point = unresolved_point(self.maker, spec)

@@ -16,11 +16,12 @@ from dipgo_core.evaluation.protocol import Protocol, Split
 from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.evaluation.shards import cut
 from dipgo_core.memory import Fit
+from dipgo_core.strategies import NEEDS, TABLE_STRATEGIES, ErrorsSettings, Need, decisive, effective
 from orchestrator.bars import judged_by
 from orchestrator.explore import Generation, asked, stand_in
 from orchestrator.facts import ModelFacts, scorer_places
 from orchestrator.memory import ModelLoads, ModelMemory
-from orchestrator.methods import PointSpec, point_specs, search_label
+from orchestrator.methods import PointSpec, point_specs, search_label, step_mask_settings
 from orchestrator.model_protocols import ModelProtocols
 from orchestrator.racing import Candidate, alpha_of_rung, raced_metrics
 from orchestrator.records import Task, TaskKind
@@ -69,6 +70,7 @@ class Way:
     sampler: SamplerSettings
     granularity: str
     keep: tuple[str, ...]
+    extrapolation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ class ModelTasks:
             way.sampler,
             {
                 **self._range(split, images),
-                "keep": self._rows(way),
+                **self._gates(way),
                 "granularity": way.granularity,
                 "metrics": metrics,
                 "scorers": scorers,
@@ -264,7 +266,7 @@ class ModelTasks:
             "evaluate",
             way.sampler,
             {
-                "keep": self._rows(way),
+                **self._gates(way),
                 "protocol": protocol,
                 "granularity": way.granularity,
                 "macs_convention": self.sweep.macs_convention,
@@ -278,20 +280,59 @@ class ModelTasks:
 
     # searches, races, latencies -------------------------------------------------------------------
 
-    def search(self, settings: SearchSettings) -> Task:
-        """One search; it serves every target."""
-        return self.once(("search", repr(settings)), lambda: self._search(settings))
+    def search(self, settings: SearchSettings, target: float | None) -> Task:
+        """One search; it serves every target, unless its strategy searches at one."""
+        own = target if settings.strategy in TABLE_STRATEGIES else None
+        return self.once(
+            ("search", repr(settings), own), lambda: self._search(effective(settings), own)
+        )
 
-    def _search(self, settings: SearchSettings) -> Task:
-        calibration = self.protocols.images_json["calibration"]
+    def _search(self, settings: SearchSettings, target: float | None) -> Task:
+        before = self.found_before(settings)
+        found: dict[str, str] = {need: task.key for need, task in before.items()}
+        at = {"target": target, "macs_convention": self.sweep.macs_convention}
         return self._task(
             "search",
             self.model.sampler,
-            {"search": settings.to_json(), "calibration": calibration},
+            {
+                "search": decisive(settings),
+                "calibration": self.protocols.images_json["calibration"],
+                **found,
+                **({} if target is None else at),
+            },
+            resources="search",
+            needs=(self.reference("calibration").key, *found.values()),
+            options=self._ways(settings),
+            label=search_label(settings) + ("" if target is None else f" at {target:g}"),
+        )
+
+    def found_before(self, settings: SearchSettings) -> dict[Need, Task]:
+        """Return the tasks that a search takes what it begins with from, and shares with others."""
+        needed = NEEDS.get(settings.strategy, ())
+        found: dict[Need, Task] = {}
+        if "errors" in needed:
+            found["errors"] = self.errors(ErrorsSettings.of(settings))
+        if "step_masks" in needed:
+            found["step_masks"] = self.search(step_mask_settings(self.model), None)
+        return found
+
+    def errors(self, settings: ErrorsSettings) -> Task:
+        """Measured errors of single reuses, which serve all searches and targets."""
+        return self.once(("errors", settings), lambda: self._errors(settings))
+
+    def _errors(self, settings: ErrorsSettings) -> Task:
+        layers = " of layers" if settings.granularity == "layer" else ""
+        return self._task(
+            "errors",
+            self.model.sampler,
+            {
+                "errors": settings.to_json(),
+                "calibration": self.protocols.images_json["calibration"],
+            },
             resources="search",
             needs=(self.reference("calibration").key,),
-            options=self._ways(settings),
-            label=search_label(settings),
+            options=_held(self.memory.fit("search", settings)),
+            label=f"errors of reuses{layers} seed {settings.seed}",
         )
 
     @cached_property
@@ -331,7 +372,7 @@ class ModelTasks:
                 "explore": asked(self.model),
                 "generation": len(generations),
                 "count": count,
-                "search": self.model.grid.expand()[0].to_json(),
+                "search": decisive(self.model.grid.expand()[0]),
                 "quality": judged_by(self.sweep.objective.quality),
                 "calibration": self.protocols.calibration_json,
                 "postprocess": self.model.postprocess,
@@ -362,7 +403,7 @@ class ModelTasks:
             "latency",
             way.sampler,
             {
-                "keep": self._rows(way),
+                **self._gates(way),
                 "dense_sampler": self._sampler(self.model.sampler),
                 "device": self.device,
                 "threads": max(1, round(cpus)),
@@ -424,6 +465,11 @@ class ModelTasks:
     def _sampler(self, sampler: SamplerSettings) -> dict[str, Any]:
         known: dict[str, Any] = self.once(("sampler", sampler), sampler.to_json)
         return known
+
+    def _gates(self, way: Way) -> dict[str, Any]:
+        """Return a gate table as inputs have it; most tables extrapolate nothing."""
+        bent = {"extrapolation": way.extrapolation} if way.extrapolation else {}
+        return {"keep": self._rows(way), **bent}
 
     def _rows(self, way: Way) -> list[str]:
         rows: list[str] = self.once(("rows", way.keep), lambda: list(way.keep))

@@ -15,12 +15,18 @@ import numpy.typing as npt
 
 from dipgo_core.evaluation.metrics import PAIRED
 from orchestrator.hypervolume import area_above
+from orchestrator.methods import TRIVIAL
 from orchestrator.metrics import QUALITIES, label_of, larger_is_better
 from orchestrator.points import ResolvedPoint, State
 from orchestrator.standing import Differences, Dominance, Speed, speed_gap, standings
+from orchestrator.sweep_settings import KneeRule
 
 #: What a speed objective takes from the sweep file's `objective.speed`.
 SPEED_OF: Mapping[str, Speed] = {"latency": "speedup", "macs": "macs_speedup"}
+
+
+#: What a cross over a point means, wherever fronts are drawn.
+CROSSED = "crossed: searched, not shown to beat the best trivial baseline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,8 @@ class Front:
 
     objectives: speed first, then the quality metric. points: keys, slowest first.
     knee: largest distance above the chord between the front's ends, both objectives scaled to
-    [0, 1] over the front; points that beat the trivial baseline come before all others.
+    [0, 1] over the front, among the points that `knee_rule` admits; None where it admits none, and
+    then `instead` is the trivial baseline on the front that is highest above the chord, if any.
     reference_point: (1.0, worst quality of all points compared), unless one was given.
     standing: of every compared point, whether it is on the front given the intervals.
     scorer: id of the network behind the quality metric. disturbed: points that have no measured
@@ -49,6 +56,8 @@ class Front:
     scorer: str | None = None
     disturbed: Mapping[str, str] = field(default_factory=dict)
     unraced: tuple[str, ...] = ()
+    knee_rule: KneeRule = "beats_trivial"
+    instead: str | None = None
 
     @property
     def racing_note(self) -> str:
@@ -73,12 +82,14 @@ def pareto_fronts(
     qualities: Sequence[str] = QUALITIES,
     references: Mapping[str, tuple[float, float]] | None = None,
     differences: Differences | None = None,
+    knee: KneeRule = "beats_trivial",
 ) -> tuple[Front, ...]:
     """Return one front per (model, protocol, device) and quality metric; protocols never mix.
 
     A group in which nothing but the dense run has the asked speed falls back to MACs speed-up.
     references: quality metric -> reference point of the hypervolume, to compare across sweeps.
     differences: paired differences; without them only the intervals of both sides count.
+    knee: which points may be a front's knee.
     """
     fronts = []
     points = tuple(points)
@@ -91,7 +102,7 @@ def pareto_fronts(
                 continue
             reference = (references or {}).get(quality)
             where = (model, protocol, device if axis == "speedup" else None)
-            front = _front(compared, where, (axis, quality), reference, differences)
+            front = _front(compared, where, (axis, quality), reference, differences, knee)
             unraced = [
                 p for p in lost.get((model, protocol, device), ())
                 if p.dropped and quality not in p.dropped.by
@@ -108,23 +119,46 @@ def non_dominated(points: Sequence[ResolvedPoint], speed: Speed, quality: str) -
     return [bool(flag) for flag in flags]
 
 
-def knee_point(front: Sequence[ResolvedPoint], speed: Speed, quality: str) -> ResolvedPoint | None:
-    """Return the point of `front` farthest above the chord between its ends.
+def knee_point(
+    front: Sequence[ResolvedPoint], speed: Speed, quality: str, rule: KneeRule = "beats_trivial"
+) -> ResolvedPoint | None:
+    """Return the point of `front` farthest above the chord between its ends, None if none may be.
+
+    rule: `beats_trivial` admits only searched points that surely beat the best trivial baseline in
+    `quality`, `any` all of them.
+    """
+    admitted = [rule == "any" or p.beats_trivial(quality) for p in front]
+    return highest(admitted, front, speed, quality)
+
+
+def highest(
+    admitted: Sequence[bool], front: Sequence[ResolvedPoint], speed: Speed, quality: str
+) -> ResolvedPoint | None:
+    """Return the admitted point of `front` farthest above the chord between the front's ends.
 
     Both objectives are scaled to [0, 1] over the front, larger = better, so the distance is
-    proportional to their sum minus 1. Only points that beat the trivial baseline in `quality` are
-    candidates, unless none does. Ties go to the faster point, then to the smaller key.
+    proportional to their sum minus 1. Ties go to the faster point, then to the smaller key.
     """
-    if not front:
+    if not any(admitted):
         return None
     values = _matrix(front, speed, quality)
     span = np.ptp(values, axis=0)
     scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
     height = scaled.sum(axis=1).round(12)
-    beating = [p.verdicts.get(quality) == "beats" for p in front]
-    candidates = [i for i, wins in enumerate(beating) if wins or not any(beating)]
+    candidates = [i for i, may in enumerate(admitted) if may]
     best = max(candidates, key=lambda i: (height[i], values[i, 0], _reversed(front[i].key)))
     return front[best]
+
+
+def knee_note(points: Iterable[ResolvedPoint], front: Front) -> str:
+    """Say why a front has no knee, and which baseline to take instead; empty where it has one."""
+    if front.knee is not None:
+        return ""
+    label = label_of(front.objectives[1], front.scorer)
+    why = f"no knee: no point on this front is shown to beat the best trivial baseline in {label}"
+    names = (name_at_target(point) for point in points if point.key == front.instead)
+    instead = next((f"take the baseline {name}" for name in names), "no baseline is on it either")
+    return f"{why}; {instead} (objective.knee: any takes a point all the same)"
 
 
 def hypervolume(
@@ -158,9 +192,16 @@ def hypervolume_series(
     ]
 
 
-def pareto_json(points: Iterable[ResolvedPoint], fronts: Iterable[Front]) -> dict[str, Any]:
+def pareto_json(
+    points: Iterable[ResolvedPoint],
+    fronts: Iterable[Front],
+    headlines: Iterable[Mapping[str, Any]] = (),
+    statements: Iterable[str] = (),
+) -> dict[str, Any]:
     """Return the document of `dipgo-sweep pareto --json`."""
     return {
+        "statements": list(statements),
+        "headlines": list(headlines),
         "points": [point.to_json() for point in points],
         "fronts": [front.to_json() for front in fronts],
     }
@@ -171,6 +212,7 @@ class FrontRow:
     """One SubNet on or possibly on a front, as tables show it; figures already formatted.
 
     names: of every point that is this SubNet. on_line: whether the front's line goes through it.
+    share: of calls that compute all or nothing. cost: of its search.
     """
 
     key: str
@@ -182,6 +224,8 @@ class FrontRow:
     gain: str
     verdict: str
     knee: bool
+    share: str
+    cost: str
 
 
 def front_table(points: Iterable[ResolvedPoint], front: Front) -> tuple[FrontRow, ...]:
@@ -210,7 +254,20 @@ def _front_row(group: Sequence[ResolvedPoint], front: Front) -> FrontRow:
         gain="" if gain is None else gain.text(quality),
         verdict=point.verdicts.get(quality, "") if point.is_searched else "",
         knee=any(p.key == front.knee for p in group),
+        share=share_text(point),
+        cost="" if point.search_cost is None else point.search_cost.text,
     )
+
+
+def is_crossed(point: ResolvedPoint, quality: str) -> bool:
+    """Whether a drawing crosses a searched point out: it is not shown to beat its baseline."""
+    return point.is_searched and not point.beats_trivial(quality)
+
+
+def share_text(point: ResolvedPoint) -> str:
+    """Return the share of calls that compute all blocks or none, such as ``40 %``."""
+    share = point.all_or_nothing_share
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def name_at_target(point: ResolvedPoint) -> str:
@@ -276,12 +333,14 @@ def _front(
     objectives: tuple[Speed, str],
     reference: tuple[float, float] | None,
     differences: Differences | None,
+    rule: KneeRule,
 ) -> Front:
     reference = reference or reference_point(compared, *objectives)
     flags = non_dominated(compared, *objectives)
     best = [point for point, flag in zip(compared, flags, strict=True) if flag]
     best.sort(key=lambda p: (p.value(objectives[0]), p.key))
-    knee = knee_point(best, *objectives)
+    knee = knee_point(best, *objectives, rule)
+    baseline = highest([p.method in TRIVIAL for p in best], best, *objectives)
     return Front(
         model=where[0],
         protocol=where[1],
@@ -293,6 +352,8 @@ def _front(
         reference_point=reference,
         standing=standings(compared, *objectives, differences),
         scorer=compared[0].scorer(objectives[1]),
+        knee_rule=rule,
+        instead=baseline.key if baseline and not knee else None,
     )
 
 

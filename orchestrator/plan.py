@@ -96,4 +96,5 @@ def _joined(parts: Sequence[Plan]) -> Plan:
         searches=tuple(dict.fromkeys(key for part in parts for key in part.searches)),
         memory=tuple(row for part in parts for row in part.memory),
         resources=tuple(row for part in parts for row in part.resources),
+        left_out=tuple(line for part in parts for line in part.left_out),
     )

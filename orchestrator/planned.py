@@ -31,8 +31,9 @@ class Point:
 
     sampler: of the point itself (`few_steps` takes fewer steps than `sampler_dense`).
     strategy, loss, search: of the search it came from. search: all settings of that search.
-    variant: timestep spacing of `few_steps`, number of a random draw.
-    keep: rows of the gate table, None until the records it follows from are there.
+    variant: what tells points of a baseline apart, as `PointSpec` has it.
+    keep, extrapolation: the gate table (`GateTable`), `keep` None until the records it follows from
+    are there.
     error: why there is no such point (an unreachable target).
     evaluate_key, latency_key, calibration_key: tasks that measure it, None until `keep` is known;
         calibration_key for searched points and trivial baselines; latency_key where measured,
@@ -59,6 +60,7 @@ class Point:
     reference_key: str
     statistics_keys: tuple[str, ...] = ()
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     error: str | None = None
     search_key: str | None = None
     evaluate_key: str | None = None
@@ -123,6 +125,7 @@ class Plan:
     searches: tuple[str, ...] = ()  # keys of the grid's searches, not of best_step_mask
     memory: tuple[MemoryRow, ...] = ()
     resources: tuple[ResourceRow, ...] = ()
+    left_out: tuple[str, ...] = ()  # a line for each baseline that a model lacks, and why
 
     @property
     def ready(self) -> tuple[Task, ...]:
@@ -147,6 +150,7 @@ class Plan:
             "tasks": [planned.to_json() for planned in self.tasks],
             "memory": [row.to_json() for row in self.memory],
             "resources": [row.to_json() for row in self.resources],
+            "left_out": list(self.left_out),
         }
 
     @property

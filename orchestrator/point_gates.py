@@ -9,6 +9,7 @@ from dipgo_core.config import SearchSettings
 from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
+from dipgo_core.strategies import decisive
 from orchestrator.methods import PointSpec, gates_of
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.planned import Point
@@ -20,6 +21,7 @@ class Resolution:
     """The gates of a point, or why it has none."""
 
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     error: str | None = None
 
 
@@ -31,7 +33,7 @@ def unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
     """Return what is known of a point before any record is."""
     model = maker.model
     reference_key = maker.reference("test").key
-    search_key = None if spec.search is None else maker.search(spec.search).key
+    search_key = None if spec.search is None else maker.search(spec.search, spec.target).key
     identity = {
         "model": model.name,
         "reference": reference_key,
@@ -46,14 +48,15 @@ def unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
         "macs_convention": maker.sweep.macs_convention,
     }
     searched: SearchSettings | None = spec.search if spec.method == "search" else None
+    told = decisive(searched) if searched else {}
     return Point(
         key=content_key(identity),
         model=model.name,
         model_id=model.settings.id,
         method=spec.method,
         strategy=searched.strategy if searched else None,
-        loss=searched.loss.to_json() if searched else None,
-        search=searched.to_json() if searched else None,
+        loss=told.get("loss"),
+        search=told or None,
         sampler=spec.sampler.to_json(),
         sampler_dense=model.sampler.to_json(),
         granularity=spec.granularity,
@@ -77,4 +80,4 @@ def resolve_gates(
         gates = gates_of(spec, maker.model, graph, outcome, maker.sweep.macs_convention)
     except TargetError as error:
         return Resolution(error=str(error))
-    return Resolution(keep=tuple(gates.to_strings()))
+    return Resolution(keep=tuple(gates.to_strings()), extrapolation=gates.extrapolation)

@@ -14,7 +14,9 @@ from orchestrator.gains import Comparisons, Gain, Verdict
 from orchestrator.methods import TRIVIAL, Method
 from orchestrator.metrics import IMAGE_FIGURES, QUALITIES, figure_text
 from orchestrator.planned import Dropped, Point
+from orchestrator.point_names import point_name
 from orchestrator.records import Record
+from orchestrator.search_cost import SearchCost, search_cost
 from orchestrator.speeds import speed_of
 from orchestrator.store import Store
 
@@ -33,12 +35,14 @@ class ResolvedPoint:
     the 95 % interval. dense_latency_ms: of the dense runs in between. throughput: images per second
     by batch size. peak_memory_mb, energy_j (an image): of the pruned run. latency_usable: False if
     the measurement was disturbed; then there is no speed, and latency_note says what disturbed it.
-    subnet: digest of `keep`.
+    subnet: digest of `keep` and `extrapolation`.
     gain: against the best trivial baseline at equal compute, positive = better; that baseline is
-    chosen for each metric on calibration prompts (`best_baseline`). gain_random: against the mean
-    of the random draws at the same target. calibration_*: what choices may be based on. task_keys:
-    every task the point rests on. dropped: where a race ended for this point, and by metric the
-    point that surely beats it; its figures are those of the n_images it had until then.
+    chosen for each metric on calibration prompts (`best_baseline`). gain_over: of a searched point,
+    against each trivial baseline at its target, by the baseline's key. gain_random: against the
+    mean of the random draws there. search_cost: of the search its gates are from. calibration_*:
+    what choices may be based on. task_keys: every task the point rests on. dropped: where a race
+    ended for this point, and by metric the point that surely beats it; its figures are those of the
+    n_images it had until then.
     """
 
     key: str
@@ -85,6 +89,7 @@ class ResolvedPoint:
     all_or_nothing_share: float | None = None
     subnet: str | None = None
     keep: tuple[str, ...] | None = None
+    extrapolation: float = 0.0
     calibration_psnr: float | None = None
     calibration_ssim: float | None = None
     calibration_clip: float | None = None
@@ -94,7 +99,9 @@ class ResolvedPoint:
     gain: Mapping[str, Gain] = field(default_factory=dict)
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     verdict: Verdict | None = None
+    gain_over: Mapping[str, Mapping[str, Gain]] = field(default_factory=dict)
     gain_random: Mapping[str, Gain] = field(default_factory=dict)
+    search_cost: SearchCost | None = None
     evaluate_key: str | None = None
     latency_key: str | None = None
     task_keys: tuple[str, ...] = ()
@@ -103,6 +110,10 @@ class ResolvedPoint:
     @property
     def is_searched(self) -> bool:
         return self.method == "search"
+
+    def beats_trivial(self, metric: str) -> bool:
+        """Whether it was searched and surely beats the best trivial baseline in a metric."""
+        return self.is_searched and self.verdicts.get(metric) == "beats"
 
     @property
     def is_explored(self) -> bool:
@@ -165,7 +176,11 @@ class ResolvedPoint:
             low, high = self.bounds(figure)
             flat |= {figure: self.value(figure), f"{figure}_low": low, f"{figure}_high": high}
         scorers = {name: known.scorer for name, known in self.figures.items() if known.scorer}
-        return {**asdict(self), **flat, "scorers": scorers}
+        over = {
+            key: {name: {**asdict(one), "verdict": one.verdict} for name, one in gains.items()}
+            for key, gains in self.gain_over.items()
+        }
+        return {**asdict(self), **flat, "scorers": scorers, "gain_over": over}
 
 
 def resolve_points(
@@ -202,10 +217,15 @@ def best_baseline(
 
     None while one of them is unfinished or failed, so that no gain is over a weaker one.
     """
-    rivals = [rival for rival in points if rival.method in TRIVIAL and _same_budget(rival, point)]
+    rivals = trivial_rivals(point, points)
     scores = [calibration_score(rival, metric) if rival.is_evaluated else None for rival in rivals]
     best = best_of(scores)
     return None if best is None else rivals[best]
+
+
+def trivial_rivals(point: ResolvedPoint, points: Iterable[ResolvedPoint]) -> list[ResolvedPoint]:
+    """Return the trivial baselines at the compute of a point."""
+    return [rival for rival in points if rival.method in TRIVIAL and _same_budget(rival, point)]
 
 
 def _same_budget(a: ResolvedPoint, b: ResolvedPoint) -> bool:
@@ -244,9 +264,13 @@ def _measured(
         state=_state(point, complete, error),
         error=None if complete else error,
         keep=point.keep,
-        subnet=None if point.keep is None else GateTable.from_strings(point.keep).digest,
+        extrapolation=point.extrapolation,
+        subnet=None
+        if point.keep is None
+        else GateTable.from_strings(point.keep, point.extrapolation).digest,
         **_calibration(_record(records, point.calibration_key)),
         dropped=lost,
+        search_cost=search_cost(_record(records, point.search_key), records),
         evaluate_key=evaluate_key,
         latency_key=point.latency_key,
         task_keys=_task_keys(point),
@@ -354,37 +378,29 @@ def _with_gains(
             metric, _evaluated(point), {rival.key: _evaluated(rival) for rival in rivals}
         )
 
-    bars = {metric: best_baseline(point, peers, metric) for metric in QUALITIES}
+    measured = [metric for metric in QUALITIES if metric in point.figures]
+    bars = {metric: best_baseline(point, peers, metric) for metric in measured}
     gains = {metric: over(metric, [bar]) for metric, bar in bars.items() if bar is not None}
-    gain = {metric: found for metric, found in gains.items() if found is not None}
+    gain = _known(gains)
+    rivals = [r for r in trivial_rivals(point, peers) if r.is_evaluated and point.is_searched]
     like = (point.target, point.granularity)
     draws = [p for p in peers if p.method == "random" and (p.target, p.granularity) == like]
     drawn = [p for p in draws if p.is_evaluated] if point.is_searched else []
     pending = any(p.state == "pending" for p in draws)
-    over_random = {m: over(m, drawn) for m in QUALITIES} if drawn and not pending else {}
+    over_random = {m: over(m, drawn) for m in measured} if drawn and not pending else {}
     verdicts = {metric: value.verdict for metric, value in gain.items()}
     return replace(
         point,
         gain=gain,
         verdicts=verdicts,
         verdict=verdicts.get(quality),
-        gain_random={metric: found for metric, found in over_random.items() if found is not None},
+        gain_over={r.key: _known({m: over(m, [r]) for m in measured}) for r in rivals},
+        gain_random=_known(over_random),
     )
 
 
-def point_name(point: Point) -> str:
-    """Name a point for people, without its model and target."""
-    variant = "" if point.variant is None else str(point.variant)
-    layers = "layers" if point.granularity == "layer" else ""
-    if point.method == "few_steps":
-        return f"few steps, {variant}" if variant else "few steps"
-    if point.method == "random":
-        return " ".join(filter(None, ("random", layers, variant)))
-    if point.method == "search":
-        alpha = (point.loss or {}).get("alpha")
-        parts = [str(point.strategy), layers, "" if alpha is None else f"α={alpha:g}"]
-        return " ".join([*filter(None, parts), f"seed {point.seed}", *filter(None, [variant])])
-    return point.method.replace("_", " ")
+def _known(gains: Mapping[str, Gain | None]) -> dict[str, Gain]:
+    return {metric: found for metric, found in gains.items() if found is not None}
 
 
 def _record(records: Records, key: str | None) -> Record | None:

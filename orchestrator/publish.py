@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.bars import CALIBRATION_METRICS
-from orchestrator.export import export_subnet
+from orchestrator.export import export_subnet, is_subnet
 from orchestrator.gains import Comparisons
 from orchestrator.metrics import IMAGE_FIGURES, label_of, tracking_name
 from orchestrator.pareto import SPEED_OF, Front, hypervolume_series, pareto_fronts
 from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.records import Record, Task, content_key
+from orchestrator.search_cost import BEGUN_WITH
+from orchestrator.search_cost import SPENT as SEARCH_SPENT
 from orchestrator.speeds import TIMES
 from orchestrator.store import Store
 from orchestrator.sweep_settings import SweepFile
@@ -34,6 +36,10 @@ PARAMS = (
 #: Files of a sweep in the store: the folder of its report, and what that shows.
 REPORT = "report"
 STAMP = "report.sha256"
+#: What the tags of a point say, so that runs are found by `tags.knee = 'true'` and the like.
+_TRUTH = {True: "true", False: "false"}
+#: What a search cost, and what it says of a SubNet of its own.
+SPENT = ("forwards", "sample_forwards", "seconds", "peak_memory_bytes", "all_or_nothing_share")
 CURVES = ("loss", "consistency", "sparsity", "compute_ratio", "kept_gates", "flips")
 
 
@@ -74,7 +80,10 @@ class Publisher:
             comparisons=comparisons,
         )
         fronts = pareto_fronts(
-            points, speed=SPEED_OF[objective.speed], differences=comparisons.difference
+            points,
+            speed=SPEED_OF[objective.speed],
+            differences=comparisons.difference,
+            knee=objective.knee,
         )
         self.points, self.fronts = points, fronts
         with TemporaryDirectory(prefix="dipgo-report-") as folder:
@@ -129,7 +138,8 @@ class Publisher:
                 yield search_entry(records[planned.key], planned.label)
         for point in points:
             if point.state != "pending":
-                yield point_entry(point, records, self.store, self.sweep)
+                front = headline_front(point, self.fronts, self.sweep.objective.quality)
+                yield point_entry(point, records, self.store, self.sweep, front)
 
 
 def put_report(store: Store, sweep: str, folder: Path) -> None:
@@ -154,13 +164,19 @@ def run_state(result: RunResult) -> RunState:
 
 def search_entry(record: Record, label: str) -> Entry:
     """Return a search as the tracker shows it: its settings, its cost and its curves."""
-    curve = record.outputs["curve"]
-    spent = {name: float(record.outputs[name]) for name in ("forwards", "seconds")}
+    inputs, outputs = record.inputs, record.outputs
+    curve = outputs["curve"]
+    asked = {
+        name: inputs[name]
+        for name in ("search", "target", "macs_convention", *BEGUN_WITH)
+        if name in inputs
+    }
+    spent = {name: float(outputs[name]) for name in SPENT if outputs.get(name) is not None}
     return Entry(
         key=record.key,
         kind="search",
         name=label,
-        params=_flat({"model": record.inputs["model"]["id"], "search": record.inputs["search"]}),
+        params=_flat({"model": inputs["model"]["id"], **asked}),
         metrics=spent,
         curves={
             name: list(zip(curve["search_step"], map(float, curve[name]), strict=True))
@@ -171,9 +187,16 @@ def search_entry(record: Record, label: str) -> Entry:
 
 
 def point_entry(
-    point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
+    point: ResolvedPoint,
+    records: Mapping[str, Record],
+    store: Store,
+    sweep: SweepFile,
+    front: Front | None,
 ) -> Entry:
-    """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples."""
+    """Return a point as the tracker shows it: figures, gains, SubNet, gates, samples.
+
+    front: where it is compared with others in the sweep's own quality metric.
+    """
     settings = {name: getattr(point, name) for name in PARAMS}
     where = f" at {point.target:g}" if point.target is not None else ""
     tags = {
@@ -190,9 +213,30 @@ def point_entry(
         state="failed" if point.state == "failed" else "done",
         params=_flat({**settings, "loss": point.loss or {}, "sampler": point.sampler}),
         metrics=tracked_figures(point),
-        tags={name: value for name, value in tags.items() if value},
+        tags={name: value for name, value in tags.items() if value} | verdict_tags(point, front),
         files=partial(point_files, point, records, store, sweep),
     )
+
+
+def headline_front(point: ResolvedPoint, fronts: Iterable[Front], quality: str) -> Front | None:
+    """Return the front in the sweep's own quality metric on which a point is compared."""
+    own = (front for front in fronts if front.objectives[1] == quality)
+    return next((front for front in own if point.key in front.standing), None)
+
+
+def verdict_tags(point: ResolvedPoint, front: Front | None) -> dict[str, str]:
+    """Return what filters go by; all of them for every point, so that none outlives a change.
+
+    beats_trivial: of a searched point unknown where there is no verdict (yet); false of all others.
+    on_front: surely, possibly, no.
+    """
+    unknown = point.is_searched and point.verdict in (None, "unknown")
+    beats = _TRUTH[point.is_searched and point.verdict == "beats"]
+    return {
+        "beats_trivial": "unknown" if unknown else beats,
+        "knee": _TRUTH[front is not None and front.knee == point.key],
+        "on_front": "no" if front is None else front.standing[point.key],
+    }
 
 
 def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
@@ -206,7 +250,13 @@ def tracked_figures(point: ResolvedPoint) -> dict[str, float]:
     for size, rate in point.throughput.items():
         found[f"images_per_second/batch-{size}"] = rate["value"]
     for name, gain in point.gain.items():
-        found[tracking_name(name, point.scorer(name), prefix="gain_")] = gain.value
+        ends = {"": gain.value, "_low": gain.low, "_high": gain.high}
+        found |= {
+            tracking_name(name, point.scorer(name), prefix="gain_", end=end): value
+            for end, value in ends.items()
+        }
+    for name in SEARCH_SPENT:
+        found[f"search_{name}"] = getattr(point.search_cost, name, None)
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -227,18 +277,21 @@ def figures_note(point: ResolvedPoint) -> str:
 def point_files(
     point: ResolvedPoint, records: Mapping[str, Record], store: Store, sweep: SweepFile
 ) -> dict[str, bytes]:
-    """Return the files of an evaluated point: the SubNet, its gate heatmap, its first images."""
+    """Return the files of an evaluated point: the SubNet, if it is one, its gate heatmap, its first
+    images."""
     record = records.get(point.evaluate_key or "")
     if record is None:
         return {}
     from orchestrator.figures import gates_figure, image_grid, to_png
     from orchestrator.report.sections import samples
 
-    subnet = export_subnet(point, records, sweep).to_json()
-    files = {
-        "subnet.json": json.dumps(subnet, indent=1).encode(),
-        "gates.png": to_png(gates_figure(subnet), dpi=100),
-    }
+    files: dict[str, bytes] = {}
+    if is_subnet(record):
+        subnet = export_subnet(point, records, sweep).to_json()
+        files = {
+            "subnet.json": json.dumps(subnet, indent=1).encode(),
+            "gates.png": to_png(gates_figure(subnet), dpi=100),
+        }
     images = samples(point, records, store)
     return files if images is None else {**files, "samples.png": image_grid([images])}
 

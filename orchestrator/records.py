@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 TaskKind = Literal[
-    "reference", "images", "statistics", "search", "evaluate", "latency", "race", "explore"
-]
+    "reference", "images", "statistics", "errors", "search", "evaluate", "latency", "race",
+    "explore",
+]  # fmt: skip
 RecordState = Literal["done", "failed"]
 
 SCHEMA_VERSION = 1

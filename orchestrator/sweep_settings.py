@@ -32,6 +32,8 @@ PromptKind = Literal["bundled", "file", "hub", "labels"]
 ResourceKind = Literal["reference", "search", "evaluate", "latency", "score"]
 ReferenceKind = Literal["dense", "folder", "statistics"]
 Spacing = Literal["leading", "trailing"]
+Solver = Literal["own", "dpm++2m"]
+KneeRule = Literal["beats_trivial", "any"]
 ExploreSampler = Literal["tpe", "nsga2", "random"]
 DimensionKind = Literal["uniform", "loguniform", "int", "logint", "choice"]
 Axes = Mapping[str, tuple[Any, ...]]
@@ -114,12 +116,15 @@ class Baseline:
     """One trivial way to spend the compute of a target.
 
     draws: independent random gate tables a target (`random` only, else 0).
-    spacing: timestep spacings tried (`few_steps` only, else empty).
+    spacing: timestep spacings tried (`few_steps` only, else empty). solver: noise schedulers tried
+    (`few_steps`, `ays`). schedules: how many a target (`deepcache` only, else none).
     """
 
     name: str
     draws: int = 0
     spacing: tuple[Spacing, ...] = ()
+    solver: tuple[Solver, ...] = ("own",)
+    schedules: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +277,15 @@ class LatencySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The headline pair; fronts are drawn for every quality metric anyway."""
+    """The headline pair; fronts are drawn for every quality metric anyway.
+
+    knee: which points of a front may be its knee: searched ones that surely beat the best trivial
+    baseline at the same compute, or any.
+    """
 
     speed: Literal["latency", "macs"] = "latency"
     quality: Metric = "clip"
+    knee: KneeRule = "beats_trivial"
 
 
 @dataclass(frozen=True, kw_only=True)

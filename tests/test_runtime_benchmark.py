@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from dipgo_core.baselines import deepcache_gates
 from dipgo_core.blocks import known_graph
 from dipgo_core.families import find_known
 from dipgo_core.graph import BlockGraph
@@ -75,7 +76,7 @@ def test_deepcache_computes_what_lies_above_its_branch(
 ) -> None:
     """Oracle: the layers that its package (0.1.1) computes for the two outermost branches."""
     graph = graph_of_sd15("layer")
-    gates = import_module("rivals").deepcache_gates(graph, 4, 3, branch)
+    gates = deepcache_gates(graph, 4, 3, branch)
     shallow = {name for name, keep in zip(graph.names, gates.keep[1], strict=True) if keep}
     assert shallow == {"", *kept}
     assert gates.keep[[0, 3]].all()

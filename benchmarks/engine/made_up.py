@@ -150,7 +150,7 @@ def _made(task: Task) -> tuple[dict[str, Any], dict[str, bytes]]:
         outcome = {"scores": rng.random((CALLS, GRAPH.num_blocks)).tolist(), "step_masks": None}
         curve = {"search_step": [0, 1], "loss": [1.0, 0.5]}
         return {
-            "outcome": {**outcome, "forwards": 8},
+            "outcome": {**outcome, "forwards": 8, "sample_forwards": 8.0},
             "curve": curve,
             "forwards": 8,
             "seconds": 1.0,

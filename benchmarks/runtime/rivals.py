@@ -16,8 +16,8 @@ from full_width import FLUX_ON_CPU, Bench, flux, sd15
 from torch import nn
 from turns import Ready, Row, applied, loop_times, row_of, size_of
 
+from dipgo_core.baselines import deepcache_gates
 from dipgo_core.gates import GateTable
-from dipgo_core.graph import BlockGraph
 from dipgo_core.pipelines import block_graph
 
 
@@ -43,29 +43,6 @@ def deepcache(options: argparse.Namespace) -> Iterator[Row]:
             calls=calls,
             goal=1.0,
         )
-
-
-def deepcache_gates(graph: BlockGraph, calls: int, interval: int, branch: int) -> GateTable:
-    """Return DeepCache's schedule as gates of granularity `layer`.
-
-    Every `interval`-th call is whole; the others compute the layers above the branch alone
-    (DeepCache, arXiv 2312.00858; the numbering of branches is its package's).
-    """
-    shallow = np.array([not name or _above_branch(graph, name, branch) for name in graph.names])
-    return GateTable(np.array([shallow | (call % interval == 0) for call in range(calls)]))
-
-
-def _above_branch(graph: BlockGraph, name: str, branch: int) -> bool:
-    side, *rest = name.split(".")
-    if side == "mid_block":
-        return False
-    stage, kind, layer = int(rest[0]), rest[1], int(rest[2])
-    siblings = [n for n in graph.names if n.startswith(f"{side}.{stage}.resnets.")]
-    if side == "down_blocks":
-        return (stage, len(siblings) if kind == "downsamplers" else layer) < divmod(branch, 3)
-    stages = {n.split(".")[1] for n in graph.names if n.startswith("up_blocks.")}
-    from_end = 0 if kind == "upsamplers" else len(siblings) - 1 - layer
-    return (len(stages) - 1 - stage, from_end) <= divmod(branch, 3)
 
 
 @contextmanager

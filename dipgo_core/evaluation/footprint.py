@@ -52,12 +52,24 @@ def peak_memory(run: Run, device: str | torch.device) -> PeakMemory:
 
 def _peak_resident(run: Run) -> int | None:
     """Return the process's peak resident set during a run; None where Linux does not reset it."""
+    if not reset_resident_peak():
+        return None
+    run()
+    return resident_peak()
+
+
+def reset_resident_peak() -> bool:
+    """Let the process's peak resident set count from now on; False where Linux does not do so."""
     _return_free_memory()
     try:
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     except OSError:
-        return None
-    run()
+        return False
+    return True
+
+
+def resident_peak() -> int | None:
+    """Return the process's peak resident set in bytes."""
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -21,6 +21,7 @@ from dipgo_core.pipelines import LoadedModel
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
+from dipgo_core.unguided import guidance_followed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,8 @@ def generate(
         part = slice(start, start + batch_size)
         set_sampler(model, sampler)
         arguments = call_arguments(model, items[part], seeds[part], sampler)
-        with apply_subnet(model.pipe, subnet) if subnet else nullcontext():
+        gated = apply_subnet(model.pipe, subnet) if subnet else nullcontext()
+        with gated, guidance_followed(model, sampler, len(items[part])):
             pixels, latents, forwards = _watched_call(model, arguments)
         images = to_uint8(pixels, first_index=start)
         yield GeneratedBatch(start, images, latents, _computed(forwards, subnet))

@@ -35,6 +35,7 @@ FAMILY: Final = Family(
     size_multiple=None,
     schedulers=UNSCALED,
     custom=(),
+    conditional="first",
     sampler=_SAMPLER,
     resolution=256,
     scorers=BY_CLASS,

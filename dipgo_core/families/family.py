@@ -73,7 +73,8 @@ class Family:
     custom: arguments of the stock call for schedules of one's own. schedule: what the stock call
     hands to ``set_timesteps``. latent_side: of what the model is made for; size_multiple: of the
     image's side in pixels, None where the pipeline takes no size. largest: that side at most, None
-    without a bound.
+    without a bound. conditional: which half of a guided call's batch has the prompt or label, None
+    where guidance doubles no batch. ays: the Align-Your-Steps list for the family's noise schedule.
     """
 
     name: str
@@ -94,6 +95,8 @@ class Family:
     schedulers: tuple[str, ...]
     custom: tuple[Literal["timesteps", "sigmas"], ...] = ("timesteps", "sigmas")
     schedule: Schedule = plain_schedule
+    conditional: Literal["first", "last"] | None = None
+    ays: tuple[int, ...] | None = None
     sampler: SamplerSettings
     resolution: int  # pixels
     scorers: Scorers

@@ -48,6 +48,7 @@ FAMILY: Final = Family(
     inputs=_inputs,
     size_multiple=16,
     schedulers=DIFFUSION,
+    conditional="last",
     sampler=_SAMPLER,
     resolution=1024,
     scorers=TEXT_TO_IMAGE,

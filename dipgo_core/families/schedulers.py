@@ -116,6 +116,14 @@ def calls_of(sampler: SamplerSettings) -> int:
     return num_calls(sampler.scheduler, sampler.steps)
 
 
+def guided_share(sampler: SamplerSettings) -> float:
+    """Return the work of a run over that of one with guidance at every call."""
+    if sampler.guidance_calls is None:
+        return 1.0
+    calls = calls_of(sampler)
+    return (calls + min(calls, sampler.guidance_calls)) / (2 * calls)
+
+
 #: Gives the arguments a stock call hands to ``set_timesteps``, device aside: config of the noise
 #: scheduler, side of the latents, sampler.
 Schedule = Callable[[Mapping[str, Any], int, SamplerSettings], dict[str, Any]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dipgo_core.config import SamplerSettings
+from dipgo_core.families.ays import SD_TIMESTEPS
 from dipgo_core.families.family import Config, Family, KnownModel, Meta
 from dipgo_core.families.schedulers import DIFFUSION
 from dipgo_core.families.scorers import TEXT_TO_IMAGE, TINY
@@ -61,6 +62,8 @@ FAMILY: Final = Family(
     layers=UNET_LAYERS,
     inputs=unet_inputs,
     schedulers=DIFFUSION,
+    conditional="last",
+    ays=SD_TIMESTEPS,
     sampler=_SAMPLER,
     resolution=512,
     scorers=TEXT_TO_IMAGE,

@@ -67,6 +67,7 @@ FAMILY: Final = Family(
     schedulers=FLOW,
     custom=("sigmas",),
     schedule=_schedule,
+    conditional="last",
     sampler=_SAMPLER,
     resolution=1024,
     scorers=TEXT_TO_IMAGE,

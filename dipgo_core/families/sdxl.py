@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from dipgo_core.config import SamplerSettings
+from dipgo_core.families.ays import SDXL_TIMESTEPS
 from dipgo_core.families.family import Family, KnownModel
 from dipgo_core.families.schedulers import DIFFUSION
 from dipgo_core.families.scorers import TEXT_TO_IMAGE
@@ -42,6 +43,8 @@ FAMILY: Final = Family(
     layers=UNET_LAYERS,
     inputs=unet_inputs,
     schedulers=DIFFUSION,
+    conditional="last",
+    ays=SDXL_TIMESTEPS,
     sampler=_SAMPLER,
     resolution=1024,
     scorers=TEXT_TO_IMAGE,

@@ -30,10 +30,9 @@ from dipgo_core.search.calibration import (
     draw_items,
 )
 from dipgo_core.search.progress import NOTHING_YET, Figures, SearchProblem, SearchProgress
+from dipgo_core.strategies import EXHAUSTIVE_CALLS
 from dipgo_core.structures import Tensors
 
-#: Up to this many calls all 2^(T - 1) masks are tried, at one denoiser forward a mask.
-EXHAUSTIVE_CALLS: Final = 11
 #: Progress is reported after this many shares of the masks.
 REPORTS: Final = 32
 
@@ -117,6 +116,7 @@ class _MaskSearch:
         full, self.forwards = dense_latents(problem)
         self.full = full[chosen].to(problem.model.device)
         self.batch = batch_of(problem, chosen)
+        self.sample_forwards = float(self.forwards * problem.settings.batch_size)
         self.calls = _MaskedCalls(repeat_of(scheduler))
         self.best: dict[int, tuple[float, Mask]] = {}
         self.seen: tuple[Mask, list[_Known]] = ((), [])
@@ -173,6 +173,7 @@ class _MaskSearch:
             num_steps=self.num_steps,
             **self.figures._asdict(),
             forwards=self.forwards,
+            sample_forwards=self.sample_forwards,
             seconds=self.seconds,
             outcome=self._outcome() if self.done == self.num_steps else None,
             snapshot=self._state,
@@ -214,6 +215,7 @@ class _MaskSearch:
         calls.start(mask, shared)
         final = rollout(problem.model, self.batch, problem.sampler, on_call=calls.start_call)
         self.forwards += calls.computed - before
+        self.sample_forwards += (calls.computed - before) * len(self.batch)
         self.seen = (mask, shared)
         error = (final.double() - self.full.double()).square().mean().item()
         if not math.isfinite(error):
@@ -225,13 +227,16 @@ class _MaskSearch:
 
     def _outcome(self) -> SearchOutcome:
         masks = {k: _calls(mask) for k, (_, mask) in sorted(self.best.items())}
-        return SearchOutcome(step_masks=masks, forwards=self.forwards)
+        return SearchOutcome(
+            step_masks=masks, forwards=self.forwards, sample_forwards=self.sample_forwards
+        )
 
     def _state(self) -> dict[str, Tensor]:
         counts = sorted(self.best)
         return {
             "search_step": torch.tensor(self.done),
             "forwards": torch.tensor(self.forwards),
+            "sample_forwards": torch.tensor(self.sample_forwards, dtype=torch.float64),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "errors": torch.tensor([self.best[k][0] for k in counts], dtype=torch.float64),
             "figures": self.figures.to_tensor(),
@@ -242,6 +247,7 @@ class _MaskSearch:
         if "masks" not in state or state["masks"].shape[1:] != (self.num_calls,):
             raise SearchError("the saved state belongs to another search; delete it and start anew")
         self.done, self.forwards = int(state["search_step"]), int(state["forwards"])
+        self.sample_forwards = float(state["sample_forwards"])
         self.seconds = float(state["seconds"])
         self.figures = Figures.from_tensor(state["figures"])
         rows = zip(state["errors"].tolist(), state["masks"].tolist(), strict=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dipgo_core.config import SamplerSettings, SearchSettings
+from dipgo_core.config import Convention, SamplerSettings, SearchSettings
 from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
 from dipgo_core.outcome import SearchOutcome
@@ -39,6 +39,10 @@ class SearchProblem:
     resume: Mapping[str, Tensor] | None = None
     images_at_once: int | None = None
     checkpoint_calls: bool | None = None
+    targets: tuple[float, ...] = ()
+    convention: Convention = "all"
+    step_masks: Mapping[int, tuple[int, ...]] | None = None
+    errors: Mapping[str, Tensor] | None = None
 
 
 class Figures(NamedTuple):
@@ -72,7 +76,8 @@ NOTHING_YET = Figures(0.0, 0.0, 0.0, 1.0, 0.0, 0, 0)
 class SearchProgress:
     """One search step, counted from 1; see `Figures`.
 
-    forwards, seconds: spent so far, over all interruptions. outcome: with the last step only.
+    forwards, sample_forwards, seconds: spent so far, over all interruptions (`SearchOutcome`).
+    outcome: with the last step only.
     """
 
     search_step: int
@@ -85,6 +90,7 @@ class SearchProgress:
     kept_gates: int
     flips: int
     forwards: int
+    sample_forwards: float
     seconds: float
     outcome: SearchOutcome | None = None
     snapshot: Callable[[], dict[str, Tensor]] = field(repr=False)

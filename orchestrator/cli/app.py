@@ -276,15 +276,15 @@ def pareto(
         bool, typer.Option("--all", help="Fronts of every quality metric, not the headline only.")
     ] = False,
 ) -> None:
-    """Show the Pareto fronts of what is finished so far."""
+    """Show what searched SubNets gain, and the Pareto fronts of what is finished so far."""
     from orchestrator.cli.sweeps import open_results
-    from orchestrator.cli.tables import print_fronts
-    from orchestrator.pareto import pareto_json
+    from orchestrator.cli.tables import print_fronts, print_verdicts
 
     results = open_results(file, override or [])
     if as_json:
-        print_json(pareto_json(results.points, results.fronts))
+        print_json(results.to_json())
     else:
+        print_verdicts(results.points, results.headlines)
         print_fronts(results.points, results.fronts if all_metrics else results.headline_fronts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dipgo_core.errors import ConfigError, TargetError, nearest
+from orchestrator.pareto import knee_note
 
 if TYPE_CHECKING:
     from orchestrator.cli.sweeps import Results
@@ -60,6 +61,10 @@ def _knee(results: Results, model: str) -> ResolvedPoint:
     for front in results.headline_fronts:
         if front.model == model and front.knee is not None:
             return by_key[front.knee]
+        if front.model == model:
+            raise ConfigError(
+                f"{model}: {knee_note(results.points, front)}, or name a point with `--point KEY`"
+            )
     raise ConfigError(
         f"no front of {model} yet: nothing of it is finished; `dipgo-sweep run` first"
     )

@@ -84,6 +84,8 @@ def plan_and_show(
         print_json({**outlook.plan.to_json(), "not_here": missing, "costs": costs.to_json()})
     else:
         print_plan(outlook.plan, sweep.name, store.url)
+        for line in outlook.plan.left_out:
+            say(line)
         print_resources(outlook.plan.resources)
         print_memory(outlook.plan.memory)
         print_costs(costs)

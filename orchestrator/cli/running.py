@@ -154,8 +154,8 @@ def _print_results(command: Command, shown: Publisher) -> None:
     """Print fronts, verdicts, where things lie and what to do next."""
     quality = shown.sweep.objective.quality
     lines = headlines(shown.points, quality)
-    print_fronts(shown.points, [each for each in shown.fronts if each.objectives[1] == quality])
     print_verdicts(shown.points, lines)
+    print_fronts(shown.points, [each for each in shown.fronts if each.objectives[1] == quality])
     _print_files(shown)
     _print_next(command, shown.sweep, lines[-1] if lines else None)
 

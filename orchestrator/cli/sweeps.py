@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from orchestrator.driver import plan_sweep
 from orchestrator.gains import Comparisons
-from orchestrator.headlines import Headline, headlines
-from orchestrator.pareto import SPEED_OF, Front, pareto_fronts
+from orchestrator.headlines import Headline, headlines, statements
+from orchestrator.pareto import SPEED_OF, Front, pareto_fronts, pareto_json
 from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.store import Store, open_store
@@ -46,6 +47,7 @@ class Results:
             self.points,
             speed=SPEED_OF[self.sweep.objective.speed],
             differences=self.comparisons.difference,
+            knee=self.sweep.objective.knee,
         )
 
     @property
@@ -57,6 +59,12 @@ class Results:
     @cached_property
     def headlines(self) -> tuple[Headline, ...]:
         return headlines(self.points, self.sweep.objective.quality)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of `dipgo-sweep pareto --json`."""
+        lines = [line.to_json() for line in self.headlines]
+        said = statements(self.headlines, self.points)
+        return pareto_json(self.points, self.fronts, lines, said)
 
 
 def open_results(file: Path, overrides: Sequence[str]) -> Results:

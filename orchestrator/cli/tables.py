@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 from dipgo_core.memory import Fit
 from orchestrator.cli.show import print_table, say
-from orchestrator.headlines import Headline
+from orchestrator.headlines import Headline, statements
 from orchestrator.memory import GB, MemoryRow, without_repetition
-from orchestrator.metrics import FIGURES, label_of
-from orchestrator.pareto import Front, front_table, name_at_target
+from orchestrator.metrics import FIGURES, QUALITIES, label_of
+from orchestrator.pareto import Front, front_table, knee_note, name_at_target, share_text
 from orchestrator.planned import Plan
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
@@ -113,17 +113,19 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
             row.standing + ("" if row.on_line else ", behind"),
             row.gain,
             row.verdict,
+            row.share,
+            row.cost,
             row.key[:12],
         )
         for row in front_table(points, front)
     ]
     columns = (
         "point", FIGURES[speed].label, quality, "on the front", "gain over the best baseline", "",
-        "key",
+        "all-or-nothing calls", "search cost", "key",
     )  # fmt: skip
     print_table(title, columns, rows, right=(*columns[1:3], columns[4]))
-    if front.racing_note:
-        say(front.racing_note)
+    for note in filter(None, (knee_note(points, front), front.racing_note)):
+        say(note)
     if front.disturbed:
         names = ", ".join(name_at_target(by_key[key]) for key in front.disturbed)
         reason = next(iter(front.disturbed.values()))
@@ -131,11 +133,13 @@ def _print_front(points: Sequence[ResolvedPoint], front: Front) -> None:
         say("to measure again when nothing else runs, raise `latency.repeat` (docs/latency.md)")
 
 
-def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -> None:
-    """Print for each model and target whether the searched SubNet beats its bars.
+def print_verdicts(points: Sequence[ResolvedPoint], lines: Sequence[Headline]) -> None:
+    """Print for each model and target what the searched SubNet gains over its bars.
 
     Gains by two networks are on two scales: one table each.
     """
+    for sentence in statements(lines, points):
+        say(sentence)
     by_label: dict[str, list[Headline]] = {}
     for line in lines:
         by_label.setdefault(label_of(line.quality, line.scorer), []).append(line)
@@ -145,27 +149,31 @@ def print_verdicts(points: Sequence[ResolvedPoint], lines: Iterable[Headline]) -
 
 def _print_verdicts(points: Sequence[ResolvedPoint], label: str, lines: Sequence[Headline]) -> None:
     by_key = {point.key: point for point in points}
-    rows = [
-        (
-            line.model,
-            short(line.protocol),
-            f"{line.target:g}",
-            by_key[line.searched].name,
-            *_against(by_key, line),
-            line.gain_random.text(line.quality) if line.gain_random else "",
-            line.verdict_random or "not known yet",
-        )
-        for line in lines
-    ]
+    rows = [row for line in lines for row in _verdict_rows(by_key, line)]
     columns = (
-        "model", "protocol", "target", "SubNet", "best trivial baseline", "gain", "verdict",
-        "gain over random gates", "verdict",
+        "model", "protocol", "target", "SubNet", "metric", "gain", "verdict",
+        "best trivial baseline", "gain over random gates", "all-or-nothing calls", "search cost",
     )  # fmt: skip
-    title = f"Searched SubNets at equal compute: gain in {label} (95 % intervals)"
-    print_table(title, columns, rows)
+    title = f"Searched SubNets, the best in {label} on calibration prompts, at equal compute: gains"
+    print_table(f"{title} (95 % intervals)", columns, rows)
 
 
-def _against(by_key: dict[str, ResolvedPoint], line: Headline) -> tuple[str, str, str]:
-    baseline = by_key[line.baseline].name if line.baseline in by_key else ""
-    gain = line.gain.text(line.quality) if line.gain else ""
-    return baseline, gain, line.verdict or "not known yet"
+def _verdict_rows(by_key: Mapping[str, ResolvedPoint], line: Headline) -> Iterator[tuple[str, ...]]:
+    """Return a row a metric, the headline's own first; what they share is in the first row."""
+    point = by_key[line.searched]
+    cost = "" if point.search_cost is None else point.search_cost.text
+    named = (line.model, short(line.protocol), f"{line.target:g}", point.name)
+    ended = (share_text(point), cost)
+    others = [metric for metric in QUALITIES if metric in line.gains and metric != line.quality]
+    for metric in (line.quality, *others):
+        shared = metric == line.quality
+        gain, random = line.gains.get(metric), point.gain_random.get(metric)
+        yield (
+            *(named if shared else ("",) * len(named)),
+            label_of(metric, point.scorer(metric)),
+            gain.text(metric) if gain else "",
+            gain.verdict if gain else "not known yet",
+            by_key[gain.baseline_key].name if gain else "",
+            f"{random.text(metric)} {random.verdict}" if random else "",
+            *(ended if shared else ("",) * len(ended)),
+        )

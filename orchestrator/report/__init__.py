@@ -16,11 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.figures import fronts_figure, to_png
+from orchestrator.headlines import headlines, statements
 from orchestrator.metrics import FIGURES, IMAGE_FIGURES, label_of
-from orchestrator.pareto import Front, front_table
+from orchestrator.pareto import Front, front_table, knee_note, share_text
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
 from orchestrator.report.front_svg import front_svg, legend_entries
+from orchestrator.report.gain_tables import gain_tables
 from orchestrator.report.gates_svg import gates_svg
 from orchestrator.report.markdown import ReportText, report_markdown
 from orchestrator.report.measured import latency_tables, point_tables, race_tables
@@ -42,7 +44,10 @@ FILES = ("report.html", "pareto.png", "points.csv", "points.json", "report.md")
 #: Metrics of pareto.png; report.html draws all.
 DRAWN = ("fid", "clip", "psnr")
 #: What report.html and report.md say alike.
-SHARED = ("headlines", "races", "tables", "latencies", "protocols", "costs", "failures")
+SHARED = (
+    *("statements", "headlines", "gains", "races", "tables", "latencies", "protocols", "costs"),
+    "failures",
+)
 
 
 def write_report(
@@ -59,7 +64,8 @@ def write_report(
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    document = points_json(points, fronts)
+    lines = headlines(points, sweep.objective.quality)
+    document = points_json(points, fronts, lines)
     mark = _mark(sweep, document)
     if _is_written(target, mark):
         return target / "report.html"
@@ -117,6 +123,9 @@ def _content(
         "convention": sweep.macs_convention,
         "states": Counter(point.state for point in points),
         "headlines": rows,
+        "statements": statements(headlines(points, sweep.objective.quality), points),
+        "gains": gain_tables(points),
+        "share_text": share_text,
         "labels": list(dict.fromkeys(row.label for row in rows)),
         "fronts": _front_sections(points, fronts),
         "images": [
@@ -151,7 +160,12 @@ def _front_sections(
             "device": device,
             "protocol": protocol,
             "fronts": [
-                (front, front_table(points, front), Markup(front_svg(points, front)))
+                (
+                    front,
+                    front_table(points, front),
+                    Markup(front_svg(points, front)),
+                    knee_note(points, front),
+                )
                 for front in group
             ],
         }
@@ -165,6 +179,10 @@ def _tip(point: ResolvedPoint) -> dict[str, Any]:
     shown = [figure for figure in names if point.value(figure) is not None]
     lines = [
         f"{label_of(figure, point.scorer(figure))}: {point.figure_text(figure)}" for figure in shown
+    ]
+    lines += [
+        f"gain in {label_of(name, point.scorer(name))}: {gain.text(name)} ({gain.verdict})"
+        for name, gain in point.gain.items()
     ]
     lines.append(f"n = {point.n_images}, protocol {short(point.measured_under)}")
     return {"title": title(point), "method": point.method, "model": point.model, "lines": lines}

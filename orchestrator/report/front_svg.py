@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from orchestrator.metrics import FIGURES, label_of, wants_log
-from orchestrator.pareto import Front
+from orchestrator.pareto import CROSSED, Front, is_crossed
 from orchestrator.points import ResolvedPoint
 
 WIDTH, HEIGHT = 400, 300
@@ -25,8 +25,22 @@ SHAPES: Mapping[str, str] = {
     "square": "M-4.2 -4.2h8.4v8.4h-8.4z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
     "down": "M0 5.5L-5 -4H5z",
+    "up": "M0 -5.5L-5 4H5z",
+    "pentagon": "M0 -5.5L5.2 -1.7L3.2 4.4H-3.2L-5.2 -1.7z",
+    "cross": "M-5 -2.5L-2.5 -5L0 -2.5L2.5 -5L5 -2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0z",
 }
+#: Drawn over points that are not shown to beat the best trivial baseline.
+CROSS = "M-6.5 -6.5L6.5 6.5M-6.5 6.5L6.5 -6.5"
 _SEARCHED = ("circle", "plus", "hexagon")
+_SHAPED: Mapping[str, str] = {
+    "dense": "star",
+    "ays": "cross",
+    "uniform": "square",
+    "best_step_mask": "diamond",
+    "deepcache": "up",
+    "guidance_off": "pentagon",
+    "random": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +65,8 @@ def shape_of(point: ResolvedPoint, strategies: Sequence[str]) -> str:
     if point.is_searched:
         return _SEARCHED[strategies.index(str(point.strategy)) % len(_SEARCHED)]
     if point.method == "few_steps":
-        return "left" if point.variant == "leading" else "right"
-    shapes = {"dense": "star", "uniform": "square", "best_step_mask": "diamond", "random": "down"}
-    return shapes[point.method]
+        return "left" if (point.variant or "").endswith("leading") else "right"
+    return _SHAPED[point.method]
 
 
 def strategies_of(points: Iterable[ResolvedPoint]) -> list[str]:
@@ -87,6 +100,7 @@ def front_svg(points: Sequence[ResolvedPoint], front: Front) -> str:
         + "".join(_bars(p, front, across, up, at[p.key]) for p in order)
         + ring
         + "".join(_mark(p, front, at[p.key], shape_of(p, strategies)) for p in order)
+        + "".join(_cross(p, front, at[p.key]) for p in order if is_crossed(p, quality))
         + "</svg>"
     )
 
@@ -104,6 +118,7 @@ def legend_entries(points: Sequence[ResolvedPoint]) -> list[tuple[str, str]]:
     signs = {"surely": "surely on the front", "possibly": "possibly on it", "no": "not on it"}
     for standing, label in signs.items():
         entries.append((_icon("any", SHAPES["circle"], f" {standing}"), label))
+    entries.append((f'<svg viewBox="-9 -9 18 18"><path class="cross" d="{CROSS}"/></svg>', CROSSED))
     return [*entries, ('<svg viewBox="-9 -9 18 18"><circle class="knee" r="7"/></svg>', "knee")]
 
 
@@ -191,4 +206,11 @@ def _mark(point: ResolvedPoint, front: Front, at: tuple[float, float], shape: st
     return (
         f'<path class="mark {point.method} {front.standing[point.key]}" data-key="{point.key}" '
         f'transform="translate({at[0]:.1f} {at[1]:.1f})" d="{SHAPES[shape]}"/>'
+    )
+
+
+def _cross(point: ResolvedPoint, front: Front, at: tuple[float, float]) -> str:
+    return (
+        f'<path class="cross {front.standing[point.key]}" data-key="{point.key}" '
+        f'transform="translate({at[0]:.1f} {at[1]:.1f})" d="{CROSS}"/>'
     )

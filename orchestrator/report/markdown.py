@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.metrics import FIGURES, label_of
-from orchestrator.pareto import Front, front_table, name_at_target
+from orchestrator.pareto import Front, front_table, knee_note, name_at_target, share_text
 from orchestrator.points import ResolvedPoint
 from orchestrator.protocol_text import short
+from orchestrator.report.gain_tables import GainCell, GainTable
 from orchestrator.report.measured import LatencyTable, PointTable, RaceTable
 from orchestrator.report.sections import Claim, Cost, Failure, HeadlineRow, ProtocolText
 
@@ -19,6 +20,8 @@ class ReportText:
     """What report.md says, as values."""
 
     name: str
+    statements: Sequence[str]
+    gains: Sequence[GainTable]
     headlines: Sequence[HeadlineRow]
     races: Sequence[RaceTable]
     points: Sequence[ResolvedPoint]
@@ -33,10 +36,12 @@ class ReportText:
 def report_markdown(text: ReportText) -> str:
     """Return the report's text: headlines, fronts, all points, latency, costs, protocols."""
     parts = [f"# Report of {text.name}", "", "![Pareto fronts](pareto.png)", ""]
+    parts += [line for sentence in text.statements for line in (sentence, "")]
     for label in dict.fromkeys(row.label for row in text.headlines):
         parts += [f"## Searched SubNets against the best trivial baseline: {label}", ""]
         parts += _headline_table([row for row in text.headlines if row.label == label])
         parts += [""]
+    parts += _gain_section(text.gains)
     parts += ["## Fronts", "", STANDING, ""]
     for front in text.fronts:
         parts += [_front_title(front), "", *_front_table(text.points, front), ""]
@@ -78,7 +83,8 @@ STANDING = (
 def _headline_table(rows: Sequence[HeadlineRow]) -> list[str]:
     head = (
         "model", "protocol", "target", "searched", "speed-up", "MACs speed-up",
-        "best trivial baseline", "against it", "against random", "chosen",
+        "gain over the best trivial baseline, by metric", "against random",
+        "all-or-nothing calls", "search cost", "chosen",
     )  # fmt: skip
     body = [
         (
@@ -88,14 +94,21 @@ def _headline_table(rows: Sequence[HeadlineRow]) -> list[str]:
             row.searched.name,
             row.searched.figure_text("speedup"),
             row.searched.figure_text("macs_speedup"),
-            row.baseline.name if row.baseline else "",
-            _claim_text(row.against_baseline),
+            _claims_text(row),
             _claim_text(row.against_random),
+            share_text(row.searched),
+            row.searched.search_cost.text if row.searched.search_cost else "",
             row.note,
         )
         for row in rows
     ]
     return [HEADLINE, "", *_table(head, body)]
+
+
+def _claims_text(row: HeadlineRow) -> str:
+    """Name every metric with its gain and the baseline that is best in it."""
+    told = [f"{c.metric} {_claim_text(c)} ({c.baseline})" for c in row.claims]
+    return "; ".join(told if row.against_baseline else [f"{row.label}: not known yet", *told])
 
 
 def _claim_text(claim: Claim | None) -> str:
@@ -118,18 +131,21 @@ def _front_table(points: Sequence[ResolvedPoint], front: Front) -> list[str]:
             row.standing,
             f"{row.verdict} {row.gain}".strip(),
             "knee" if row.knee else "",
+            row.share,
+            row.cost,
         )
         for row in front_table(points, front)
     ]
     speed, quality = front.objectives
     head = (
         "point", FIGURES[speed].label, label_of(quality, front.scorer), "on the front",
-        "gain over the best baseline", "",
+        "gain over the best baseline", "", "all-or-nothing calls", "search cost",
     )  # fmt: skip
     volume = f"Hypervolume {front.hypervolume:.3g} from "
     volume += "({:.3g}, {:.3g}).".format(*front.reference_point)
-    note = [front.racing_note] if front.racing_note else []
-    return [*_table(head, body), "", " ".join([volume, *note])]
+    notes = [f"{note}." for note in [knee_note(points, front)] if note]
+    notes += [front.racing_note] if front.racing_note else []
+    return [*_table(head, body), "", " ".join([volume, *notes])]
 
 
 def _point_table(table: PointTable) -> list[str]:
@@ -163,6 +179,27 @@ def _protocol_part(one: ProtocolText, first: ProtocolText) -> list[str]:
         differences = "; ".join(one.differences)
         parts += [f"Against {short(first.hash)} it differs in {differences}.", ""]
     return parts
+
+
+def _gain_section(tables: Sequence[GainTable]) -> list[str]:
+    """Say what each searched SubNet gains over each baseline; an asterisk marks the one to beat."""
+    if not tables:
+        return []
+    parts = ["## Gain over each trivial baseline", "", "\\*: the baseline to beat.", ""]
+    for table in tables:
+        body = [
+            (name, baseline, *(_gain_cell(cell) for cell in cells))
+            for name, baseline, cells in table.rows
+        ]
+        parts += [f"### {table.model}, protocol {short(table.protocol)}", ""]
+        parts += [*_table(("searched", "baseline", *table.columns), body), ""]
+    return parts
+
+
+def _gain_cell(cell: GainCell | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell.verdict} {cell.text}" + (" \\*" if cell.best else "")
 
 
 def _race_section(races: Sequence[RaceTable]) -> list[str]:

@@ -40,11 +40,15 @@ class Claim:
     metric: str
     verdict: str
     text: str
+    baseline: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadlineRow:
-    """One model and target: the searched SubNet against its bars, in the metric named `label`."""
+    """One model and target: the searched SubNet against its bars, chosen by the metric `label`.
+
+    claims: over the best trivial baseline in each measured metric, that of `label` first.
+    """
 
     label: str
     model: str
@@ -55,7 +59,7 @@ class HeadlineRow:
     baseline: ResolvedPoint | None
     against_baseline: Claim | None
     against_random: Claim | None
-    others: tuple[Claim, ...]
+    claims: tuple[Claim, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,8 @@ def headline_rows(points: Sequence[ResolvedPoint], quality: str) -> tuple[Headli
 
 def _headline_row(line: Headline, by_key: Mapping[str, ResolvedPoint]) -> HeadlineRow:
     searched = by_key[line.searched]
-    others = [metric for metric in QUALITIES if metric != line.quality and metric in searched.gain]
+    order = sorted(searched.gain, key=lambda m: (m != line.quality, QUALITIES.index(m)))
+    claims = (_claim(searched, searched.gain, metric, by_key) for metric in order)
     return HeadlineRow(
         label=label_of(line.quality, line.scorer),
         model=line.model,
@@ -126,20 +131,22 @@ def _headline_row(line: Headline, by_key: Mapping[str, ResolvedPoint]) -> Headli
         baseline=None if line.baseline is None else by_key[line.baseline],
         against_baseline=_claim(searched, searched.gain, line.quality),
         against_random=_claim(searched, searched.gain_random, line.quality),
-        others=tuple(
-            claim
-            for metric in others
-            if (claim := _claim(searched, searched.gain, metric)) is not None
-        ),
+        claims=tuple(claim for claim in claims if claim is not None),
     )
 
 
-def _claim(point: ResolvedPoint, gains: Mapping[str, Gain], metric: str) -> Claim | None:
+def _claim(
+    point: ResolvedPoint,
+    gains: Mapping[str, Gain],
+    metric: str,
+    by_key: Mapping[str, ResolvedPoint] | None = None,
+) -> Claim | None:
     gain = gains.get(metric)
     if gain is None:
         return None
     label = label_of(metric, point.scorer(metric))
-    return Claim(metric=label, verdict=gain.verdict, text=gain.text(metric))
+    name = by_key[gain.baseline_key].name if by_key else ""
+    return Claim(metric=label, verdict=gain.verdict, text=gain.text(metric), baseline=name)
 
 
 def image_rows(

@@ -8,9 +8,11 @@ import json
 from collections.abc import Sequence
 
 from orchestrator.bars import CALIBRATION_METRICS
+from orchestrator.headlines import Headline, statements
 from orchestrator.pareto import Front, pareto_json
 from orchestrator.points import ResolvedPoint
 from orchestrator.report.measured import columns_of
+from orchestrator.search_cost import SPENT
 
 #: Columns of points.csv; image figures, gains and standings follow, as far as they were measured.
 COLUMNS = (
@@ -39,6 +41,7 @@ def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     header = [
         *COLUMNS,
         *calibrated,
+        *(f"search_{name}" for name in SPENT),
         *(f"images_per_second batch {size}{end}" for size in sizes for end in ENDS),
         *(_scored(f"{m}{end}", scorer) for m, scorer in measured for end in (*ENDS, "_n")),
         *(_scored(f"gain_{m}{end}", scorer) for m, scorer in gained for end in ENDS),
@@ -51,6 +54,7 @@ def points_csv(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
     for point in points:
         baseline = next((gain.baseline_key for gain in point.gain.values()), None)
         row = [getattr(point, name) for name in (*COLUMNS, *calibrated)]
+        row += [getattr(point.search_cost, name, None) for name in SPENT]
         row += [point.throughput.get(s, {}).get(e) for s in sizes for e in ("value", "low", "high")]
         row += [cell for column in measured for cell in _figure_cells(point, column)]
         row += [cell for column in gained for cell in _gain_cells(point, column)]
@@ -93,5 +97,9 @@ def _standing(point: ResolvedPoint, column: Column, fronts: Sequence[Front]) -> 
     return None
 
 
-def points_json(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> str:
-    return json.dumps(pareto_json(points, fronts), indent=1, allow_nan=False) + "\n"
+def points_json(
+    points: Sequence[ResolvedPoint], fronts: Sequence[Front], lines: Sequence[Headline]
+) -> str:
+    shown = [line.to_json() for line in lines]
+    document = pareto_json(points, fronts, shown, statements(lines, points))
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, get_args
 
 from dipgo_core.evaluation.inception_files import INCEPTION
@@ -30,13 +31,18 @@ from orchestrator.sweep_settings import (
     EvaluateSettings,
     Metric,
     Reference,
+    Solver,
     Spacing,
 )
 from orchestrator.yaml_source import Node
 
-BASELINES: Final = ("few_steps", "uniform", "best_step_mask", "random")
+BASELINES: Final = (
+    *("few_steps", "ays", "uniform", "best_step_mask"),
+    *("deepcache", "guidance_off", "random"),
+)
 METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
 DEFAULT_METRICS: Final[tuple[Metric, ...]] = ("fid", "kid", "clip", "psnr", "ssim", "latency")
+SOLVERS: Final[tuple[Solver, ...]] = get_args(Solver)
 SPACINGS: Final[tuple[Spacing, ...]] = get_args(Spacing)
 MIN_IMAGES: Final[Mapping[Metric, int]] = {"fid": 2, "kid": 4, "cmmd": 2}
 #: Images a race must see at least, by metric; what is not listed needs two.
@@ -48,6 +54,7 @@ MAX_IMAGES: Final = 10_000_000
 DEFAULT_IMAGES: Final = 1000
 
 _DEFAULT_DRAWS: Final = 3
+_DEFAULT_SCHEDULES: Final = 2
 
 
 def read_targets(node: Node, issues: Issues) -> tuple[float, ...]:
@@ -75,6 +82,8 @@ def _baseline(name: str) -> Baseline:
         name=name,
         draws=_DEFAULT_DRAWS if name == "random" else 0,
         spacing=SPACINGS if name == "few_steps" else (),
+        solver=SOLVERS if name in ("few_steps", "ays") else ("own",),
+        schedules=_DEFAULT_SCHEDULES if name == "deepcache" else 0,
     )
 
 
@@ -99,10 +108,16 @@ def _configured_baseline(name: str, node: Node, issues: Issues) -> Baseline:
     with Fields(node, issues) as section:
         if name == "random":
             draws = section.get("draws", whole(1, 1000), default.draws)
-            return Baseline(name=name, draws=draws)
+            return replace(default, draws=draws)
+        if name == "deepcache":
+            schedules = section.get("schedules", whole(1, 100), default.schedules)
+            return replace(default, schedules=schedules)
+        if name in ("few_steps", "ays"):
+            solver = section.get("solver", axis(choice(SOLVERS)), default.solver)
+            default = replace(default, solver=solver)
         if name == "few_steps":
             spacing = section.get("spacing", axis(choice(SPACINGS)), default.spacing)
-            return Baseline(name=name, spacing=spacing)
+            default = replace(default, spacing=spacing)
     return default
 
 

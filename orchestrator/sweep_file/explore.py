@@ -30,16 +30,17 @@ from orchestrator.sweep_settings import (
 from orchestrator.yaml_source import Node, join
 
 SAMPLERS: Final[tuple[ExploreSampler, ...]] = get_args(ExploreSampler)
-#: What may be varied. `batch_size` and `query_dim` decide how much memory a search takes, which is
-#: planned for before anything is proposed.
+#: What may be varied. `batch_size`, `query_dim`, `samples`, `objective` and `staleness` decide how
+#: much memory a search takes, which is planned for before anything is proposed.
 EXPLORABLE: Final = (
     *("target", "steps", "seed", "granularity", "encoder", "learning_rate", "warmup_steps"),
     *("weight_decay", "accumulation", "loss.alpha", "loss.tau", "loss.gamma", "loss.consistency"),
+    "effort",
 )
 RANGES: Final = tuple(kind for kind in get_args(DimensionKind) if kind != "choice")
 MAX_EXPLORED: Final = 10_000
 
-_WHOLE: Final = ("steps", "seed", "warmup_steps", "accumulation")
+_WHOLE: Final = ("steps", "seed", "warmup_steps", "accumulation", "effort")
 _WORDS: Final = ("granularity", "encoder", "loss.gamma", "loss.consistency")
 _TPE: Final[ExploreSampler] = "tpe"
 _RANGE: Final = re.compile(r"([a-z]+)\(\s*([^,()\s]+)\s*,\s*([^,()\s]+)\s*\)")

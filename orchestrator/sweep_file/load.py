@@ -35,6 +35,7 @@ from orchestrator.sweep_settings import (
     SCHEMA_VERSION,
     AskedResources,
     Budget,
+    KneeRule,
     LatencySettings,
     Metric,
     Objective,
@@ -55,6 +56,7 @@ _QUALITIES: Final[tuple[Metric, ...]] = (
     *("cmmd", "image_reward", "lpips", "dino"),
 )
 _SPEEDS: Final[tuple[Literal["latency", "macs"], ...]] = ("latency", "macs")
+_KNEES: Final[tuple[KneeRule, ...]] = get_args(KneeRule)
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepFile:
@@ -163,11 +165,12 @@ def _objective(node: Node, issues: Issues, models: Sequence[SweepModel]) -> Obje
     with Fields(node, issues) as fields:
         speed = fields.get("speed", choice(_SPEEDS), _SPEEDS[0 if "latency" in measured else 1])
         quality = fields.get("quality", choice(_QUALITIES), (qualities or _QUALITIES)[0])
+        knee = fields.get("knee", choice(_KNEES), _KNEES[0])
         for field, value in (("speed", speed), ("quality", quality)):
             if value != "macs" and value not in measured:
                 rule = f"{value} is not in evaluate.metrics of every model"
                 issues.add(fields.place(field).issue(rule))
-    return Objective(speed=speed, quality=quality)
+    return Objective(speed=speed, quality=quality, knee=knee)
 
 
 def _resources(node: Node, issues: Issues) -> Resources:

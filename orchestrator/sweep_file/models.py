@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, get_args
@@ -14,9 +14,10 @@ from dipgo_core.families.fallback import named_fallback
 from dipgo_core.hub import is_hub_id
 from dipgo_core.model_base import base_of, elsewhere
 from dipgo_core.postprocess import kept_share
+from dipgo_core.strategies import READS
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.evaluate import read_baselines, read_evaluate, read_targets
-from orchestrator.sweep_file.explore import read_explore
+from orchestrator.sweep_file.explore import EXPLORABLE, read_explore
 from orchestrator.sweep_file.fields import (
     Fields,
     choice,
@@ -221,12 +222,23 @@ def _check_explore(
     if len(read.search.grid) > 1:
         rule = "has a list; an exploration proposes searches: name what it varies in explore.over"
         issues.add(nodes["search"].issue(rule))
+    _check_read(node, over, read.search.grid.axes["strategy"][0], issues)
     if "granularity" in over:
         _check_granularity(node, over["granularity"].choices, identity, issues)
     if "target" in over:
         target = over["target"]
         for sampler in samplers:
             _check_targets(node, target.choices or (target.high,), sampler, issues)
+
+
+def _check_read(node: Node, over: Collection[str], strategy: str, issues: Issues) -> None:
+    """Report what an exploration would vary to no effect: its searches would all be the same."""
+    read = ("target", "granularity", *READS[strategy])
+    for name in over:
+        if name.partition(".")[0] not in read:
+            known = [one for one in EXPLORABLE if one.partition(".")[0] in read]
+            rule = f"over.{name} changes no search of {strategy}, which reads {', '.join(known)}"
+            issues.add(node.issue(rule))
 
 
 def _check_granularity(

@@ -45,7 +45,7 @@ def _sampler(
     guidance = section.get("guidance_scale", number(0), default.guidance_scale)
     spacing: Spacing | None = section.maybe("spacing", choice(SPACINGS))
     lists = {name: section.maybe(name, reader) for name, reader in _LISTS.items()}
-    given = {name: values for name, values in lists.items() if values is not None}
+    given: dict[str, Any] = {name: v for name, v in lists.items() if v is not None}
     rules = [
         _family_rule(scheduler, family),
         _lists_rule(scheduler, spacing, given, family),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from dipgo_core.config import CONSISTENCY_LOSSES, LossSettings, Postprocess, SearchSettings
+from dipgo_core.strategies import READS
 from orchestrator.sweep_file.context import Context
 from orchestrator.sweep_file.fields import (
     MAX_SEED,
@@ -24,7 +25,8 @@ from orchestrator.sweep_issues import Issues
 from orchestrator.sweep_settings import Axes, Calibration, SearchGrid
 from orchestrator.yaml_source import Node, absent
 
-SEARCH_STRATEGIES: Final = ("dipgo",)
+#: Step masks are a baseline, which searches may begin with.
+SEARCH_STRATEGIES: Final = tuple(name for name in READS if name != "best_step_mask")
 POSTPROCESS: Final[tuple[Postprocess, ...]] = get_args(Postprocess)
 _BUDGET: Final[Postprocess] = "budget"
 
@@ -48,6 +50,9 @@ _SEARCH_READERS: Final[Mapping[str, Reader[Any]]] = {
     "warmup_steps": whole(0, 1_000_000),
     "weight_decay": number(0),
     "query_dim": whole(1, 65536),
+    "samples": whole(1, 4096),
+    "effort": whole(1, 1_000_000),
+    "staleness": whole(1, 1000),
 }
 
 

@@ -102,7 +102,7 @@ def _macs(work: Work, subnet: SubNet) -> dict[str, Any]:
     counted = {}
     for convention in ("all", "paper"):
         whole = calls * work.graph.call_macs(convention)
-        kept = work.graph.macs(subnet.gates, convention)
+        kept = work.graph.macs(subnet.gates, convention, work.sampler.guidance_calls)
         counted[convention] = {"dense": whole, "kept": kept, "pruned_ratio": 1 - kept / whole}
     convention = work.task.inputs["macs_convention"]
     return {

@@ -20,6 +20,7 @@ from dipgo_core.evaluation.stopwatch import Run
 from dipgo_core.runtime import apply_subnet
 from dipgo_core.sampling import call_arguments, set_sampler
 from dipgo_core.subnet import SubNet
+from dipgo_core.unguided import guidance_followed
 from orchestrator.task.latency_process import measured_apart
 from orchestrator.task.scorers import loaded_scorer
 from orchestrator.task.work import Outcome, Work, loaded
@@ -82,5 +83,6 @@ def _prepared(work: Work, sampler: SamplerSettings, subnet: SubNet | None) -> It
     items = [work.items[item_of_image(i, len(work.items))] for i in range(size)]
     seeds = [image_seed(0, "latency", i) for i in range(size)]
     arguments = call_arguments(model, items, seeds, sampler)
-    with nullcontext() if subnet is None else apply_subnet(model.pipe, subnet):
+    gated = nullcontext() if subnet is None else apply_subnet(model.pipe, subnet)
+    with gated, guidance_followed(model, sampler, size):
         yield lambda: model.pipe(**arguments)

@@ -18,6 +18,7 @@ from dipgo_core.evaluation.device import cpu_name, device_name
 from orchestrator.records import Record, Task, TaskKind
 from orchestrator.store import LeaseLost, Store
 from orchestrator.store.holder import Holder
+from orchestrator.task.errors import run_errors
 from orchestrator.task.evaluate import run_evaluate
 from orchestrator.task.images import run_images
 from orchestrator.task.latency import run_latency
@@ -43,6 +44,7 @@ RUNNERS: dict[TaskKind, Callable[[Work], Outcome]] = {
     "reference": run_reference,
     "images": run_images,
     "statistics": run_statistics,
+    "errors": run_errors,
     "search": run_search,
     "evaluate": run_evaluate,
     "latency": run_latency,

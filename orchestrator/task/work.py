@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Final
 
 import diffusers
 import numpy as np
@@ -26,11 +26,14 @@ from dipgo_core.graph import BlockGraph
 from dipgo_core.items import Item
 from dipgo_core.pipelines import LoadedModel, load_model
 from orchestrator.facts import items_of_blob
-from orchestrator.records import HELD_PIPELINES, Record, Task
+from orchestrator.records import HELD_PIPELINES, Record, Task, TaskKind
 from orchestrator.store import Store
 from orchestrator.task.loading import loading
 
 logger = logging.getLogger(__name__)
+
+#: Tasks on the calibration split, without a gate table of their own.
+SEARCHING: Final[tuple[TaskKind, ...]] = ("search", "errors")
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 Arrays = dict[str, Any]
@@ -64,7 +67,7 @@ class Work:
     def protocol(self) -> Protocol:
         """How images are made, and scored; of a shard all images up to its last one."""
         inputs = self.task.inputs
-        if self.task.kind == "search":
+        if self.task.kind in SEARCHING:
             return Protocol.from_json(inputs["calibration"])
         if "stop" not in inputs:
             return Protocol.from_json(inputs["protocol"])
@@ -102,7 +105,7 @@ class Work:
                 f"{planned[:16]}: they changed, or this worker has others. Run the sweep again"
             )
         set_decoding(model.pipe.vae, self._decoding)
-        if self.task.kind == "search":  # the only one that needs a decoder of its own
+        if self.task.kind in SEARCHING:  # the only ones that need a decoder of their own
             set_decoding(model.decoder, self._decoding)
         return model
 
@@ -121,23 +124,33 @@ class Work:
     @cached_property
     def reference(self) -> Record:
         """The record of the dense run this task builds on."""
-        record = self.store.get_record(self.task.needs[0])
+        return self.record(self.task.needs[0])
+
+    def record(self, key: str) -> Record:
+        """Return a record that this task needs.
+
+        Raises:
+            StoreError: it is gone.
+        """
+        record = self.store.get_record(key)
         if record is None:
             raise StoreError(
                 f"the {self.task.kind} task {self.task.key[:12]} needs the record "
-                f"{self.task.needs[0][:12]}, which is gone from {self.store.url}; run again"
+                f"{key[:12]}, which is gone from {self.store.url}; run again"
             )
         return record
 
     @cached_property
     def graph(self) -> BlockGraph:
         """The blocks at the granularity of the task's gates."""
-        named = self.task.inputs["search"] if self.task.kind == "search" else self.task.inputs
+        kind, inputs = self.task.kind, self.task.inputs
+        named = inputs[kind] if kind in SEARCHING else inputs
         return BlockGraph.from_json(self.reference.outputs["graphs"][named["granularity"]])
 
     @cached_property
     def gates(self) -> GateTable:
-        return GateTable.from_strings(self.task.inputs["keep"])
+        inputs = self.task.inputs
+        return GateTable.from_strings(inputs["keep"], inputs.get("extrapolation", 0.0))
 
     @property
     def batch_size(self) -> int:

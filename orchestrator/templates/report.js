@@ -1,7 +1,7 @@
 "use strict";
 const tips = JSON.parse(document.getElementById("tips").textContent);
 const tip = document.getElementById("tip");
-const parts = [...document.querySelectorAll("svg.front .mark, svg.front .bar")];
+const parts = [...document.querySelectorAll("svg.front .mark, svg.front .bar, svg.front .cross")];
 const rows = [...document.querySelectorAll("table.points tbody tr")];
 
 function mark(key, on) {

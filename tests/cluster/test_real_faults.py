@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 
 from orchestrator.store import open_store
-from orchestrator.task.search import CHECKPOINT, CURVE
+from orchestrator.task.steps import CHECKPOINT, CURVE
 from tests.cluster.checker import check_artifacts, check_equal, check_mlflow, records_in
 from tests.cluster.drivers import RealSweep, moment
 from tests.cluster.harness import Cluster, Node

@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dipgo_core.baselines import equal_compute_calls, random_gates, uniform_calls
+from dipgo_core.baselines import (
+    deepcache_gates,
+    deepcache_schedules,
+    equal_compute_calls,
+    random_gates,
+    uniform_calls,
+)
+from dipgo_core.blocks import known_graph
 from dipgo_core.errors import ConfigError, TargetError
+from dipgo_core.families import KNOWN_MODELS
+from dipgo_core.gates import GateTable
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 
 
@@ -69,3 +78,42 @@ def test_random_gates_repeats_by_seed_and_mixes_block_gates_with_calls():
     shares = [table.keep[1:].any(axis=1).mean() for table in tables]
     assert 0 < np.mean(shares) < 1  # some calls are skipped whole
     assert max(table.all_or_nothing_share for table in tables) < 1  # and some only in part
+
+
+UNET = known_graph(next(known for known in KNOWN_MODELS if known.id == "tiny-sd"), "layer")
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.7, 0.8, 0.95])
+@pytest.mark.parametrize("num_calls", [4, 10, 20])
+def test_deepcache_schedules_spend_at_least_the_budget_and_least_for_their_interval(
+    target, num_calls
+):
+    """Oracle: all intervals and all 12 branches of SD's U-Net, priced from whole tables."""
+    budget = (1 - Fraction(str(target))) * num_calls * UNET.call_macs()
+    found = [
+        (table.keep.all(1).tolist(), UNET.macs(table))
+        for table in deepcache_schedules(UNET, num_calls, target)
+    ]
+    assert all(macs >= int(budget) for _, macs in found)
+    spent = [
+        UNET.macs(deepcache_gates(UNET, num_calls, interval, branch))
+        for interval in range(1, num_calls + 1)
+        for branch in range(12)
+    ]
+    least = min(macs for macs in spent if macs >= int(budget))
+    assert least in [macs for _, macs in found]
+    assert all(macs < budget + UNET.call_macs() or macs == least for _, macs in found)
+
+
+def test_deepcache_at_half_of_the_compute_is_its_every_other_call():
+    """Oracle: by hand, the outermost branch is the paper's first, and 5 of 10 calls are whole."""
+    first = deepcache_schedules(UNET, 10, 0.5)[0]
+    assert (first.keep == deepcache_gates(UNET, 10, 2, 0).keep).all()
+
+
+def test_calls_without_guidance_count_half():
+    """Oracle: by hand, 4 calls of 100 MACs, one of them skipped, the last two unguided."""
+    graph = chain(Reuse.OUTPUT)
+    table = GateTable.from_calls((0, 1, 2), 4, graph.num_blocks)
+    assert graph.macs(table, guided=2) == 250
+    assert graph.macs(table, guided=9) == graph.macs(table) == 300

@@ -27,8 +27,14 @@ def test_outcome_step_masks_survive_json():
     }
 
 
+def test_outcome_tables_survive_json():
+    outcome = SearchOutcome(tables={0.5: ("11", "00")}, sample_forwards=2.5)
+    again = SearchOutcome.from_json(json.loads(json.dumps(outcome.to_json())))
+    assert again.tables == {0.5: ("11", "00")} and again.sample_forwards == 2.5
+
+
 def test_outcome_refuses_nothing_and_nan():
-    with pytest.raises(SearchError, match="either scores or step_masks"):
+    with pytest.raises(SearchError, match="one of scores, step_masks and tables"):
         SearchOutcome()
     with pytest.raises(SearchError, match="finite"):
         SearchOutcome(scores=np.array([[1.0, np.nan]]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dipgo_core.pruner import PrunerNet, straight_through
+from dipgo_core.pruner import GateLogits, PrunerNet, sampled, straight_through
 
 ENCODERS = ("attention", "linear", "none")
 
@@ -106,3 +106,34 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     gates.sum().backward()
     assert gates.tolist() == [0, 1, 1]
     assert p.grad is not None and p.grad.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("start", ["keep", "random", "uniform"])
+def test_both_nets_begin_with_the_same_gates(start):
+    nets = (
+        PrunerNet(5, 3, query_dim=16, start=start, seed=4),
+        GateLogits(5, 3, start=start, seed=4),
+    )
+    (one, other) = ((net() >= 0.5).tolist() for net in nets)
+    assert one == other and all(one[0])
+    kept = sum(map(sum, one[1:]))
+    assert {"keep": kept == 12, "random": 0 < kept < 12, "uniform": kept == 6}[start]
+
+
+def test_a_learning_rate_moves_logits_alike_whatever_their_number():
+    """One step down the mean of the logits moves each by the rate."""
+    for shape in ((3, 2), (9, 8)):
+        net = GateLogits(*shape)
+        (net.gain * net.weight).mean().backward()
+        moved = net.gain * net.weight.grad
+        assert torch.allclose(moved, torch.ones_like(moved))
+
+
+def test_sampled_gates_are_kept_as_often_as_their_probability_says():
+    p_keep = torch.tensor([[1.0, 1.0], [0.2, 0.9]]).requires_grad_()
+    uniform = torch.linspace(0, 1, 1001)[1:-1]
+    noise = torch.log(uniform / (1 - uniform))  # quantiles of the logistic distribution
+    kept = torch.stack([sampled(p_keep, at.expand(1, 2)) >= 0.5 for at in noise]).float().mean(0)
+    assert torch.allclose(kept, p_keep, atol=2e-3)
+    sampled(p_keep, noise[:1].expand(1, 2)).sum().backward()
+    assert bool(p_keep.grad.isfinite().all()) and bool((p_keep.grad > 0).all())

@@ -117,6 +117,7 @@ def _run(task: Task, store: Store) -> None:
         "reference": 1.0,
         "images": 20.0,
         "statistics": 2.0,
+        "errors": 6.0,
         "search": 110.0,
         "evaluate": 2.0,
         "latency": 3.0,
@@ -152,16 +153,25 @@ def _search(inputs: Mapping[str, Any]) -> Made:
         "search_step": list(range(40)),
         "loss": [1.0 / (1 + step) + 0.2 for step in range(40)],
     }
-    outcome: dict[str, Any] = {"scores": None, "step_masks": None, "forwards": 400}
+    spent = {"forwards": 400, "sample_forwards": 400.0}
+    outcome: dict[str, Any] = {"scores": None, "step_masks": None, **spent}
     if search["strategy"] == "best_step_mask":
         masks = {str(k): [round(i * 9 / k) for i in range(k)] for k in range(1, 10)}
         outcome["step_masks"] = masks
+    elif "target" in inputs:
+        kept = tuple(range(round(10 * (1 - inputs["target"]))))
+        rows = GateTable.from_calls(kept, 10, len(NAMES)).to_strings()
+        outcome["tables"] = {str(inputs["target"]): rows}
     else:
         rng = np.random.default_rng(round(100 * search["loss"]["alpha"]) + search["seed"])
         scores = rng.random((10, len(NAMES))) + np.linspace(0.6, 0, len(NAMES))
         scores[0] = 1.6
         outcome["scores"] = (scores / 1.6).tolist()
-    return {"outcome": outcome, "curve": curve, "forwards": 400, "seconds": 100.0}, {}
+    return {"outcome": outcome, "curve": curve, **spent, "seconds": 100.0}, {}
+
+
+def _errors(inputs: Mapping[str, Any]) -> Made:
+    return {"forwards": 50, "sample_forwards": 90.0, "seconds": 5.0}, {}
 
 
 def _evaluate(inputs: Mapping[str, Any]) -> Made:
@@ -223,8 +233,8 @@ def _latency(inputs: Mapping[str, Any]) -> Made:
 
 
 OUTPUTS: Mapping[str, Callable[[Mapping[str, Any]], Made]] = {
-    "reference": _reference, "images": _images, "statistics": _statistics, "search": _search,
-    "evaluate": _evaluate, "latency": _latency,
+    "reference": _reference, "images": _images, "statistics": _statistics, "errors": _errors,
+    "search": _search, "evaluate": _evaluate, "latency": _latency,
 }  # fmt: skip
 
 

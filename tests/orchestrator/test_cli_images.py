@@ -71,6 +71,17 @@ def test_choose_point_by_key_knee_or_target(asked: dict[str, Any], key: str) -> 
     assert choose_point(results(), **asked).key == key
 
 
+def test_choose_point_without_a_knee_names_the_baseline_and_the_way_on() -> None:
+    front = SimpleNamespace(
+        model="m", knee=None, instead="aa1", objectives=("speedup", "clip"), scorer=None
+    )
+    named = SimpleNamespace(key="aa1", model="m", name="uniform", target=0.5)
+    with pytest.raises(ConfigError, match=r"take the baseline uniform at 0.5 .*knee: any.*KEY"):
+        choose_point(
+            results(headline_fronts=(front,), points=(named,)), point=None, model=None, target=None
+        )
+
+
 def test_choose_point_refuses_an_ambiguous_key() -> None:
     with pytest.raises(ConfigError, match="fits 2 points"):
         choose_point(results(), point="aa", model=None, target=None)

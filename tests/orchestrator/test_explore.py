@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dipgo_core.config import SearchSettings
-from orchestrator.explore import Trial, asked, expected_steps, has_stalled, settings_of
+from orchestrator.explore import Trial, asked, expected_images, has_stalled, settings_of
 from orchestrator.jobs import Jobs
 from orchestrator.plan import Planner, build_plan
 from orchestrator.planned import Plan, PlannedTask
@@ -266,7 +266,7 @@ def test_proposals_at_another_target_are_others() -> None:
 )
 def test_steps_of_searches_to_come_are_the_mean(varied: Dimension | None, steps: float) -> None:
     (model,) = exploring(over={"steps": varied} if varied else OVER).models
-    assert expected_steps(model) == pytest.approx(steps)
+    assert expected_images(model) == pytest.approx(steps)
 
 
 def test_searches_to_come_are_estimated_as_searches(tmp_path: Path) -> None:
@@ -281,6 +281,42 @@ def test_searches_to_come_are_estimated_as_searches(tmp_path: Path) -> None:
         for each in (sweep, known)
     )
     assert come == there and (come.group, come.images) == ("search, dipgo", 120)
+
+
+def exploring_at_targets(points: int) -> SweepFile:
+    """Return a sweep whose model explores with a strategy that searches at a target."""
+    over = {
+        "target": Dimension(kind="uniform", low=0.3, high=0.8),
+        "seed": Dimension(kind="int", low=0, high=1),
+        "effort": Dimension(kind="int", low=20, high=60),
+    }
+    sweep = exploring(points, over=over)
+    (model,) = sweep.models
+    grid = replace(model.grid, axes={**model.grid.axes, "strategy": ("auto",)})
+    return replace(sweep, models=(replace(model, grid=grid),))
+
+
+def test_proposals_of_a_search_at_a_target_are_searched_at_their_own(tmp_path: Path) -> None:
+    sweep, store = exploring_at_targets(8), open_store(str(tmp_path))
+    land(sweep, store)
+    plan = plan_of(sweep, store)
+    records = [store.records()[str(point.search_key)] for point in explored(plan)]
+    proposed = [each for record in proposals(store) for each in record.outputs["points"]]
+    assert plan.complete
+    assert [r.inputs["target"] for r in records] == [each["target"] for each in proposed]
+    assert [r.inputs["search"]["effort"] for r in records] == [e["effort"] for e in proposed]
+    measured = [r for r in store.records().values() if r.kind == "errors"]
+    assert len(measured) == len({each["seed"] for each in proposed})
+
+
+def test_searches_at_targets_to_come_are_estimated_by_their_effort(tmp_path: Path) -> None:
+    sweep = exploring_at_targets(4)
+    found = {
+        Jobs(sweep, sweep_facts(sweep)).effort(task)
+        for task in searches_of(sweep, tmp_path)
+        if task.task is None
+    }
+    assert [(effort.group, effort.images) for effort in found] == [("search, auto", 40)]
 
 
 def test_settings_of_a_proposal_leave_the_rest() -> None:

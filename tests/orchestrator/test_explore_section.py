@@ -94,6 +94,28 @@ def test_explore_issue(tmp_path: Path, text: str, issue: str) -> None:
     assert any(issue in str(each) for each in caught.value.errors)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "over", "refused"),
+    [
+        ("auto", "effort: int(50, 500), seed: int(0, 9), target: uniform(0.3, 0.5)", ""),
+        ("auto", "loss.alpha: uniform(0, 1), effort: int(50, 500)", "over.loss.alpha"),
+        ("dipgo", "effort: int(50, 500), loss.alpha: uniform(0, 1)", "over.effort"),
+        ("anneal", "steps: int(50, 500)", "over.steps"),
+    ],
+)
+def test_what_the_strategy_does_not_read_is_not_explored(
+    tmp_path: Path, strategy: str, over: str, refused: str
+) -> None:
+    text = SMALL + f"search: {{strategy: {strategy}}}\n" + EXPLORE.format(over)
+    if not refused:
+        assert load(tmp_path, text).models[0].explore is not None
+        return
+    with pytest.raises(SweepFileError) as caught:
+        load(tmp_path, text)
+    (error,) = caught.value.errors
+    assert f"{refused} changes no search of {strategy}" in str(error)
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dipgo_core.config import SamplerSettings
+from dipgo_core.config import LossSettings, SamplerSettings, SearchSettings
 from dipgo_core.families import calls_of, steps_rule
-from orchestrator.methods import PointSpec, granularities, point_specs
+from orchestrator.methods import PointSpec, granularities, point_specs, search_label
 from orchestrator.sweep_settings import Baseline, SearchGrid, SweepModel
 from tests.orchestrator.tiny_sweep import ALL_BASELINES, tiny_sweep
 
@@ -89,3 +89,20 @@ def test_searches_and_random_draws_are_listed_at_each_granularity() -> None:
     others = {spec.granularity for spec in specs if spec.method not in ("search", "random")}
     assert others == {"layer"}
     assert len({spec.label for spec in specs}) == len(specs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"strategy": "auto"}, "auto seed 0"),
+        ({"strategy": "auto", "effort": 500, "steps": 3}, "auto effort 500 seed 0"),
+        ({"strategy": "anneal", "objective": "latent"}, "anneal objective latent seed 0"),
+        ({"strategy": "dipgo", "effort": 500}, "dipgo ssim alpha 1 seed 0"),
+        (
+            {"strategy": "dipgo", "start": "random", "loss": LossSettings(gamma=False), "seed": 2},
+            "dipgo ssim alpha 1 start random without gamma seed 2",
+        ),
+    ],
+)
+def test_label_of_a_search_tells_what_is_compared(fields: dict[str, Any], label: str) -> None:
+    assert search_label(SearchSettings(**fields)) == label

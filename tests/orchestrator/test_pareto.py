@@ -1,17 +1,23 @@
 """Fronts: brute force, areas counted by hand and Monte Carlo are the oracles."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import figure
 
 from dipgo_core.evaluation.intervals import Figure
+from orchestrator.figures import draw_front, legend_handles
 from orchestrator.gains import Gain
 from orchestrator.pareto import (
+    CROSSED,
     front_table,
     hypervolume,
     hypervolume_series,
+    is_crossed,
+    knee_note,
     knee_point,
     non_dominated,
     pareto_fronts,
@@ -19,6 +25,7 @@ from orchestrator.pareto import (
 )
 from orchestrator.planned import Dropped
 from orchestrator.points import ResolvedPoint
+from orchestrator.search_cost import SearchCost
 from orchestrator.standing import dominance
 
 CONTRACT = {
@@ -107,11 +114,11 @@ def test_front_states_its_reference_point() -> None:
 
 def test_knee_is_farthest_above_the_chord() -> None:
     front = [point("a", 1.0, clip=10.0), point("b", 2.0, clip=9.0), point("c", 3.0, clip=0.0)]
-    knee = knee_point(front, "speedup", "clip")
+    knee = knee_point(front, "speedup", "clip", "any")
     assert knee is not None and knee.key == "b"
 
 
-def test_knee_beats_the_trivial_baseline_if_any_point_does() -> None:
+def test_knee_surely_beats_the_trivial_baseline() -> None:
     front = [point("a", 1.0, clip=10.0), point("b", 2.0, clip=9.0), beating("c", 3.0, 0.0)]
     knee = knee_point(front, "speedup", "clip")
     assert knee is not None and knee.key == "c"
@@ -119,6 +126,63 @@ def test_knee_beats_the_trivial_baseline_if_any_point_does() -> None:
 
 def test_knee_of_nothing_is_none() -> None:
     assert knee_point([], "speedup", "clip") is None
+    assert knee_point([], "speedup", "clip", "any") is None
+
+
+def test_front_where_nothing_beats_recommends_its_best_baseline() -> None:
+    points = [
+        point("a", 1.0, clip=10.0, method="uniform"),
+        point("b", 2.0, clip=9.0, method="uniform"),
+        point("c", 2.5, clip=8.0),
+        point("d", 3.0, clip=0.0, method="uniform"),
+    ]
+    front = pareto_fronts(points)[0]
+    assert (front.knee, front.instead, front.knee_rule) == (None, "b", "beats_trivial")
+    assert "shown to beat" in knee_note(points, front)
+    assert "take the baseline b at 0.5" in knee_note(points, front)
+    asked = pareto_fronts(points, knee="any")[0]
+    assert (asked.knee, asked.instead, knee_note(points, asked)) == ("c", None, "")
+
+
+def test_baseline_that_beats_the_one_to_beat_is_no_knee() -> None:
+    lucky = replace(beating("a", 2.0, 9.0), method="uniform")
+    front = pareto_fronts([lucky])[0]
+    assert (front.knee, front.instead) == (None, "a")
+
+
+def test_front_with_a_knee_recommends_nothing_else() -> None:
+    points = [point("a", 1.0, clip=10.0, method="uniform"), beating("b", 3.0, 1.0)]
+    front = pareto_fronts(points)[0]
+    assert (front.knee, front.instead) == ("b", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "verdict", "crossed"),
+    [
+        ("search", "beats", False), ("search", "ties", True), ("search", "unknown", True),
+        ("random", "loses", False), ("uniform", "ties", False), ("dense", None, False),
+    ],
+)  # fmt: skip
+def test_what_is_to_beat_baselines_and_does_not_is_crossed(
+    method: str, verdict: str | None, crossed: bool
+) -> None:
+    verdicts = {} if verdict is None else {"clip": verdict}
+    assert (
+        is_crossed(point("a", 2.0, clip=1.0, method=method, verdicts=verdicts), "clip") is crossed
+    )
+
+
+def test_front_drawing_crosses_out_each_point_that_does_not_beat() -> None:
+    points = [
+        beating("a", 2.0, 5.0), point("b", 2.5, clip=4.0), point("c", 1.5, clip=1.0),
+        point("d", 1.2, clip=6.0, method="uniform"),
+    ]  # fmt: skip
+    axes = figure.Figure().subplots()
+    draw_front(axes, points, pareto_fronts(points)[0])
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    drawn = {(float(x), float(y)) for line in crosses for x, y in line.get_xydata()}
+    assert drawn == {(2.5, 4.0), (1.5, 1.0)}
+    assert CROSSED in [handle.get_label() for handle in legend_handles(points)]
 
 
 def test_dense_is_not_compared_with_itself() -> None:
@@ -218,3 +282,10 @@ def test_front_table_shows_gain_and_knee() -> None:
         ("a", "+1.0 [+0.5, +1.5]", "beats", True),
         ("b", "", "", False),
     ]
+
+
+def test_front_table_shows_share_of_calls_and_search_cost() -> None:
+    cost = SearchCost(forwards=20, sample_forwards=1500.0, seconds=12.4)
+    points = [point("a", 2.0, clip=5.0, all_or_nothing_share=0.4, search_cost=cost)]
+    row = front_table(points, pareto_fronts(points)[0])[0]
+    assert (row.share, row.cost) == ("40 %", "1,500 forwards, 12 s")

@@ -1,8 +1,10 @@
 """Points of a made-up finished sweep. Oracles: the records' own arrays, numpy, scipy."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +18,14 @@ from dipgo_core.evaluation.intervals import difference_of, interval_of
 from dipgo_core.evaluation.mmd_intervals import kid_replicates
 from dipgo_core.evaluation.protocol import Protocol
 from orchestrator.export import export_subnet
+from orchestrator.figures import mark_of
 from orchestrator.gains import DISTRIBUTIONS, Comparisons, Gain
-from orchestrator.headlines import headlines
+from orchestrator.headlines import headlines, statements
+from orchestrator.methods import TRIVIAL, Method
 from orchestrator.points import ResolvedPoint, resolve_points
+from orchestrator.records import Record
+from orchestrator.report.front_svg import SHAPES, shape_of
+from orchestrator.search_cost import SearchCost, search_cost
 from orchestrator.store import open_store
 from orchestrator.sweep_settings import SweepFile
 from tests.orchestrator.finished_sweep import Finished, finish, sweep_facts
@@ -47,6 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture(scope="module")
 def points(finished: Finished) -> tuple[ResolvedPoint, ...]:
     return resolve_points(finished.plan.points, finished.store.records(), finished.store)
+
+
+def a_record(key: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> Record:
+    return Record(key=key, kind="search", state="done", inputs=inputs, outputs=outputs)
 
 
 def pick(points: tuple[ResolvedPoint, ...], method: str, target: float) -> list[ResolvedPoint]:
@@ -157,6 +168,47 @@ def test_gain_over_random_is_over_the_mean_of_draws(
     assert point.gain_random["clip"].baseline_key == ",".join(sorted(d.key for d in draws))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_gain_over_each_baseline_is_the_mean_paired_difference(
+    finished: Finished, points: tuple[ResolvedPoint, ...], target: float
+) -> None:
+    point = pick(points, "search", target)[0]
+    rivals = [p for p in points if p.method in TRIVIAL and p.target == target]
+    assert set(point.gain_over) == {rival.key for rival in rivals} and len(rivals) >= 4
+    for rival in rivals:
+        expected = scores(finished, point, "psnr") - scores(finished, rival, "psnr")
+        assert point.gain_over[rival.key]["psnr"].value == pytest.approx(expected.mean())
+    best = point.gain["psnr"]
+    assert point.gain_over[best.baseline_key]["psnr"] == best
+    told = point.to_json()["gain_over"][best.baseline_key]["psnr"]
+    assert told == {**asdict(best), "verdict": best.verdict}
+
+
+def test_only_searched_points_are_compared_with_each_baseline(
+    points: tuple[ResolvedPoint, ...],
+) -> None:
+    assert {p.method for p in points if p.gain_over} == {"search"}
+
+
+def test_search_cost_is_what_its_record_says(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    costs = {p.method: p.search_cost for p in points}
+    known = SearchCost(forwards=400, sample_forwards=400.0, seconds=100.0)
+    assert costs["search"] == costs["best_step_mask"] == known
+    assert costs["uniform"] is None and costs["dense"] is None
+
+
+def test_search_cost_names_what_it_began_with_apart() -> None:
+    records = {
+        "e": a_record("e", {}, {"forwards": 9, "sample_forwards": 90.0, "seconds": 5.0}),
+        "s": a_record("s", {"errors": "e", "step_masks": "gone"}, {"forwards": 20}),
+    }
+    found = search_cost(records["s"], records)
+    assert found is not None and found.seconds is None
+    assert found.text == "20 batches (+ errors: 90 forwards, 5 s)"
+
+
 def test_no_gain_in_fid_has_an_interval_with_few_images(tmp_path: Path) -> None:
     sweep = a_sweep(images=24)  # fewer than 4 x 8 features, fewer prompts than blocks
     store = open_store(tmp_path)
@@ -206,6 +258,24 @@ def test_headline_is_chosen_on_calibration_prompts(points: tuple[ResolvedPoint, 
     ]
     best = max(pick(points, "search", 0.5), key=lambda p: p.calibration_psnr or 0.0)
     assert lines[0].searched == best.key
+
+
+def test_statements_count_verdicts_and_name_the_largest_gain(
+    points: tuple[ResolvedPoint, ...],
+) -> None:
+    lines = headlines(points, "psnr")
+    count, most = statements(lines, points)
+    beats = sum(line.verdict == "beats" for line in lines)
+    assert f"same compute at {beats} of 2 models and targets" in count
+    best = max(lines, key=lambda line: line.gain.value if line.gain else 0.0)
+    assert best.gain is not None and best.gains["psnr"] == best.gain
+    assert f"at target {best.target:g}, the largest gain of 2 targets" in most
+    for metric, gain in best.gains.items():
+        assert f"{gain.text(metric)} ({gain.verdict} " in most
+
+
+def test_statement_without_a_bar_says_that_it_is_not_known() -> None:
+    assert statements((), ()) == ()
 
 
 def test_headline_ignores_figures_of_the_test_set(points: tuple[ResolvedPoint, ...]) -> None:
@@ -323,3 +393,28 @@ def test_store_that_can_only_be_read_is_read(
     monkeypatch.setattr(finished.store, "get_derived", lambda *_: None)
     monkeypatch.setattr(finished.store.backend, "put", refused)
     assert Comparisons(finished.store, records).replicates("kid", key) is not None
+
+
+def test_export_refuses_what_gates_alone_do_not_make(
+    finished: Finished, points: tuple[ResolvedPoint, ...]
+) -> None:
+    """A point without guidance at its last calls, of which a SubNet file says nothing."""
+    point = pick(points, "search", 0.5)[0]
+    records = dict(finished.store.records())
+    record = records[str(point.evaluate_key)]
+    subnet = record.outputs["subnet"]
+    halved = {**subnet, "sampler": {**subnet["sampler"], "guidance_calls": 2}}
+    records[record.key] = replace(record, outputs={**record.outputs, "subnet": halved})
+    with pytest.raises(StoreError, match="leaves guidance out at its last calls"):
+        export_subnet(point, records, finished.sweep)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_a_mark_a_shape_and_a_colour(
+    points: tuple[ResolvedPoint, ...], method: Method
+) -> None:
+    point = replace(points[0], method=method, strategy="dipgo")
+    assert shape_of(point, ["dipgo"]) in SHAPES
+    assert mark_of(point, ["dipgo"]).label
+    css = files("orchestrator").joinpath("templates/report.css").read_text("utf-8")
+    assert f".{method} {{ --kind" in css or f".{method}, " in css

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from orchestrator.points import resolve_points
-from orchestrator.publish import Publisher, stored_report, task_hours
+from orchestrator.publish import (
+    Publisher,
+    search_entry,
+    stored_report,
+    task_hours,
+    verdict_tags,
+)
 from orchestrator.report.sections import rested_on
 from orchestrator.store import open_store
 from orchestrator.sweep_tasks import RunResult
@@ -79,6 +85,44 @@ def test_publisher_logs_the_figures_of_a_point(finished: Finished, tracker: List
     assert tracker.entries[point.key].params["loss.alpha"] == "1.0"
 
 
+def test_publisher_logs_gains_with_ends_and_what_the_search_cost(
+    finished: Finished, tracker: ListTracker
+) -> None:
+    points = resolve_points(finished.plan.points, finished.store.records(), finished.store)
+    point = next(point for point in points if point.method == "search")
+    metrics, gain = tracker.entries[point.key].metrics, point.gain["psnr"]
+    ends = (metrics["gain_psnr"], metrics["gain_psnr_low"], metrics["gain_psnr_high"])
+    assert ends == (gain.value, gain.low, gain.high)
+    assert metrics["gain_clip_low/tiny"] == point.gain["clip"].low
+    assert (metrics["search_sample_forwards"], metrics["search_seconds"]) == (400.0, 100.0)
+
+
+def test_publisher_tags_every_point_for_filters(finished: Finished, tracker: ListTracker) -> None:
+    points = resolve_points(finished.plan.points, finished.store.records(), finished.store)
+    for point in points:
+        tags = tracker.entries[point.key].tags
+        expected = point.method == "search" and point.verdict == "beats"
+        assert tags["beats_trivial"] == str(expected).lower()
+        assert tags["on_front"] in ("surely", "possibly", "no")
+    knees = [e.key for e in tracker.entries.values() if e.tags.get("knee") == "true"]
+    assert len(knees) <= 1 and all(
+        tracker.entries[key].tags["beats_trivial"] == "true" for key in knees
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "verdict", "tag"),
+    [("search", None, "unknown"), ("search", "unknown", "unknown"), ("search", "beats", "true"),
+     ("search", "ties", "false"), ("uniform", "beats", "false"), ("dense", None, "false")],
+)  # fmt: skip
+def test_tag_says_whether_a_point_beats_the_baselines(
+    finished: Finished, method: Any, verdict: Any, tag: str
+) -> None:
+    points = resolve_points(finished.plan.points, finished.store.records(), finished.store)
+    known = replace(points[0], method=method, verdict=verdict)
+    assert verdict_tags(known, None) == {"beats_trivial": tag, "knee": "false", "on_front": "no"}
+
+
 def test_note_of_a_point_has_its_figures_as_they_are_shown(
     finished: Finished, tracker: ListTracker
 ) -> None:
@@ -103,6 +147,18 @@ def test_publisher_logs_the_curve_of_a_search(finished: Finished, tracker: ListT
     curve = record.outputs["curve"]
     steps = list(zip(curve["search_step"], curve["loss"], strict=True))
     assert search.curves["loss"] == steps
+
+
+def test_search_at_a_target_is_logged_with_its_target_and_its_cost(tmp_path: Path) -> None:
+    sweep = tiny_sweep(targets=(0.3, 0.7), strategies=("auto",), metrics=("psnr",))
+    done = finish(sweep, open_store(tmp_path))
+    records = [r for r in done.store.records().values() if "target" in r.inputs]
+    entries = [search_entry(record, "auto") for record in records]
+    assert {entry.params["target"] for entry in entries} == {"0.3", "0.7"}
+    assert {entry.params["search.strategy"] for entry in entries} == {"auto"}
+    assert {entry.params["errors"] for entry in entries} <= set(done.store.records())
+    assert all(entry.metrics["sample_forwards"] == 400 for entry in entries)
+    assert "search.loss.alpha" not in entries[0].params
 
 
 def test_publisher_closes_with_report_and_hypervolume(

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from matplotlib.image import imread
 
 from orchestrator.cli.tables import print_fronts
 from orchestrator.figures import gate_states, gates_figure, image_row, to_png
-from orchestrator.pareto import Front, pareto_fronts
+from orchestrator.pareto import CROSSED, Front, is_crossed, pareto_fronts
 from orchestrator.points import ResolvedPoint, resolve_points
 from orchestrator.report import FILES, write_report
 from orchestrator.report.front_svg import Scale, front_svg, ticks
+from orchestrator.report.gain_tables import gain_tables
 from orchestrator.report.gates_svg import gates_svg
 from orchestrator.report.measured import point_tables, race_tables
 from orchestrator.report.sections import (
@@ -85,6 +87,45 @@ def test_report_states_a_verdict_for_each_model_and_target(written: Written) -> 
         assert row.against_baseline is not None and row.against_random is not None
         assert row.against_baseline.text in written.html
         assert row.against_random.text in written.html
+
+
+def test_first_table_has_every_gain_with_share_and_search_cost(written: Written) -> None:
+    table = written.html[written.html.index('class="headline"') :].partition("</table>")[0]
+    for row in headline_rows(written.points, "clip"):
+        assert [claim.metric.split(" ")[0] for claim in row.claims][:1] in (["CLIP"], [])
+        for metric, gain in row.searched.gain.items():
+            assert f"{gain.text(metric)}<small>" in table
+        assert row.searched.search_cost is not None
+        assert row.searched.search_cost.text in table
+        assert f"{100 * (row.searched.all_or_nothing_share or 0):.0f} %" in table
+
+
+def test_gains_over_each_baseline_are_in_every_form_of_the_report(written: Written) -> None:
+    tables = gain_tables(written.points)
+    assert [table.model for table in tables] == ["first", "second"]
+    searched = [point for point in written.points if point.gain_over]
+    assert sum(len(t.rows) for t in tables) == sum(len(p.gain_over) for p in searched)
+    marked = [
+        cell for t in tables for _, _, cells in t.rows for cell in cells if cell and cell.best
+    ]
+    assert len(marked) == sum(len(point.gain) for point in searched)
+    markdown = (written.folder / "report.md").read_text("utf-8")
+    document = json.loads((written.folder / "points.json").read_text("utf-8"))
+    told = {p["key"]: p["gain_over"] for p in document["points"]}
+    for point in searched:
+        for key, gains in point.gain_over.items():
+            assert all(gain.text(m) in written.html for m, gain in gains.items())
+            assert all(gain.text(m) in markdown for m, gain in gains.items())
+            assert set(told[point.key][key]) == set(gains)
+
+
+def test_report_begins_with_the_answer_in_sentences(written: Written) -> None:
+    document = json.loads((written.folder / "points.json").read_text("utf-8"))
+    said = document["statements"]
+    assert len(said) == 3 and "beats the best trivial baseline at the same compute" in said[0]
+    assert all(escape(sentence) in written.html for sentence in said)
+    assert written.html.index(escape(said[0])) < written.html.index("<table")
+    assert escape(CROSSED) in written.html
 
 
 def test_report_lists_every_point(written: Written) -> None:
@@ -201,9 +242,11 @@ def test_points_json_has_points_and_fronts(written: Written) -> None:
 def test_markdown_tables_are_whole(written: Written) -> None:
     lines = (written.folder / "report.md").read_text("utf-8").splitlines()
     tables = [line for line in lines if line.startswith("|")]
+    # headlines, gains by model, fronts, points by protocol, latencies by model, costs, failures,
+    # protocols
     assert len([line for line in tables if set(line) <= set("| -")]) == (
-        1 + len(written.fronts) + 1 + 2 + 1 + 1 + 1
-    )  # headlines, fronts, points by protocol, latencies by model, costs, failures, protocols
+        1 + 2 + len(written.fronts) + 1 + 2 + 1 + 1 + 1
+    )
     assert sum("first" in line or "second" in line for line in tables) >= len(written.points)
 
 
@@ -222,7 +265,11 @@ def test_front_svg_draws_each_compared_point_and_its_bar(written: Written) -> No
     front = written.fronts[0]
     drawing = front_svg(written.points, front)
     assert drawing.count('class="mark ') == drawing.count('class="bar ') == len(front.standing)
-    assert drawing.count('class="knee"') == 1
+    assert drawing.count('class="knee"') == (front.knee is not None)
+    crossed = [p for p in written.points if p.key in front.standing and is_crossed(p, "fid")]
+    assert drawing.count('class="cross ') == len(crossed) > 0
+    asked = pareto_fronts(written.points, knee="any")[0]
+    assert front_svg(written.points, asked).count('class="knee"') == 1
 
 
 def test_front_svg_puts_better_up_for_both_directions(written: Written) -> None:

@@ -341,7 +341,7 @@ def test_huge_grid_is_refused_without_expanding(load: Load) -> None:
     started = time.monotonic()
     (issue,) = issues_of(load, SMALL + text)
     assert issue.startswith("s.yaml:5:9: search: a sweep has at most 100,000 points")
-    assert "this one has 999,000,004;" in issue
+    assert "this one has 999,000,007;" in issue
     assert time.monotonic() - started < 5  # hang detector; takes well under a second
 
 
@@ -623,6 +623,13 @@ search: {steps: 0}
 def test_hub_model_without_prompts_says_what_to_give(load: Load) -> None:
     issues = issues_of(load, SMALL.replace("tiny-sd", "{id: a/b, family: sd, name: x}"))
     assert "evaluate.prompts: is missing; x needs a file, {hub: owner/name}" in "\n".join(issues)
+
+
+def test_knee_beats_the_trivial_baseline_unless_asked_otherwise(load: Load) -> None:
+    assert load(SMALL).objective.knee == "beats_trivial"
+    assert load(SMALL + "objective: {knee: any}\n").objective.knee == "any"
+    (issue,) = issues_of(load, SMALL + "objective: {knee: best}\n")
+    assert "objective.knee: must be one of beats_trivial, any, got" in issue
 
 
 def test_unmeasured_objective_is_refused(load: Load) -> None:

@@ -49,8 +49,7 @@ from orchestrator.sweep_settings import (
     Tracking,
 )
 from orchestrator.task import images as images_task
-from orchestrator.task import run_task
-from orchestrator.task import search as search_task
+from orchestrator.task import run_task, steps
 from orchestrator.task.work import loaded, packed
 from tests.orchestrator.tiny_sweep import Listener
 from tests.support.tiny import tiny_sd
@@ -330,7 +329,7 @@ def test_interrupted_search_ends_as_the_uninterrupted_one(
     _, plan, records = finished
     store = copied(finished, tmp_path, ("reference",))
     task = tasks_of(plan, "search", "dipgo")[0]
-    monkeypatch.setattr(search_task, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(steps, "CHECKPOINT_EVERY_S", -1.0)
 
     def stop(report: Mapping[str, Any]) -> None:
         if report["search_step"] == 3:
@@ -338,21 +337,21 @@ def test_interrupted_search_ends_as_the_uninterrupted_one(
 
     with pytest.raises(Stop):
         run_task(task, store, on_progress=stop)
-    assert store.get_progress(task.key, search_task.CHECKPOINT) is not None
+    assert store.get_progress(task.key, steps.CHECKPOINT) is not None
     assert len(list(store.backend.list(f"progress/{task.key}"))) == 1  # state and curve of one step
     reports: list[Mapping[str, Any]] = []
     record = run_task(task, store, on_progress=reports.append)
     assert [report["search_step"] for report in reports] == [3]
     assert record.outputs["outcome"] == records[task.key].outputs["outcome"]
     assert record.outputs["curve"]["search_step"] == [1, 2, 3]
-    assert store.get_progress(task.key, search_task.CHECKPOINT) is None
+    assert store.get_progress(task.key, steps.CHECKPOINT) is None
 
 
 def test_damaged_checkpoint_starts_the_search_anew(finished: Any, tmp_path: Path) -> None:
     _, plan, records = finished
     store = copied(finished, tmp_path, ("reference",))
     task = tasks_of(plan, "search", "dipgo")[0]
-    store.put_progress(task.key, search_task.CHECKPOINT, b"torn")
+    store.put_progress(task.key, steps.CHECKPOINT, b"torn")
     record = run_task(task, store)
     assert record.outputs["outcome"] == records[task.key].outputs["outcome"]
 

@@ -15,6 +15,7 @@ from dipgo_core.config import ModelSettings, SamplerSettings
 from dipgo_core.evaluation.prompts import items_sha256
 from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.families import Scorers
+from dipgo_core.gates import GateTable
 from dipgo_core.graph import INPUT, Block, BlockGraph, Reuse
 from dipgo_core.items import Item
 from orchestrator.driver import run_sweep
@@ -67,6 +68,7 @@ def tiny_sweep(
     metrics: Sequence[Any] = ("clip", "psnr", "latency"),
     storage: str = "./.dipgo",
     rungs: Sequence[int] = (),
+    strategies: Sequence[str] = ("dipgo",),
 ) -> SweepFile:
     """Return a sweep at 10 calls; every argument is an axis of it."""
     return SweepFile(
@@ -79,7 +81,10 @@ def tiny_sweep(
                 sampler=SamplerSettings(scheduler="ddim", steps=10, guidance_scale=3.0),
                 targets=tuple(targets),
                 baselines=tuple(baselines),
-                grid=SearchGrid(axes={"steps": (8,)}, losses=({"alpha": tuple(alphas)},)),
+                grid=SearchGrid(
+                    axes={"steps": (8,), "strategy": tuple(strategies)},
+                    losses=({"alpha": tuple(alphas)},),
+                ),
                 calibration=Calibration(prompts=PromptSource(kind="bundled", value="calibration")),
                 evaluate=EvaluateSettings(
                     prompts=PromptSource(kind="bundled", value="test"),
@@ -141,7 +146,10 @@ def tiny_outputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "statistics":
         return {"n_images": 16, "feature_dim": 8}
     if kind == "search":
-        return {"outcome": _outcome(inputs["search"]), "curve": {}, "forwards": 3, "seconds": 0.1}
+        spent = {"forwards": 3, "sample_forwards": 3.0, "seconds": 0.1}
+        return {"outcome": _outcome(inputs), "curve": {}, **spent}
+    if kind == "errors":
+        return {"forwards": 5, "sample_forwards": 10.0, "seconds": 0.1}
     if kind == "race":
         return _race(inputs)
     share = np.mean([[c == "1" for c in row] for row in inputs["keep"]])
@@ -176,13 +184,18 @@ def _figure(value: float) -> dict[str, Any]:
     return {"value": number, "low": number - 0.1, "high": number + 0.1, "n": 16, "scorer": "tiny"}
 
 
-def _outcome(search: Mapping[str, Any]) -> dict[str, Any]:
+def _outcome(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    search, spent = inputs["search"], {"forwards": 3, "sample_forwards": 3.0}
+    if "target" in inputs:  # whole calls, as many as the budget holds
+        kept = range(round(10 * (1 - inputs["target"])))
+        gates = GateTable.from_calls(tuple(kept), 10, GRAPH.num_blocks)
+        return {"tables": {str(inputs["target"]): gates.to_strings()}, **spent}
     if search["strategy"] == "best_step_mask":
         masks = {str(k): list(range(k)) for k in range(1, 10)}
-        return {"scores": None, "step_masks": masks, "forwards": 3}
+        return {"scores": None, "step_masks": masks, **spent}
     seed = round(100 * search["loss"]["alpha"])
     scores = np.random.default_rng(seed).random((10, GRAPH.num_blocks))
-    return {"scores": scores.tolist(), "step_masks": None, "forwards": 3}
+    return {"scores": scores.tolist(), "step_masks": None, **spent}
 
 
 class Listener:

@@ -11,13 +11,16 @@ from safetensors.torch import load, save
 from tiny import tiny_dit, tiny_model, tiny_sd
 
 from dipgo_core.config import LossSettings, SamplerSettings, SearchSettings
-from dipgo_core.errors import SearchError
+from dipgo_core.errors import SearchDivergedError, SearchError
 from dipgo_core.items import Item
 from dipgo_core.pipelines import block_graph
 from dipgo_core.postprocess import select
 from dipgo_core.sampling import Batch, rollout
 from dipgo_core.search import STRATEGIES, SearchProblem, SearchProgress
-from dipgo_core.search.dipgo import final_scores, learning_rate, needed_gates, search_gates
+from dipgo_core.search.dipgo import search_gates
+from dipgo_core.search.scores import final_scores, needed_gates
+from dipgo_core.search.training import learning_rate
+from dipgo_core.strategies import READS
 
 SAMPLER = SamplerSettings(scheduler="ddim", steps=4, guidance_scale=3.0)
 ITEMS = (Item("a red cat", 1), Item("the blue moon", 2), Item("a dog", 3))
@@ -169,8 +172,8 @@ def test_needed_gates_are_those_whose_flip_matters():
     assert needed == ["down_blocks.0", "up_blocks.2", "up_blocks.3"]
 
 
-def test_registry_knows_both_strategies():
-    assert set(STRATEGIES) == {"dipgo", "best_step_mask"}
+def test_registry_knows_the_strategies_that_planning_knows():
+    assert set(STRATEGIES) == set(READS)
 
 
 def gradients(problem: SearchProblem) -> list[torch.Tensor]:
@@ -203,3 +206,30 @@ def test_search_moves_alike_whether_calls_are_computed_again(problem):
     )
     for one, other in zip(kept, again, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("sampling", "start"), [("gumbel", "keep"), ("none", "random")])
+def test_search_resumes_exactly_with_sampled_gates_and_other_starts(problem, sampling, start):
+    settings = replace(SETTINGS, steps=4, sampling=sampling, start=start)
+    whole = finish(replace(problem, settings=settings))
+    state = next(search_gates(replace(problem, settings=settings))).state()
+    resumed = finish(replace(problem, settings=settings, resume=load(save(state))))
+    assert whole[0].consistency > 0  # a gradient from the first step on
+    assert [p.loss for p in resumed] == [p.loss for p in whole[1:]]
+
+
+def test_search_that_diverges_leaves_the_scores_of_its_last_good_step(problem):
+    settings = replace(SETTINGS, steps=3, start="random", warmup_steps=0)
+    bad = replace(SETTINGS.loss, consistency={"l2": 1.0})
+    progress = search_gates(replace(problem, settings=replace(settings, loss=bad)))
+    first = next(progress)
+    progress.close()  # takes its hooks away
+    broken = replace(
+        problem,
+        settings=replace(settings, loss=bad),
+        resume=first.state(),
+        dense_latents=torch.full((3, 4, 8, 8), float("nan")),
+    )
+    with pytest.raises(SearchDivergedError, match="gates of step 1 are the last good") as caught:
+        finish(broken)
+    assert caught.value.outcome.scores.shape == (4, problem.graph.num_blocks)

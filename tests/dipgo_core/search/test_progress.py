@@ -21,6 +21,7 @@ def progress() -> SearchProgress:
         kept_gates=7,
         flips=1,
         forwards=30,
+        sample_forwards=60.0,
         seconds=1.5,
         snapshot=lambda: {"search_step": torch.tensor(2)},
     )
