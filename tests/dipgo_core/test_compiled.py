@@ -118,6 +118,18 @@ def test_compiled_runs_equal_eager_ones(model: LoadedModel, granularity: str, ba
     assert counters["graph_break"] == {}
 
 
+def test_compiled_runs_extrapolate_as_eager_ones_do(model: LoadedModel) -> None:
+    repeated = random_subnet(model)
+    gates = GateTable(repeated.gates.keep, 0.5)
+    subnet = subnet_of(model, block_graph(model), LONG, gates)
+    with apply_subnet(model.pipe, subnet):
+        expected = images(model)
+    with compiled(model, subnet, "aot_eager"):
+        torch.testing.assert_close(images(model), expected)
+    with apply_subnet(model.pipe, repeated):
+        assert not torch.allclose(images(model), expected, atol=1e-4)
+
+
 def test_blocks_of_one_kind_are_compiled_once(model: LoadedModel) -> None:
     """Oracle: four equal DiT blocks; five U-Net blocks of different kinds."""
     with compiled(model, random_subnet(model)):

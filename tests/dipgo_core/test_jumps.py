@@ -128,6 +128,23 @@ def test_other_schedules_go_step_by_step(scheduler: str, spacing: Any, steps: in
     assert made == len(set_sampler(model, sampler))
 
 
+def test_skipped_calls_that_extrapolate_go_step_by_step() -> None:
+    model = of(tiny_sd)
+    graph = block_graph(model)
+    set_sampler(model, TEN)
+    found = []
+    for extrapolation in (0.0, 1.0):
+        skips = GateTable.from_calls(COMPUTED, TEN.steps, graph.num_blocks)
+        subnet = subnet_of(model, graph, TEN, GateTable(skips.keep, extrapolation))
+        with counted_steps(model) as seen, apply_subnet(model.pipe, subnet) as handle:
+            stepwise = images(model, TEN)
+            handle.fuse()
+            found.append(images(model, TEN))
+        assert torch.allclose(stepwise, found[-1], atol=2e-5)
+        assert len(seen) == TEN.steps + (TEN.steps if extrapolation else len(COMPUTED))
+    assert not torch.allclose(*found, atol=1e-3)
+
+
 def test_trailing_spacing_that_divides_jumps() -> None:
     stepwise, fused, steps = both(of(tiny_sd), replace(TEN, spacing="trailing"))
     assert steps == len(COMPUTED)
