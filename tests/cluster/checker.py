@@ -19,8 +19,10 @@ from typing import Any
 #: seeds and one library on one machine, so they are equal to the last bit wherever a task ran; the
 #: room is for another number of threads, which adds float32 numbers in another order.
 TOLERANCE = 1e-5
-#: What says how long or where something ran, not what came out.
-OF_THE_RUN = re.compile(r"seconds|finished|span|pid|node|host|.*_ms|images_per_second")
+#: What says how long, where or in how much memory something ran, not what came out.
+OF_THE_RUN = re.compile(
+    r"seconds|finished|span|pid|node|host|.*_ms|images_per_second|peak_memory_bytes"
+)
 _DONE = re.compile(r"^ *[\d.]+ s \[\d+/\d+\] done (?P<label>.*)$", re.MULTILINE)
 
 
