@@ -18,12 +18,14 @@ class SearchCost:
     """What one search has spent; None = its record does not say.
 
     forwards: denoiser calls, a batch is one. sample_forwards: of one image, in whole calls.
+    peak_memory_bytes: of the process, or of what its GPU held.
     begun_with: what the tasks have spent that it took results from; searches share those.
     """
 
     forwards: int | None
     sample_forwards: float | None
     seconds: float | None
+    peak_memory_bytes: int | None = None
     begun_with: Mapping[str, SearchCost] = field(default_factory=dict)
 
     @property
@@ -48,6 +50,7 @@ def search_cost(record: Record | None, records: Mapping[str, Record]) -> SearchC
         forwards=outputs.get("forwards"),
         sample_forwards=outputs.get("sample_forwards"),
         seconds=outputs.get("seconds"),
+        peak_memory_bytes=outputs.get("peak_memory_bytes"),
         begun_with={
             name: cost
             for name, one in found.items()
