@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
@@ -32,6 +33,9 @@ INK = "#3b4048"
 #: How much is seen of points that are surely not on a front.
 NOT_ON_FRONT = 0.35
 FAINT = "#c9ced6"
+LEGEND_COLUMNS = 5
+#: Inches in which the longest entry of the legend fits.
+NARROWEST = 4.6
 _CROSS: Any = {"marker": "x", "markersize": 9, "markeredgewidth": 0.9, "color": INK}
 
 _STYLE: Any = {
@@ -92,12 +96,15 @@ def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> F
     """Draw every front: a row for each model, protocol and device, a column for each metric."""
     rows = list(dict.fromkeys((f.model, f.protocol, f.device) for f in fronts))
     columns = list(dict.fromkeys(f.objectives[1] for f in fronts))
-    width, height = 3.7 * max(1, len(columns)), 3.2 * max(1, len(rows)) + 0.7
+    width, drawn = max(NARROWEST, 3.7 * len(columns)), 3.2 * max(1, len(rows))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(width, drawn))
+        below = _legend_below(figure, legend_handles(points)) + 0.5  # tick and axis labels
+        height = drawn + below - 0.45
+        figure.set_size_inches(width, height)
         axes = figure.subplots(max(1, len(rows)), max(1, len(columns)), squeeze=False)
         figure.subplots_adjust(
-            left=0.75 / width, right=1 - 0.1 / width, top=1 - 0.48 / height, bottom=1.15 / height,
+            left=0.75 / width, right=1 - 0.1 / width, top=1 - 0.48 / height, bottom=below / height,
             wspace=0.28, hspace=0.46,
         )  # fmt: skip
         for cell in axes.flat:
@@ -107,9 +114,21 @@ def fronts_figure(points: Sequence[ResolvedPoint], fronts: Sequence[Front]) -> F
             cell = axes[row, columns.index(front.objectives[1])]
             cell.set_axis_on()
             draw_front(cell, points, front)
-        handles = legend_handles(points)
-        figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False, fontsize=8)
     return figure
+
+
+def _legend_below(figure: Figure, handles: Sequence[Line2D]) -> float:
+    """Add a legend at the bottom in as many columns as fit; return its height in inches."""
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    for columns in range(LEGEND_COLUMNS, 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8
+        )
+        box = legend.get_window_extent(renderer)
+        if box.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    return float(box.height / figure.dpi)
 
 
 def draw_front(axes: Axes, points: Sequence[ResolvedPoint], front: Front) -> None:
