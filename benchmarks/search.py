@@ -221,7 +221,7 @@ def goals(cells: Sequence[Cell]) -> list[str]:
         f"{cell.model} at {cell.target:g} seed {p['seed']} ({p['all_or_nothing_share']:.0%})"
         for cell in known
         for p in cell.done(DEFAULT)
-        if p["all_or_nothing_share"] < 0.5 and (p["gain"].get("psnr") or {}).get("low", 0) > 0
+        if p["all_or_nothing_share"] < 0.5 and ((p["gain"].get("psnr") or {}).get("low") or 0) > 0
     ]
     worse = worse_cells(known)
     return [

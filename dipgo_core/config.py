@@ -166,7 +166,7 @@ class SearchSettings:
     start: Start = "keep"
     sampling: Sampling = "none"
     samples: int = 8
-    effort: int = 250
+    effort: int = 125
     objective: Objective = "pixel"
     staleness: int = 4
     extrapolate: bool = True

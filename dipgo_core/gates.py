@@ -53,6 +53,7 @@ class GateTable:
             )
         keep.flags.writeable = False
         object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "extrapolation", float(self.extrapolation))  # one digest
 
     @classmethod
     def all_keep(cls, num_calls: int, num_blocks: int) -> GateTable:

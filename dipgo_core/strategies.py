@@ -40,13 +40,20 @@ READS: Final[dict[str, tuple[str, ...]]] = {
 #: Strategies that search at a budget, so that a target is a search of its own.
 TABLE_STRATEGIES: Final = frozenset({"calibrate", "anneal", "genetic", "random_search", "auto"})
 
-#: Up to this many calls all 2^(T - 1) step masks are tried, at one denoiser forward a mask.
-EXHAUSTIVE_CALLS: Final = 11
+#: So many step masks are run for each number of computed calls.
+TRIED_MASKS: Final = 20
+#: Step masks are run on so many calibration images.
+MASKED_ITEMS: Final = 8
+#: Calls that are skipped alone, to tell how far a change at a call reaches.
+PROBED_CALLS: Final = 6
 #: Candidates are run on at most so many images at once.
 MOST_AT_ONCE: Final = 16
 #: Calibration images that the errors of reuses are measured on: these differ by orders of
 #: magnitude, so two will do.
 PROBED_ITEMS: Final = 2
+
+#: Strategies whose tasks are one a target: these, and what finds step masks for it.
+AT_TARGETS: Final = TABLE_STRATEGIES | {"best_step_mask"}
 
 #: What the strategies begin with.
 NEEDS: Final[dict[str, frozenset[Need]]] = {
@@ -82,7 +89,6 @@ class ErrorsSettings:
     """What decides the measured errors of single reuses, which all strategies share."""
 
     granularity: Granularity = "block"
-    seed: int = 0
     objective: Objective = "pixel"
     staleness: int = 4
 
@@ -103,10 +109,10 @@ class ErrorsSettings:
 def mask_forwards(num_calls: int) -> float:
     """Return about how many forwards a search for step masks takes for each of its images.
 
-    Of short runs all masks are tried, a forward each. Of longer ones masks grow call by call, and
-    prefixes are shared: on a tiny U-Net 346 of 14 calls, 770 of 20, about T to the power of 2.25.
+    A dense run, the probes on some of its images, and masks whose first calls are often those of
+    the one before.
     """
-    return float(2 ** (num_calls - 1) if num_calls <= EXHAUSTIVE_CALLS else num_calls**2.25)
+    return num_calls * (2 + TRIED_MASKS / 8)
 
 
 def _read(settings: SearchSettings) -> frozenset[str]:

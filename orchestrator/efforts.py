@@ -195,10 +195,10 @@ def _looked_at(search: Mapping[str, Any]) -> float:
 
 def _calls_an_image(inputs: Mapping[str, Any], calls: int) -> float:
     """Return the forwards for each image that a search looks at, a backward pass as two."""
-    if "target" in inputs:
-        return float(calls)
     if inputs["search"]["strategy"] == STEP_MASKS:
         return mask_forwards(calls)
+    if "target" in inputs:
+        return float(calls)
     dense = inputs["search"]["strategy"] == "dipgo_stepwise"  # beside the gated calls
     return float(calls * (_WITH_BACKWARD + dense))
 

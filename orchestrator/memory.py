@@ -135,8 +135,6 @@ class ModelMemory:
 
     def fit(self, kind: ResourceKind, what: What) -> Fit:
         """Return how a task is run."""
-        if isinstance(what, ErrorsSettings):
-            what = replace(what, seed=0)
         return self._fits[kind, repr(what)]
 
     @cached_property
@@ -295,9 +293,9 @@ class ModelLoads:
 
     @cached_property
     def _measured(self) -> tuple[ErrorsSettings, ...]:
-        """Return what measurements of errors differ in, but for their seeds."""
+        """Return the measurements of errors that searches begin with."""
         found = [one for one in self._searches if "errors" in NEEDS.get(one.strategy, ())]
-        return tuple(dict.fromkeys(replace(ErrorsSettings.of(one), seed=0) for one in found))
+        return tuple(dict.fromkeys(ErrorsSettings.of(one) for one in found))
 
     @property
     def _granularity(self) -> Granularity:

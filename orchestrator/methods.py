@@ -19,7 +19,7 @@ from dipgo_core.gates import GateTable
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.postprocess import PAPER_TOLERANCE, select
-from dipgo_core.strategies import NEEDS, decisive, effective
+from dipgo_core.strategies import MASKED_ITEMS, NEEDS, decisive, effective
 from orchestrator.baseline_samplers import absence, aligned_steps, fewer_steps, unguided_steps
 from orchestrator.records import content_key
 from orchestrator.sweep_settings import Baseline, SweepModel
@@ -146,7 +146,7 @@ def step_mask_search(model: SweepModel) -> SearchSettings | None:
 
 def step_mask_settings(model: SweepModel) -> SearchSettings:
     """Return the search for step masks: all there is to say of it is how many images it runs."""
-    images = min(model.calibration.images, model.calibration.batch_size)
+    images = min(model.calibration.images, MASKED_ITEMS)
     return SearchSettings(strategy=STEP_MASKS, batch_size=images)
 
 
@@ -228,6 +228,13 @@ def bar_target(model: SweepModel, target: float) -> float:
     """Return the target whose compute baselines get: no SubNet of `target` spends more."""
     tolerance = PAPER_TOLERANCE if model.postprocess == "paper" else 0.0
     return max(0.0, round(target - tolerance, 9))
+
+
+def searched_target(model: SweepModel, spec: PointSpec) -> float | None:
+    """Return the target that the search behind a point is for, if it is for one."""
+    if spec.target is None or spec.method != STEP_MASKS:
+        return spec.target
+    return bar_target(model, spec.target)
 
 
 def _computed_calls(target: float, calls: int, outcome: SearchOutcome | None) -> tuple[int, ...]:

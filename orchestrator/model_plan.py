@@ -10,7 +10,14 @@ from dipgo_core.evaluation.protocol import Split
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from orchestrator.explore import Explored, Growing, expected_images, explored_points
-from orchestrator.methods import CALIBRATED, PointSpec, left_out, searches, step_mask_search
+from orchestrator.methods import (
+    CALIBRATED,
+    STEP_MASKS,
+    PointSpec,
+    left_out,
+    searched_target,
+    searches,
+)
 from orchestrator.model_tasks import ModelTasks, Way
 from orchestrator.planned import Dropped, Plan, PlannedTask, Point, TaskState
 from orchestrator.point_gates import Memo, Resolution, resolve_gates, unresolved_point
@@ -52,9 +59,9 @@ class ModelPlan:
         for task in maker.statistics.values():
             self._add(task)
         found = tuple(self._add_searches())
-        step_masks = step_mask_search(maker.model)
-        if step_masks is not None:
-            self._add_search(step_masks, None)
+        for spec in specs:
+            if spec.method == STEP_MASKS and spec.search is not None:
+                self._add_search(spec.search, searched_target(maker.model, spec))
         points = [self._add_point(spec) for spec in specs]
         explored = self._explore()
         points += explored
@@ -86,7 +93,7 @@ class ModelPlan:
 
     def _add_search(self, settings: SearchSettings, target: float | None) -> str:
         """Add a search, and what it begins with."""
-        for before in self.maker.found_before(settings).values():
+        for before in self.maker.found_before(settings, target).values():
             self._add(before)
         return self._add(self.maker.search(settings, target))
 

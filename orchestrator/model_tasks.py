@@ -16,7 +16,15 @@ from dipgo_core.evaluation.protocol import Protocol, Split
 from dipgo_core.evaluation.scorers import Scorer
 from dipgo_core.evaluation.shards import cut
 from dipgo_core.memory import Fit
-from dipgo_core.strategies import NEEDS, TABLE_STRATEGIES, ErrorsSettings, Need, decisive, effective
+from dipgo_core.strategies import (
+    AT_TARGETS,
+    NEEDS,
+    TABLE_STRATEGIES,
+    ErrorsSettings,
+    Need,
+    decisive,
+    effective,
+)
 from orchestrator.bars import judged_by
 from orchestrator.explore import Generation, asked, stand_in
 from orchestrator.facts import ModelFacts, scorer_places
@@ -282,15 +290,17 @@ class ModelTasks:
 
     def search(self, settings: SearchSettings, target: float | None) -> Task:
         """One search; it serves every target, unless its strategy searches at one."""
-        own = target if settings.strategy in TABLE_STRATEGIES else None
+        own = target if settings.strategy in AT_TARGETS else None
         return self.once(
             ("search", repr(settings), own), lambda: self._search(effective(settings), own)
         )
 
     def _search(self, settings: SearchSettings, target: float | None) -> Task:
-        before = self.found_before(settings)
+        before = self.found_before(settings, target)
         found: dict[str, str] = {need: task.key for need, task in before.items()}
-        at = {"target": target, "macs_convention": self.sweep.macs_convention}
+        at: dict[str, Any] = {"target": target}
+        if settings.strategy in TABLE_STRATEGIES:  # calls are whole by any convention
+            at["macs_convention"] = self.sweep.macs_convention
         return self._task(
             "search",
             self.model.sampler,
@@ -306,14 +316,14 @@ class ModelTasks:
             label=search_label(settings) + ("" if target is None else f" at {target:g}"),
         )
 
-    def found_before(self, settings: SearchSettings) -> dict[Need, Task]:
+    def found_before(self, settings: SearchSettings, target: float | None) -> dict[Need, Task]:
         """Return the tasks that a search takes what it begins with from, and shares with others."""
         needed = NEEDS.get(settings.strategy, ())
         found: dict[Need, Task] = {}
         if "errors" in needed:
             found["errors"] = self.errors(ErrorsSettings.of(settings))
         if "step_masks" in needed:
-            found["step_masks"] = self.search(step_mask_settings(self.model), None)
+            found["step_masks"] = self.search(step_mask_settings(self.model), target)
         return found
 
     def errors(self, settings: ErrorsSettings) -> Task:
@@ -332,7 +342,7 @@ class ModelTasks:
             resources="search",
             needs=(self.reference("calibration").key,),
             options=_held(self.memory.fit("search", settings)),
-            label=f"errors of reuses{layers} seed {settings.seed}",
+            label=f"errors of reuses{layers}",
         )
 
     @cached_property

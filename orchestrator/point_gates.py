@@ -10,7 +10,7 @@ from dipgo_core.errors import TargetError
 from dipgo_core.graph import BlockGraph
 from dipgo_core.outcome import SearchOutcome
 from dipgo_core.strategies import decisive
-from orchestrator.methods import PointSpec, gates_of
+from orchestrator.methods import PointSpec, gates_of, searched_target
 from orchestrator.model_tasks import ModelTasks
 from orchestrator.planned import Point
 from orchestrator.records import content_key
@@ -33,7 +33,8 @@ def unresolved_point(maker: ModelTasks, spec: PointSpec) -> Point:
     """Return what is known of a point before any record is."""
     model = maker.model
     reference_key = maker.reference("test").key
-    search_key = None if spec.search is None else maker.search(spec.search, spec.target).key
+    at = searched_target(model, spec)
+    search_key = None if spec.search is None else maker.search(spec.search, at).key
     identity = {
         "model": model.name,
         "reference": reference_key,

@@ -26,7 +26,7 @@ from orchestrator.sweep_tasks import RunResult
 from orchestrator.tracking import Entry, RunState, SweepRun, Tracker
 
 COUNTS = (
-    *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "n_images"),
+    *("pruned_ratio", "macs", "macs_speedup", "all_or_nothing_share", "extrapolation", "n_images"),
     *(f"calibration_{metric}" for metric in CALIBRATION_METRICS),
 )
 PARAMS = (

@@ -46,8 +46,9 @@ def search_auto(problem: SearchProblem) -> Iterator[SearchProgress]:
 
 def _steps(hunt: Hunt) -> Steps:
     for seed in _seeds(hunt):
-        hunt.run(seed)
-        yield
+        if hunt.affords(seed) or not hunt.tried:
+            hunt.run(seed)
+            yield
     straight = hunt.ranked()[0].extrapolation  # how skips predict from now on
     surrogate = _surrogate(hunt, straight)
     if surrogate is not None:
@@ -170,5 +171,7 @@ def _share(vectors: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) ->
 def _is_worse(logs: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> bool:
     """Return whether errors are larger by more than MARGIN standard errors of their differences."""
     differences = logs - others
-    noise = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    if len(differences) < 2:  # one image tells nothing of the noise
+        return False
+    noise = differences.std(ddof=1) / math.sqrt(len(differences))
     return bool(differences.mean() > MARGIN * noise) and bool(differences.mean() > 0)

@@ -23,7 +23,7 @@ from dipgo_core.graph import Reuse
 from dipgo_core.hooks import MethodHook, install
 from dipgo_core.repeat import Repeat, repeat_of
 from dipgo_core.sampling import Batch, noise_scheduler, rollout
-from dipgo_core.search.calibration import batch_of, check_problem, dense_latents, draw_items
+from dipgo_core.search.calibration import batch_of, check_problem, dense_latents
 from dipgo_core.search.guidance import Guidance, learned_guidance
 from dipgo_core.search.objective import SMALLEST, Space
 from dipgo_core.search.progress import SearchProblem
@@ -108,10 +108,7 @@ class _Measurement:
         self.num_calls = len(scheduler.timesteps)
         if self.num_calls < 2:
             raise SearchError("a search needs at least 2 denoiser calls, the sampler makes 1")
-        wanted = min(PROBED_ITEMS, len(problem.items))
-        drawn = draw_items(problem.settings, 0, len(problem.items))[0][:wanted]
-        chosen = drawn if len(drawn) == wanted else list(range(wanted))
-        self.chosen = chosen
+        self.chosen = chosen = list(range(min(PROBED_ITEMS, len(problem.items))))
         self.batch = batch_of(problem, chosen)
         self.forwards = 0
         self.sample_forwards = 0.0

@@ -108,8 +108,9 @@ class TrueObjective:
         """
         digest = gates.digest
         missing = [item for item in items if (digest, item) not in self._known]
-        for start in range(0, len(missing), MOST_AT_ONCE):
-            self._run(gates, digest, missing[start : start + MOST_AT_ONCE])
+        at_once = min(self.problem.settings.samples, MOST_AT_ONCE)
+        for start in range(0, len(missing), at_once):
+            self._run(gates, digest, missing[start : start + at_once])
         found = [self._known[digest, item] for item in items]
         return Measured(
             mse=np.array([mse for mse, _ in found]),

@@ -194,13 +194,17 @@ class _Search:
         return Hunt(
             problem=problem,
             objective=self.objective,
-            space=TableSpace(graph, self.num_calls, settings.staleness, problem.convention),
+            space=TableSpace(
+                graph,
+                self.num_calls,
+                min(settings.staleness, self.num_calls - 1),  # as the errors were measured
+                problem.convention,
+            ),
             target=target,
             budget=budget_macs(graph, target, self.num_calls, problem.convention),
             rng=np.random.default_rng([seed, 1, round(target * 1_000_000)]),
             items=tuple(order.tolist()),
             errors=self.errors,
-            spent=0.0 if self.errors is None else self.errors.sample_forwards / self.num_calls,
         )
 
     def _note(self, hunt: Hunt) -> None:

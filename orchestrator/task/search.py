@@ -89,7 +89,8 @@ def _budget(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a search at one target may spend; others serve all targets."""
     if "target" not in inputs:
         return {}
-    return {"targets": (float(inputs["target"]),), "convention": inputs["macs_convention"]}
+    convention = inputs.get("macs_convention", "all")
+    return {"targets": (float(inputs["target"]),), "convention": convention}
 
 
 def _step_masks(work: Work) -> dict[int, tuple[int, ...]] | None:

@@ -63,12 +63,10 @@ def test_measured_errors_depend_on_what_all_that_need_them_read() -> None:
     decides = {field.name for field in fields(ErrorsSettings)} - {"granularity"}
     for strategy, needs in NEEDS.items():
         assert "errors" not in needs or decides <= set(READS[strategy])
-    assert ErrorsSettings.of(OTHER).search == SearchSettings(
-        seed=3, objective="latent", staleness=2
-    )
+    assert ErrorsSettings.of(OTHER).search == SearchSettings(objective="latent", staleness=2)
 
 
-@pytest.mark.parametrize(("calls", "counted"), [(8, 128), (14, 346), (20, 770)])
+@pytest.mark.parametrize(("calls", "counted"), [(8, 37), (14, 71), (20, 81), (50, 225)])
 def test_forwards_for_step_masks_are_about_those_counted(calls: int, counted: int) -> None:
-    """Oracle: searches on a tiny U-Net, the dense run not counted."""
+    """Oracle: searches on a tiny U-Net, the mean over targets from .3 to .8."""
     assert mask_forwards(calls) == pytest.approx(counted, rel=0.15)

@@ -174,7 +174,7 @@ def test_plan_grows_no_task_it_had_not_counted() -> None:
     # dense, 2 x 2 searched, few_steps x 2 x 2, uniform x 2, best_step_mask x 2, random x 2 x 2
     assert first["latency"] == 1 + 4 + 4 + 2 + 2 + 4
     assert last["latency"] <= first["latency"]
-    assert (last["reference"], last["search"]) == (2, 3)
+    assert (last["reference"], last["search"]) == (2, 2 + 2)  # step masks of both targets
 
 
 def test_plan_of_a_finished_sweep_has_nothing_to_do() -> None:
@@ -264,7 +264,7 @@ def test_unreachable_target_fails_its_points_only() -> None:
 
 
 def test_step_mask_searches_ignore_loss_weights() -> None:
-    sweep = tiny_sweep(alphas=(0.5, 1.0))
+    sweep = tiny_sweep(alphas=(0.5, 1.0), targets=(0.5,))
     grid = sweep.models[0].grid
     axes = {**grid.axes, "strategy": ("best_step_mask",)}
     object.__setattr__(grid, "axes", axes)

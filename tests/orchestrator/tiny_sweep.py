@@ -186,13 +186,13 @@ def _figure(value: float) -> dict[str, Any]:
 
 def _outcome(inputs: Mapping[str, Any]) -> dict[str, Any]:
     search, spent = inputs["search"], {"forwards": 3, "sample_forwards": 3.0}
+    if search["strategy"] == "best_step_mask":
+        masks = {str(k): list(range(k)) for k in range(1, 10)}
+        return {"scores": None, "step_masks": masks, **spent}
     if "target" in inputs:  # whole calls, as many as the budget holds
         kept = range(round(10 * (1 - inputs["target"])))
         gates = GateTable.from_calls(tuple(kept), 10, GRAPH.num_blocks)
         return {"tables": {str(inputs["target"]): gates.to_strings()}, **spent}
-    if search["strategy"] == "best_step_mask":
-        masks = {str(k): list(range(k)) for k in range(1, 10)}
-        return {"scores": None, "step_masks": masks, **spent}
     seed = round(100 * search["loss"]["alpha"])
     scores = np.random.default_rng(seed).random((10, GRAPH.num_blocks))
     return {"scores": scores.tolist(), "step_masks": None, **spent}
