@@ -15,19 +15,23 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
 from dipgo_core.evaluation.device import cpu_name
 from orchestrator.metrics import figure_text
+from orchestrator.sweep_file import load_sweep
 
 HERE = Path(__file__).resolve().parent
 SWEEP = HERE.parent / "sweeps" / "search_benchmark.yaml"
 TABLES = HERE / "search"
+POINTS = TABLES / "points.json"
 PROGRAM = Path(sys.executable).with_name("dipgo-sweep")
 METRICS = ("psnr", "ssim", "kid", "clip", "fid")
 #: What shows quality without the dense run's images.
@@ -36,6 +40,8 @@ FREE = ("kid", "clip")
 ALLOWED_DB = 0.2
 ALLOWED_SHARES = {"clip": 0.005, "kid": 0.05, "fid": 0.05}
 DEFAULT = "auto"
+#: In the names of models that are searched by what `auto` is compared with, at more effort.
+RIVALS = "-rivals"
 
 Point = Mapping[str, Any]
 
@@ -106,6 +112,7 @@ def _gained(gains: Iterable[Mapping[str, Any] | None]) -> Gained | None:
 
 def cells_of(points: Sequence[Point]) -> list[Cell]:
     """Return all cells of the sweep, those included of which nothing is known."""
+    points = [{**point, "model": point["model"].replace(RIVALS, "")} for point in points]
     keys = sorted(
         {(p["model"], p["target"]) for p in points if p["method"] == "search"},
         key=lambda key: (key[0].rsplit("-", 1)[0], key),
@@ -118,8 +125,11 @@ def cells_of(points: Sequence[Point]) -> list[Cell]:
             if point["method"] == "search":
                 searched.setdefault(point["strategy"], []).append(point)
         dense = next((p for p in points if p["model"] == model and p["method"] == "dense"), None)
-        baselines = [p for p in here if p["method"] not in ("search", "random")]
-        cells.append(Cell(model, target, searched, baselines, dense))
+        others = [p for p in here if p["method"] not in ("search", "random")]
+        baselines: dict[tuple[str, str | None], Point] = {}
+        for point in others:  # those of rivals are the same runs
+            baselines.setdefault((point["method"], point["variant"]), point)
+        cells.append(Cell(model, target, searched, tuple(baselines.values()), dense))
     return cells
 
 
@@ -252,8 +262,10 @@ def document(cells: Sequence[Cell], machine: Mapping[str, Any]) -> str:
         "## Over each baseline, PSNR in dB",
         "Of several settings of a baseline the one that is hardest to beat on the test images.",
         "\n".join(baselines_table(cells)),
-        "## Strategies at the same search cost, PSNR in dB over the best trivial baseline",
-        "`calibrate` costs less: it runs no candidates.",
+        "## Strategies, PSNR in dB over the best trivial baseline",
+        "`anneal`, `genetic` and `random_search` may spend 250 dense runs of one image on a "
+        "target, more than `auto` does with all that it begins with; `calibrate` runs no "
+        "candidates.",
         "\n".join(strategies_table(cells)),
         "## Cost of `auto`",
         "\n".join(cost_table(cells)),
@@ -269,34 +281,81 @@ def main() -> None:
     asked = parser.parse_args()
     place = asked.place.resolve()
     place.mkdir(parents=True, exist_ok=True)
-    if not asked.tables:
-        subprocess.run([PROGRAM, "run", str(SWEEP)], cwd=place, check=True)
+    if asked.tables:
+        tell(place)
+        return
+    for path in open_sweeps(tell(place), place):
+        subprocess.run([PROGRAM, "run", str(path)], cwd=place, check=True)
+        tell(place)
+
+
+def open_sweeps(points: Sequence[Point], place: Path) -> Iterator[Path]:
+    """Write a sweep file for each sampler of a model that has points to do; yield in their order.
+
+    What one of them has done is in the storage that all share, under the same keys.
+    """
+    waiting = {point["model"] for point in points if not point["figures"]}
+    whole = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
+    for model in whole["models"]:
+        several = isinstance(model["sampler"], list)
+        for sampler in [[one] for one in model["sampler"]] if several else [model["sampler"]]:
+            one = {**whole, "models": [{**model, "sampler": sampler}]}
+            name = one_model(one, place)
+            if name in waiting:
+                path = place / f"{name}.yaml"
+                one["name"] = f"search-benchmark-{name}"
+                path.write_text(yaml.safe_dump(one, sort_keys=False), encoding="utf-8")
+                yield path
+
+
+def one_model(sweep: Mapping[str, Any], place: Path) -> str:
+    """Return the name that the only model of a sweep goes by in points."""
+    path = place / "one.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    return load_sweep(path).models[0].name
+
+
+def tell(place: Path) -> list[Point]:
+    """Write the tables of all that is known, here or from an earlier run; return all points."""
     printed = subprocess.run(
         [PROGRAM, "pareto", str(SWEEP), "--json"], cwd=place, check=True, capture_output=True
     )
-    points = json.loads(printed.stdout)["points"]
-    versions = {name: version(name) for name in ("torch", "diffusers", "optuna")}
     machine = {
         "CPU": f"{cpu_name()}, {os.cpu_count()} cores",
         "Python": platform.python_version(),
-        **versions,
+        **{name: version(name) for name in ("torch", "diffusers", "optuna")},
     }
+    points = with_earlier(json.loads(printed.stdout)["points"], POINTS)
     TABLES.mkdir(exist_ok=True)
     kept = [point for point in points if point["figures"]]
-    (TABLES / "points.json").write_text(
-        "[\n" + ",\n".join(json.dumps(_short(point)) for point in kept) + "\n]\n", encoding="utf-8"
-    )
+    POINTS.write_text("[\n" + ",\n".join(map(_short, kept)) + "\n]\n", encoding="utf-8")
     (TABLES / "README.md").write_text(document(cells_of(points), machine), encoding="utf-8")
+    return points
 
 
-def _short(point: Point) -> dict[str, Any]:
-    """Return what the tables rest on, and the gates."""
+def with_earlier(points: Sequence[Point], path: Path) -> list[Point]:
+    """Return the points, those that are not done as an earlier run has left them, if it has.
+
+    A key holds all that decides a point, so what is known under it need not be computed again.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    earlier = {point["key"]: point for point in known}
+    return [
+        point if point["figures"] else {**point, **earlier.get(point["key"], {})}
+        for point in points
+    ]
+
+
+def _short(point: Point) -> str:
+    """Return what the tables rest on, and the gates, as one line; numbers to six digits."""
     names = (
         *("key", "model", "method", "strategy", "seed", "target", "variant", "sampler", "keep"),
         *("extrapolation", "figures", "gain", "gain_over", "search_cost", "all_or_nothing_share"),
         *("pruned_ratio", "macs", "n_images"),
     )
-    return {name: point[name] for name in names}
+    told = {name: point[name] for name in names}
+    rounded = json.loads(json.dumps(told), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return json.dumps(rounded, separators=(",", ":"))
 
 
 if __name__ == "__main__":

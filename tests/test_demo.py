@@ -131,7 +131,8 @@ def test_one_more_target_computes_only_its_points(local: tuple[Workplace, str]) 
     after = place.records()
     fresh = Counter(after[key][0] for key in after.keys() - before.keys())
     assert {key: after[key] for key in before} == before
-    assert set(fresh) == {"images", "evaluate", "latency"}
+    assert set(fresh) == {"images", "evaluate", "latency", "search"}
+    assert fresh["search"] == 2  # step masks of the new target, of each model; no search again
     assert fresh["images"] == fresh["evaluate"]  # one shard a point, none of the dense run's
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from orchestrator.sweep_file import load_sweep
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -29,6 +32,7 @@ def a_point(method: str, key: str, **more: Any) -> dict[str, Any]:
     cost = {"sample_forwards": 200.0, "seconds": 30.0, "begun_with": {}, "peak_memory_bytes": None}
     return {
         "key": key, "model": "tiny-sd-ddim-10", "target": 0.5, "method": method, "name": key,
+        "variant": key,
         "strategy": None, "seed": 0, "figures": {"psnr": {"value": 30.0}}, "gain": {},
         "gain_over": {}, "search_cost": cost, "all_or_nothing_share": 0.4, "extrapolation": 0.5,
         **more,
@@ -83,3 +87,45 @@ def test_cells_that_were_not_run_are_named(benchmark: ModuleType) -> None:
     assert "auto" in text and "seed 0 (40%)" in text  # fewer than half of its calls all-or-nothing
     assert "| tiny-sd-ddim-10 | 0.7 | 0 of 1 |" in text
     assert "Nothing has been run yet" in benchmark.document(cells[1:], {})
+
+
+def test_rivals_stand_in_the_cell_of_the_model_they_search(benchmark: ModuleType) -> None:
+    rival = a_point(
+        "search",
+        "r",
+        model="tiny-sd-rivals-ddim-10",
+        strategy="anneal",
+        gain={"psnr": gain(0.4, 0.1, 0.7)},
+    )
+    own = searched(0, psnr=gain(1.0, 0.5, 1.5))
+    again = a_point("uniform", "u2", model="tiny-sd-rivals-ddim-10", variant="u")
+    (cell,) = benchmark.cells_of(points(own, rival, again))
+    assert set(cell.searched) == {"auto", "anneal"}
+    assert [b["key"] for b in cell.baselines] == ["m", "u", "v"]
+    assert cell.gained("psnr", "anneal").value == 0.4
+
+
+def test_what_an_earlier_run_has_left_is_not_run_again(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    left = tmp_path / "points.json"
+    done = {"key": "auto 0", "figures": {"psnr": {"value": 31.0}}, "gain": {}}
+    left.write_text(json.dumps([done]), encoding="utf-8")
+    found = benchmark.with_earlier(
+        [{**searched(0), "figures": {}}, {**searched(1), "figures": {}}], left
+    )
+    assert [bool(point["figures"]) for point in found] == [True, False]
+    assert found[0]["name"] == "auto 0"
+    assert benchmark.with_earlier([searched(0)], tmp_path / "missing.json") == [searched(0)]
+
+
+def test_only_samplers_with_points_to_do_are_run(benchmark: ModuleType, tmp_path: Path) -> None:
+    waiting = [
+        {**searched(0), "model": name, "figures": {}}
+        for name in ("tiny-dit-ddim-20", "tiny-sd-long")
+    ]
+    paths = list(benchmark.open_sweeps([searched(0), *waiting], tmp_path))
+    assert [path.stem for path in paths] == ["tiny-dit-ddim-20", "tiny-sd-long"]
+    for path in paths:
+        (model,) = load_sweep(path).models
+        assert model.name == path.stem

@@ -152,7 +152,8 @@ def test_publisher_logs_the_curve_of_a_search(finished: Finished, tracker: ListT
 def test_search_at_a_target_is_logged_with_its_target_and_its_cost(tmp_path: Path) -> None:
     sweep = tiny_sweep(targets=(0.3, 0.7), strategies=("auto",), metrics=("psnr",))
     done = finish(sweep, open_store(tmp_path))
-    records = [r for r in done.store.records().values() if "target" in r.inputs]
+    searches = [r for r in done.store.records().values() if r.kind == "search"]
+    records = [r for r in searches if r.inputs["search"]["strategy"] == "auto"]
     entries = [search_entry(record, "auto") for record in records]
     assert {entry.params["target"] for entry in entries} == {"0.3", "0.7"}
     assert {entry.params["search.strategy"] for entry in entries} == {"auto"}
