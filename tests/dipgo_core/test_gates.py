@@ -58,4 +58,6 @@ def test_equal_tables_have_equal_digests() -> None:
     one, two = GateTable.all_keep(2, 2), GateTable.from_strings(["11", "11"])
     assert one == two
     assert one.digest == two.digest != GateTable.all_keep(4, 1).digest
+    whole, real = (GateTable(one.keep, share) for share in (1, 1.0))  # JSON may drop the ".0"
+    assert whole.digest == real.digest != one.digest
     assert len({one, two}) == 1

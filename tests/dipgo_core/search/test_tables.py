@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -18,6 +19,7 @@ from dipgo_core.items import Item
 from dipgo_core.pipelines import block_graph
 from dipgo_core.postprocess import budget_macs, select
 from dipgo_core.search import STRATEGIES, SearchProblem, SearchProgress, measure_errors
+from dipgo_core.search.auto import _is_worse
 from dipgo_core.search.objective import TrueObjective
 from dipgo_core.search.tables import Hunt, Steps, search_tables
 
@@ -31,7 +33,7 @@ ITEMS = tuple(Item(text, label) for label, text in enumerate(("a red cat", "the 
 
 def problem_of(build=tiny_sd, strategy="auto", **settings) -> SearchProblem:
     model = tiny_model(build())
-    effort = 40 if strategy == "auto" else 12  # measured errors take 15
+    effort = 25 if strategy == "auto" else 12
     given = {"samples": 2, "effort": effort, "objective": "latent", "staleness": 2, "batch_size": 2}
     return SearchProblem(
         model=model,
@@ -166,3 +168,43 @@ def test_outcome_has_no_table_of_other_targets():
     outcome = found(problem)[-1].outcome
     with pytest.raises(ConfigError, match="search again with this target"):
         select(outcome, problem.graph, 0.4, num_calls=CALLS)
+
+
+@pytest.mark.parametrize("strategy", ["calibrate", "auto"])
+def test_runs_of_fewer_calls_than_staleness_are_searched(strategy):
+    """Distilled models make 4 calls; the default staleness is 4."""
+    sampler = SamplerSettings(scheduler="ddim", steps=3, guidance_scale=3.0)
+    problem = replace(
+        problem_of(strategy=strategy, staleness=4), sampler=sampler, step_masks={1: (0,)}
+    )
+    errors = list(measure_errors(problem))[-1].errors
+    outcome = found(replace(problem, errors=errors.to_tensors()))[-1].outcome
+    table = select(outcome, problem.graph, 0.5, num_calls=3)
+    assert problem.graph.macs(table) <= budget_macs(problem.graph, 0.5, 3, "all")
+
+
+def test_what_measuring_errors_has_cost_decides_nothing():
+    """It is more where the measurement was interrupted, under the same content key."""
+    problem = prepared(tiny_sd, "auto")
+    dearer = {**problem.errors, "sample_forwards": torch.tensor(1e6, dtype=torch.float64)}
+    first, second = (found(replace(problem, errors=one))[-1] for one in (problem.errors, dearer))
+    assert first.outcome.to_json() == second.outcome.to_json()
+
+
+def test_no_more_images_are_run_at_once_than_memory_was_planned_for(monkeypatch):
+    seen, run = [], TrueObjective._run
+    monkeypatch.setattr(
+        TrueObjective,
+        "_run",
+        lambda self, gates, digest, items: (
+            seen.append(len(items)),
+            run(self, gates, digest, items),
+        )[1],
+    )
+    found(prepared(tiny_sd, "auto"))
+    assert max(seen) == 2
+
+
+def test_one_image_gives_no_verdict():
+    assert not _is_worse(np.array([1.0]), np.array([0.0]))
+    assert _is_worse(np.array([1.0, 1.1]), np.array([0.0, 0.0]))
